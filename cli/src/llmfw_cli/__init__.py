@@ -1,0 +1,1 @@
+"""The llmfw command line."""

@@ -1,0 +1,1 @@
+"""llmfw: plugin-first LLM inference."""

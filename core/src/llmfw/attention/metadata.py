@@ -1,0 +1,101 @@
+"""What attention needs to know of a packed batch and of the cache, passed explicitly to every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What one stateful module keeps for each token or request.
+
+    Equal specs form one group with one block table; `kind` is "full", "sliding", "latent" or "recurrent".
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    v_head_dim: int | None = None
+    kind: str = "full"
+    window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in one layer."""
+        width = self.head_dim + (self.head_dim if self.v_head_dim is None else self.v_head_dim)
+        return self.num_kv_heads * width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CacheGroupView:
+    """The block tables of one group of layers for this batch.
+
+    block_tables: int32 [requests, max_blocks], the physical blocks of each request in order.
+    slots: int64 [tokens], block * block_size + offset: where each new token's K and V go.
+    """
+
+    block_tables: torch.Tensor
+    slots: torch.Tensor
+    block_size: int
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's K and V and the group it belongs to.
+
+    k: [blocks, block_size, kv_heads, head_dim], v: [blocks, block_size, kv_heads, v_head_dim]
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """The packed batch as attention sees it: context (prefill) requests first, then generation requests.
+
+    A request may have any number of query tokens: a whole prompt, a chunk of it, one, or a few.
+
+    query_lens: new tokens of each request (host).
+    kv_lens: tokens of each request after this step, the new ones included (host).
+    num_contexts: how many of the leading requests are context requests.
+    cu_query_lens: int32 [requests + 1], cumulative query_lens (device).
+    kv_lens_device: int32 [requests] (device).
+    positions: int64 [tokens], position of each new token (device).
+    logits_indices: int64 [rows] of the packed tokens whose logits are wanted (device), or None for all.
+    groups: block tables and slots by cache group.
+    caches: K and V by layer index.
+    max_query_len, max_kv_len: upper bounds, on the host.
+    """
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_contexts: int
+    cu_query_lens: torch.Tensor
+    kv_lens_device: torch.Tensor
+    positions: torch.Tensor
+    groups: tuple[CacheGroupView, ...]
+    caches: Mapping[int, LayerCache]
+    logits_indices: torch.Tensor | None = None
+    max_query_len: int = 0
+    max_kv_len: int = 0
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in the batch."""
+        return len(self.query_lens)
+
+    @property
+    def num_generations(self) -> int:
+        """Generation (decode) requests in the batch."""
+        return len(self.query_lens) - self.num_contexts
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Packed tokens that belong to context requests; they come first."""
+        return sum(self.query_lens[: self.num_contexts])

@@ -1,0 +1,233 @@
+"""The torch reference of every op: the meaning that all kernels are checked against.
+
+Shapes: T packed tokens, Hq query heads, Hkv key/value heads, D head size.
+All references accept float32, bfloat16 and float16 and compute where it matters in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [T, in] @ weight [out, in]^T + bias [out] -> [T, out]."""
+    return F.linear(x, weight, bias)
+
+
+def embedding(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of weight [vocab, hidden] at input_ids [T] -> [T, hidden]."""
+    return F.embedding(input_ids, weight)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension (arXiv:1910.07467).
+
+    Computed in float32. With offset 0 the normalised value is rounded to x's dtype before the product
+    with weight, as in LLaMA; with an offset the product is in float32, as in Gemma.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    if offset:
+        return (normed * (offset + weight.float())).to(x.dtype)
+    return normed.to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual). Kernels may write both results into their inputs."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset), total
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Layer normalisation over the last dimension (arXiv:1607.06450)."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """x [T, 2I] = gate | up -> silu(gate) * up [T, I]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """x [T, 2I] = gate | up -> gelu(gate) * up [T, I], gelu by erf."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """x [T, 2I] = gate | up -> gelu(gate) * up [T, I], gelu by tanh."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate the first 2 * cos.shape[-1] features of x [T, H, D]; cos, sin [T, R/2] in float32.
+
+    Half layout (GPT-NeoX): feature i pairs with i + R/2. Interleaved (GPT-J): 2i pairs with 2i + 1.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    rotated, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+def rope_and_cache(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    interleaved: bool = False,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+) -> torch.Tensor:
+    """Split packed qkv, normalise q and k a head, rotate them, write K and V to the paged cache; return q.
+
+    qkv: [T, (Hq + 2 Hkv) * D]. positions: int64 [T]. cos_sin: float32 [max_positions, R], cosines then
+    sines (R/2 each), or None for no rotation. k_cache, v_cache: [blocks, block_size, Hkv, D].
+    slots: int64 [T]; a negative slot writes nothing. q_norm, k_norm: RMS norm weights [D] or None.
+    Returns q [T, Hq, D].
+    """
+    q, k, v = qkv.split(
+        [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=-1
+    )
+    q = q.unflatten(-1, (num_heads, head_dim))  # [tokens, heads, head_dim]
+    k = k.unflatten(-1, (num_kv_heads, head_dim))
+    v = v.unflatten(-1, (num_kv_heads, head_dim))
+    if q_norm is not None:
+        q = rms_norm(q, q_norm, eps, norm_offset)
+    if k_norm is not None:
+        k = rms_norm(k, k_norm, eps, norm_offset)
+    if cos_sin is not None:
+        cos, sin = cos_sin[positions].chunk(2, dim=-1)
+        q = apply_rope(q, cos, sin, interleaved)
+        k = apply_rope(k, cos, sin, interleaved)
+    write_cache(k, v, k_cache, v_cache, slots)
+    return q
+
+
+def write_cache(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write k, v [T, Hkv, D] to their slots of the paged cache; a negative slot writes nothing."""
+    if bool((slots < 0).any()):
+        kept = slots >= 0
+        k, v, slots = k[kept], v[kept], slots[kept]
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    view: CacheGroupView,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of packed queries over the paged cache, request by request.
+
+    q: [T, Hq, D]; query t of a request with n new tokens and kv_len keys stands at kv_len - n + t and sees
+    the keys up to its own position, with a window only the last `window` of them. softcap: scores become
+    softcap * tanh(scores / softcap). sinks: float [Hq], one extra logit a head that takes probability and
+    gives nothing. Softmax in float32. Returns [T, Hq * Dv].
+    """
+    block_size, kv_heads, head_dim = k_cache.shape[1:]
+    v_dim = v_cache.shape[-1]
+    heads = q.shape[1]
+    out = q.new_empty(q.shape[0], heads, v_dim)
+    start = 0
+    for request, (query_len, kv_len) in enumerate(zip(metadata.query_lens, metadata.kv_lens, strict=True)):
+        blocks = view.block_tables[request, : -(-kv_len // block_size)].long()
+        keys = k_cache[blocks].reshape(-1, kv_heads, head_dim)[:kv_len].transpose(0, 1)  # [kv_heads, keys, D]
+        values = v_cache[blocks].reshape(-1, kv_heads, v_dim)[:kv_len].transpose(0, 1)
+        queries = q[start : start + query_len].transpose(0, 1)  # [heads, queries, D]
+        out[start : start + query_len] = _attend(
+            queries, keys, values, kv_len - query_len, scale, window, softcap, sinks
+        ).transpose(0, 1)
+        start += query_len
+    return out.flatten(1)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    heads, queries, _ = q.shape
+    kv_heads, keys, _ = k.shape
+    mask = None
+    if queries > 1 or window is not None:
+        q_pos = torch.arange(past, past + queries, device=q.device)[:, None]
+        k_pos = torch.arange(keys, device=q.device)[None, :]
+        mask = k_pos <= q_pos
+        if window is not None:
+            mask &= q_pos - k_pos < window
+    if softcap is None and sinks is None:
+        whole = past == 0 and queries > 1 and (window is None or window >= keys)
+        return F.scaled_dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=None if whole else mask,
+            is_causal=whole,
+            scale=scale,
+            enable_gqa=heads != kv_heads,
+        )[0]
+    k = k.repeat_interleave(heads // kv_heads, dim=0)
+    v = v.repeat_interleave(heads // kv_heads, dim=0)
+    scores = (q.float() @ k.float().transpose(1, 2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, queries, 1)), dim=-1)
+    probs = scores.softmax(-1)[..., :keys]
+    return (probs @ v.float()).to(q.dtype)
+
+
+REFERENCES: dict[str, Callable[..., object]] = {
+    "linear": linear,
+    "embedding": embedding,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "layer_norm": layer_norm,
+    "silu_and_mul": silu_and_mul,
+    "gelu_and_mul": gelu_and_mul,
+    "gelu_tanh_and_mul": gelu_tanh_and_mul,
+    "rope_and_cache": rope_and_cache,
+    "paged_attention": paged_attention,
+}

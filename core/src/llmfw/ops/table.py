@@ -1,0 +1,146 @@
+"""Resolution: each op of each module becomes one plain callable, chosen once while the model is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmfw.errors import KernelError
+from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
+from llmfw.ops.reference import REFERENCES
+
+logger = logging.getLogger("llmfw.ops")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one op and static shape, and why the others were not."""
+
+    context: OpContext
+    chosen: str
+    refused: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class OpTable:
+    """The kernels at hand and the choices made from them.
+
+    Args:
+        info: The device and its features.
+        kernels: What the kernel packs offer.
+        select: "auto" takes the highest priority that serves; "reference" takes torch's references only;
+            otherwise a comma list of "pack", "pack.kernel", "op=name" or "-name" entries that bisects a model:
+            names given are preferred, names with a minus are refused.
+    """
+
+    info: DeviceInfo
+    kernels: tuple[Kernel, ...] = ()
+    select: str = "auto"
+    choices: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
+    _built: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [kernel.name for kernel in self.kernels]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            owners = {name: [k.pack for k in self.kernels if k.name == name] for name in twice}
+            raise KernelError(f"kernel names declared twice: {owners}", hint="uninstall one of the packs")
+        self._selection = _Selection(self.select, self.kernels)
+
+    def resolve(self, op: str, dtype: torch.dtype, **shape: int) -> Callable[..., Any]:
+        """The callable that serves `op` for this dtype and static shape.
+
+        Raises:
+            KernelError: If neither a kernel nor a reference serves it.
+        """
+        key = (op, dtype, tuple(sorted(shape.items())))
+        if key not in self._built:
+            context = OpContext(op, dtype, self.info, shape)
+            self._built[key], self.choices[key] = self._choose(context)
+        return self._built[key]
+
+    def _choose(self, context: OpContext) -> tuple[Callable[..., Any], Choice]:
+        refused: list[tuple[str, str]] = []
+        ranked = sorted(
+            (k for k in self.kernels if k.op == context.op),
+            key=lambda k: (-self._selection.rank(k), -k.priority, k.name),
+        )
+        for kernel in ranked:
+            reason = self._selection.refusal(kernel) or kernel.refusal(context)
+            if reason is None:
+                try:
+                    built = kernel.build(context)
+                except Exception as exc:
+                    if self._selection.rank(kernel):
+                        raise KernelError(f"kernel {kernel.name} cannot be built: {exc}") from exc
+                    reason = f"cannot be built: {exc}"
+                    logger.warning("kernel %s of pack %s is left out: %s", kernel.name, kernel.pack, reason)
+                else:
+                    return built, Choice(context, kernel.name, tuple(refused))
+            refused.append((kernel.name, reason))
+        reference = reference_of(context.op, self.kernels)
+        return reference, Choice(context, "reference", tuple(refused))
+
+
+def reference_of(op: str, kernels: Iterable[Kernel] = ()) -> Callable[..., Any]:
+    """The torch reference of an op of core, or of one that a kernel pack defines.
+
+    Raises:
+        KernelError: If the op is unknown.
+    """
+    if op in REFERENCES:
+        return REFERENCES[op]
+    for kernel in kernels:
+        if kernel.op == op and kernel.reference:
+            return load_object(kernel.reference)  # type: ignore[no-any-return]
+    raise KernelError(f"unknown op {op!r}", hint=f"known ops: {', '.join(sorted(REFERENCES))}")
+
+
+class _Selection:
+    """The parsed `select` string."""
+
+    def __init__(self, select: str, kernels: tuple[Kernel, ...]) -> None:
+        self.reference_only = select == "reference"
+        self.wanted: set[str] = set()
+        self.unwanted: set[str] = set()
+        self.by_op: Mapping[str, str] = {}
+        if select in {"auto", "reference", ""}:
+            return
+        known = {k.name for k in kernels} | {k.pack for k in kernels} | {"reference"}
+        by_op: dict[str, str] = {}
+        for entry in filter(None, (part.strip() for part in select.split(","))):
+            op, _, name = entry.rpartition("=")
+            bare = name.removeprefix("-")
+            if bare not in known:
+                raise KernelError(
+                    f"--kernels names {bare!r}, which no kernel pack offers",
+                    hint=f"known: auto, {', '.join(sorted(known))}",
+                )
+            if op:
+                by_op[op] = bare
+            elif name.startswith("-"):
+                self.unwanted.add(bare)
+            else:
+                self.wanted.add(bare)
+        self.by_op = by_op
+
+    def rank(self, kernel: Kernel) -> int:
+        """1 for a kernel that was asked for by name."""
+        named = self.by_op.get(kernel.op)
+        return int(named in {kernel.name, kernel.pack} or bool({kernel.name, kernel.pack} & self.wanted))
+
+    def refusal(self, kernel: Kernel) -> str | None:
+        """Why the selection rules the kernel out, or None."""
+        if self.reference_only or self.by_op.get(kernel.op) == "reference":
+            return "references were asked for"
+        if {kernel.name, kernel.pack} & self.unwanted:
+            return "switched off by name"
+        if kernel.priority < 0 and not self.rank(kernel):
+            return "serves only when asked for by name"
+        if kernel.op in self.by_op and not self.rank(kernel):
+            return f"{self.by_op[kernel.op]} was asked for"
+        return None
