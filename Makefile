@@ -37,6 +37,7 @@ format: setup-dev ## mend what ruff can mend
 wheels: setup-dev ## build every package's wheel into dist/, from what is installed
 	rm -rf dist
 	for package in core cli builtin_models/*/; do \
+	    rm -rf "$$package/build"; \
 	    $(VENV)/python -m build --wheel --no-isolation --outdir dist "$$package" >/dev/null || exit 1; \
 	done
 	@ls dist
