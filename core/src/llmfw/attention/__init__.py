@@ -1,0 +1,14 @@
+"""Attention: the metadata of a packed batch, cache layouts and backends."""
+
+from llmfw.attention.backend import BACKENDS, AttentionBackend, get_attention_backend
+from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, CacheSpec, LayerCache
+
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AttentionMetadata",
+    "CacheGroupView",
+    "CacheSpec",
+    "LayerCache",
+    "get_attention_backend",
+]

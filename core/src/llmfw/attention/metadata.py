@@ -1,4 +1,4 @@
-"""What attention needs to know of a packed batch and of the cache, passed explicitly to every layer."""
+"""What attention needs to know of a packed batch and of the cache, passed to every layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 class CacheSpec:
     """What one stateful module keeps for each token or request.
 
-    Equal specs form one group with one block table; `kind` is "full", "sliding", "latent" or "recurrent".
+    Equal specs form one group with one block table; `kind` is "full", "sliding", "latent" or
+    "recurrent".
     """
 
     num_kv_heads: int
@@ -56,7 +57,7 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """The packed batch as attention sees it: context (prefill) requests first, then generation requests.
+    """The packed batch as attention sees it: context (prefill) requests, then generation requests.
 
     A request may have any number of query tokens: a whole prompt, a chunk of it, one, or a few.
 
@@ -66,7 +67,8 @@ class AttentionMetadata:
     cu_query_lens: int32 [requests + 1], cumulative query_lens (device).
     kv_lens_device: int32 [requests] (device).
     positions: int64 [tokens], position of each new token (device).
-    logits_indices: int64 [rows] of the packed tokens whose logits are wanted (device), or None for all.
+    logits_indices: int64 [rows] of the packed tokens whose logits are wanted (device), or None for
+        all.
     groups: block tables and slots by cache group.
     caches: K and V by layer index.
     max_query_len, max_kv_len: upper bounds, on the host.

@@ -1,0 +1,31 @@
+"""The layers models are made of. They declare shapes and shards, and import no hook."""
+
+from llmfw.layers.attention import Attention
+from llmfw.layers.embedding import Embedding, LMHead
+from llmfw.layers.layer import Layer
+from llmfw.layers.linear import ColumnLinear, Linear, RowLinear
+from llmfw.layers.mlp import MLP, GatedMLP
+from llmfw.layers.norm import LayerNorm, RMSNorm
+from llmfw.layers.positional import PositionalEmbeddingParams, PositionEmbeddingType
+from llmfw.layers.rope import RopeParams
+from llmfw.layers.rotary import RotaryEmbedding
+from llmfw.layers.stock import stock_layer
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "ColumnLinear",
+    "Embedding",
+    "GatedMLP",
+    "LMHead",
+    "Layer",
+    "LayerNorm",
+    "Linear",
+    "PositionEmbeddingType",
+    "PositionalEmbeddingParams",
+    "RMSNorm",
+    "RopeParams",
+    "RotaryEmbedding",
+    "RowLinear",
+    "stock_layer",
+]

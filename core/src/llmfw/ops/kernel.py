@@ -1,4 +1,4 @@
-"""What a kernel declares about itself; a kernel pack returns a list of these from `llmfw_kernels`."""
+"""What a kernel declares about itself; a kernel pack returns a list of these."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 class DeviceInfo:
     """Where kernels run: the torch device, and what it can do as feature strings.
 
-    Features: "cpu" or "cuda"; "sm_80", "sm_89", "sm_90" (every level up to the device's own); "avx2", "avx512f",
-    "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"; "cupy" where CuPy imports, "compiler" where a C++
-    compiler is found.
+    Features: "cpu" or "cuda"; "sm_80", "sm_89", "sm_90" (every level up to the device's own);
+    "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"; "cupy" where CuPy
+    imports, "compiler" where a C++ compiler is found.
     """
 
     device: torch.device
@@ -33,9 +33,10 @@ class OpContext:
         linear: in_features, out_features, bias (0 or 1)
         rms_norm, add_rms_norm, layer_norm: hidden_size
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size
-        rope_and_cache: num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, qk_norm (0 or 1), block_size
-        paged_attention: num_heads, num_kv_heads, head_dim, v_head_dim, window (0: none), softcap (0 or 1),
-            sinks (0 or 1), block_size
+        rope_and_cache: num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, qk_norm (0 or
+            1), block_size
+        paged_attention: num_heads, num_kv_heads, head_dim, v_head_dim, window (0: none), softcap
+            (0 or 1), sinks (0 or 1), block_size
         embedding: num_embeddings, embedding_dim
     """
 
@@ -56,16 +57,19 @@ class Kernel:
     Args:
         op: Name of the op; its reference gives the meaning and the signature.
         name: Unique name such as "cupy.rms_norm".
-        factory: "module:function", imported only when the kernel is chosen. `function(context)` gives the callable,
-            with the reference's signature. A callable for `linear` may have `prepare(weight) -> Tensor`, called once
-            after loading, whose result is passed as `weight` from then on.
+        factory: "module:function", imported only when the kernel is chosen. `function(context)`
+            gives the callable, with the reference's signature. A callable for `linear` may have
+            `prepare(weight) -> Tensor`, called once after loading, whose result is passed as
+            `weight` from then on.
         requires: Device features that must all be there, e.g. ("cuda", "sm_80", "cupy").
         dtypes: Names of the dtypes served.
         supports: Given the context, None when the kernel serves it, else the reason why not.
-        priority: The highest wins; the reference stands at 0, so a negative one serves only when asked for by name.
+        priority: The highest wins; the reference stands at 0, so a negative one serves only when
+            asked for by name.
         tolerance: Greatest allowed ||out - ref|| / ||ref|| by dtype name.
         reference: For an op that core does not know: "module:function" of its torch reference.
-        inputs: For such an op: "module:function" that draws inputs for a check, given (context, generator).
+        inputs: For such an op: "module:function" that draws inputs for a check, given (context,
+            generator).
     """
 
     op: str
@@ -88,7 +92,9 @@ class Kernel:
         if missing:
             return f"needs {', '.join(missing)}"
         if context.dtype not in {DTYPE_NAMES[name] for name in self.dtypes}:
-            return f"serves {', '.join(self.dtypes)}, not {str(context.dtype).removeprefix('torch.')}"
+            return (
+                f"serves {', '.join(self.dtypes)}, not {str(context.dtype).removeprefix('torch.')}"
+            )
         return self.supports(context) if self.supports else None
 
     def build(self, context: OpContext) -> Callable[..., Any]:

@@ -26,11 +26,13 @@ def embedding(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.embedding(input_ids, weight)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension (arXiv:1910.07467).
 
-    Computed in float32. With offset 0 the normalised value is rounded to x's dtype before the product
-    with weight, as in LLaMA; with an offset the product is in float32, as in Gemma.
+    Computed in float32. With offset 0 the normalised value is rounded to x's dtype before the
+    product with weight, as in LLaMA; with an offset the product is in float32, as in Gemma.
     """
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
@@ -72,7 +74,9 @@ def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def apply_rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
     """Rotate the first 2 * cos.shape[-1] features of x [T, H, D]; cos, sin [T, R/2] in float32.
 
     Half layout (GPT-NeoX): feature i pairs with i + R/2. Interleaved (GPT-J): 2i pairs with 2i + 1.
@@ -105,9 +109,10 @@ def rope_and_cache(
     eps: float = 1e-6,
     norm_offset: float = 0.0,
 ) -> torch.Tensor:
-    """Split packed qkv, normalise q and k a head, rotate them, write K and V to the paged cache; return q.
+    """Split packed qkv, normalise and rotate q and k, write K and V to the paged cache, return q.
 
-    qkv: [T, (Hq + 2 Hkv) * D]. positions: int64 [T]. cos_sin: float32 [max_positions, R], cosines then
+    qkv: [T, (Hq + 2 Hkv) * D]. positions: int64 [T]. cos_sin: float32 [max_positions, R], cosines
+        then
     sines (R/2 each), or None for no rotation. k_cache, v_cache: [blocks, block_size, Hkv, D].
     slots: int64 [T]; a negative slot writes nothing. q_norm, k_norm: RMS norm weights [D] or None.
     Returns q [T, Hq, D].
@@ -131,7 +136,11 @@ def rope_and_cache(
 
 
 def write_cache(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
 ) -> None:
     """Write k, v [T, Hkv, D] to their slots of the paged cache; a negative slot writes nothing."""
     if bool((slots < 0).any()):
@@ -154,19 +163,25 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of packed queries over the paged cache, request by request.
 
-    q: [T, Hq, D]; query t of a request with n new tokens and kv_len keys stands at kv_len - n + t and sees
-    the keys up to its own position, with a window only the last `window` of them. softcap: scores become
-    softcap * tanh(scores / softcap). sinks: float [Hq], one extra logit a head that takes probability and
-    gives nothing. Softmax in float32. Returns [T, Hq * Dv].
+    q: [T, Hq, D]; query t of a request with n new tokens and kv_len keys stands at kv_len - n + t
+        and sees
+    the keys up to its own position, with a window only the last `window` of them. softcap: scores
+        become
+    softcap * tanh(scores / softcap). sinks: float [Hq], one extra logit a head that takes
+    probability and gives nothing. Softmax in float32. Returns [T, Hq * Dv].
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     v_dim = v_cache.shape[-1]
     heads = q.shape[1]
     out = q.new_empty(q.shape[0], heads, v_dim)
     start = 0
-    for request, (query_len, kv_len) in enumerate(zip(metadata.query_lens, metadata.kv_lens, strict=True)):
+    for request, (query_len, kv_len) in enumerate(
+        zip(metadata.query_lens, metadata.kv_lens, strict=True)
+    ):
         blocks = view.block_tables[request, : -(-kv_len // block_size)].long()
-        keys = k_cache[blocks].reshape(-1, kv_heads, head_dim)[:kv_len].transpose(0, 1)  # [kv_heads, keys, D]
+        keys = (
+            k_cache[blocks].reshape(-1, kv_heads, head_dim)[:kv_len].transpose(0, 1)
+        )  # [kv_heads, keys, D]
         values = v_cache[blocks].reshape(-1, kv_heads, v_dim)[:kv_len].transpose(0, 1)
         queries = q[start : start + query_len].transpose(0, 1)  # [heads, queries, D]
         out[start : start + query_len] = _attend(

@@ -1,4 +1,4 @@
-"""Resolution: each op of each module becomes one plain callable, chosen once while the model is built."""
+"""Resolution: each op of each module becomes one plain callable, chosen while building."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class OpTable:
     Args:
         info: The device and its features.
         kernels: What the kernel packs offer.
-        select: "auto" takes the highest priority that serves; "reference" takes torch's references only;
-            otherwise a comma list of "pack", "pack.kernel", "op=name" or "-name" entries that bisects a model:
-            names given are preferred, names with a minus are refused.
+        select: "auto" takes the highest priority that serves; "reference" takes torch's references
+            only; otherwise a comma list of "pack", "pack.kernel", "op=name" or "-name" entries that
+            bisects a model: names given are preferred, names with a minus are refused.
     """
 
     info: DeviceInfo
@@ -48,7 +48,9 @@ class OpTable:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             owners = {name: [k.pack for k in self.kernels if k.name == name] for name in twice}
-            raise KernelError(f"kernel names declared twice: {owners}", hint="uninstall one of the packs")
+            raise KernelError(
+                f"kernel names declared twice: {owners}", hint="uninstall one of the packs"
+            )
         self._selection = _Selection(self.select, self.kernels)
 
     def resolve(self, op: str, dtype: torch.dtype, **shape: int) -> Callable[..., Any]:
@@ -78,7 +80,9 @@ class OpTable:
                     if self._selection.rank(kernel):
                         raise KernelError(f"kernel {kernel.name} cannot be built: {exc}") from exc
                     reason = f"cannot be built: {exc}"
-                    logger.warning("kernel %s of pack %s is left out: %s", kernel.name, kernel.pack, reason)
+                    logger.warning(
+                        "kernel %s of pack %s is left out: %s", kernel.name, kernel.pack, reason
+                    )
                 else:
                     return built, Choice(context, kernel.name, tuple(refused))
             refused.append((kernel.name, reason))
@@ -131,7 +135,9 @@ class _Selection:
     def rank(self, kernel: Kernel) -> int:
         """1 for a kernel that was asked for by name."""
         named = self.by_op.get(kernel.op)
-        return int(named in {kernel.name, kernel.pack} or bool({kernel.name, kernel.pack} & self.wanted))
+        return int(
+            named in {kernel.name, kernel.pack} or bool({kernel.name, kernel.pack} & self.wanted)
+        )
 
     def refusal(self, kernel: Kernel) -> str | None:
         """Why the selection rules the kernel out, or None."""

@@ -1,0 +1,85 @@
+"""Reading a checkpoint's config.json without running any of its code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmfw.errors import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ConfigError: If it cannot be read, is not UTF-8 JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path} does not exist") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} cannot be read: {exc}") from exc
+    except json.JSONDecodeError as exc:
+        raise ConfigError(f"{path} is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_config_json(model_dir: Path) -> dict[str, Any]:
+    """The contents of a model directory's config.json.
+
+    Raises:
+        ConfigError: If the directory holds none, or it cannot be read.
+    """
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{model_dir} holds no config.json",
+            hint="--model takes a directory with config.json and *.safetensors, or a GGUF file",
+        )
+    return read_json(path)
+
+
+def architecture_of(raw: dict[str, Any], where: str = "config.json") -> str:
+    """The architecture that a raw configuration names first.
+
+    Raises:
+        ConfigError: If it names none.
+    """
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ConfigError(
+            f"{where} names no architecture",
+            hint='add "architectures": ["NameForCausalLM"]: it is how the plugin is found',
+        )
+    return names[0]
+
+
+def pretrained_config_from(raw: dict[str, Any]) -> Any:
+    """The transformers configuration object for a raw configuration.
+
+    Old fields (rope_theta, rope_scaling, torch_dtype) are upgraded by transformers.
+
+    Raises:
+        ConfigError: If transformers does not know the model_type, or refuses the values.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"transformers knows no configuration for model_type {model_type!r}",
+            hint="the plugin can give its own: implement the llmfw_config hook",
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(raw)
+    except Exception as exc:
+        raise ConfigError(f"config.json is not a valid {model_type} configuration: {exc}") from exc
+
+
+def text_config(config: Any) -> Any:
+    """The text part of a configuration that wraps one (multimodal models), else the whole."""
+    return getattr(config, "text_config", None) or config

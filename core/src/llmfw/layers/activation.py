@@ -1,0 +1,69 @@
+"""Activation functions by the names that configurations use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from llmfw.errors import ConfigError
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu2(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "tanh": torch.tanh,
+}
+
+GATED_OPS = {
+    "silu": "silu_and_mul",
+    "swish": "silu_and_mul",
+    "gelu": "gelu_and_mul",
+    "gelu_new": "gelu_tanh_and_mul",
+    "gelu_fast": "gelu_tanh_and_mul",
+    "gelu_pytorch_tanh": "gelu_tanh_and_mul",
+}
+
+
+def activation(name: str | Activation) -> Activation:
+    """The function of that name (a transformers `hidden_act`), or the function itself.
+
+    Raises:
+        ConfigError: If the name is not known.
+    """
+    if callable(name):
+        return name
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"activation {name!r} is not known", hint=f"known: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def gated_op(name: str | Activation) -> str | None:
+    """The fused op "activation of the first half times the second half", if there is one."""
+    if isinstance(name, str):
+        return GATED_OPS.get(name)
+    return {F.silu: "silu_and_mul", F.gelu: "gelu_and_mul"}.get(name)
