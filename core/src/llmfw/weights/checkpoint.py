@@ -1,0 +1,60 @@
+"""What a checkpoint is to the rest of llmfw: named tensors whose headers are read first and values later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor's header.
+
+    Args:
+        shape: Its shape as `Checkpoint.tensor` returns it.
+        dtype: Its dtype as `Checkpoint.tensor` returns it (a quantised GGUF tensor: float32,
+            dequantised).
+        file: Name of the file that holds it ("" for a checkpoint in memory).
+        nbytes: Bytes it takes in that file.
+        stored: How it is stored, for display: "BF16", "Q4_1", ...
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    nbytes: int
+    stored: str = ""
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Named tensors, read lazily.
+
+    Opening one reads headers only. `tensor` and `slice` return CPU tensors that the caller must not
+    write to (they may be mapped from the file); both may be called from several threads. Every
+    failure to read is a `CheckpointError` that names file and tensor.
+    """
+
+    @property
+    def format(self) -> str:
+        """ "safetensors", "gguf" or "memory"."""
+
+    @property
+    def path(self) -> Path:
+        """The directory or file it was opened from."""
+
+    def names(self) -> Sequence[str]:
+        """All tensors' names, in the order of the files."""
+
+    def info(self, name: str) -> TensorInfo:
+        """The header of one tensor."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """`tensor(name).narrow(dim, start, stop - start)`, reading no more than the format allows."""
