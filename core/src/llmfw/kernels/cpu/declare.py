@@ -1,0 +1,51 @@
+"""What the pack offers: its kernels as declarations."""
+
+from __future__ import annotations
+
+from llmfw.kernels.cpu import library
+from llmfw.ops.kernel import Kernel, OpContext
+
+MAX_HEAD_DIM = 1024  # rope.h keeps one head on the stack
+
+_LAUNCH = "llmfw.kernels.cpu.launch"
+
+
+def kernels() -> list[Kernel]:
+    """One declaration an op, in float32, bfloat16 and float16 each."""
+    return [
+        Kernel(
+            op=op,
+            name=f"cpu.{op}",
+            factory=f"{_LAUNCH}:{op}",
+            requires=("cpu", "avx2"),
+            supports=supports,
+            priority=10,
+        )
+        for op, supports in {
+            "linear": _if_built,
+            "rms_norm": _if_built,
+            "add_rms_norm": _if_built,
+            "silu_and_mul": _if_built,
+            "gelu_and_mul": _if_built,
+            "gelu_tanh_and_mul": _if_built,
+            "rope_and_cache": _heads,
+            "paged_attention": _attention,
+        }.items()
+    ]
+
+
+def _if_built(context: OpContext) -> str | None:
+    """Compiles the object when the first kernel is asked for."""
+    return library.problem()
+
+
+def _heads(context: OpContext) -> str | None:
+    if context["head_dim"] > MAX_HEAD_DIM:
+        return f"serves heads of up to {MAX_HEAD_DIM}, not {context['head_dim']}"
+    return library.problem()
+
+
+def _attention(context: OpContext) -> str | None:
+    if context["num_heads"] % context["num_kv_heads"]:
+        return f"{context['num_heads']} query heads are no multiple of {context['num_kv_heads']}"
+    return library.problem()

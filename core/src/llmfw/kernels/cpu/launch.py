@@ -1,0 +1,301 @@
+"""The factories: each gives a callable with its reference's signature that passes addresses to a native function.
+
+A decode step makes some nine of these calls a layer, so each does only what safety asks for: inputs that are not what
+was declared (another dtype or layout) go to the reference, which handles or refuses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from llmfw.kernels.cpu import library
+from llmfw.ops import reference
+from llmfw.ops.kernel import OpContext
+
+if TYPE_CHECKING:
+    from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+
+SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+_threads = torch.get_num_threads
+
+
+def linear(context: OpContext) -> Callable[..., torch.Tensor]:
+    """Our product up to `row_limit` rows, torch's above."""
+    native = _native(context)
+    width, outs, dtype = context["in_features"], context["out_features"], context.dtype
+    limit = row_limit(context)
+    shape = (outs, width)
+
+    def run(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if (
+            x.dim() != 2
+            or not 0 < (rows := x.shape[0]) <= limit
+            or x.shape[1] != width
+            or weight.shape != shape
+            or not _plain(dtype, x, weight)
+            or not (bias is None or _plain(dtype, bias))
+        ):
+            return F.linear(x, weight, bias)
+        out = x.new_empty((rows, outs))
+        native(
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            outs,
+            _threads(),
+        )
+        return out
+
+    return run
+
+
+def row_limit(context: OpContext) -> int:
+    """The most rows for which our product is faster than torch's (docs/kernels.md has the measurements)."""
+    return 512
+
+
+def rms_norm(context: OpContext) -> Callable[..., torch.Tensor]:
+    """RMS norm over the last dimension."""
+    native = _native(context)
+    hidden, dtype = context["hidden_size"], context.dtype
+
+    def run(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+        if not _plain(dtype, x, weight) or x.shape[-1] != hidden or weight.shape != (hidden,):
+            return reference.rms_norm(x, weight, eps, offset)
+        out = torch.empty_like(x)
+        native(
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // hidden,
+            hidden,
+            eps,
+            offset,
+            _threads(),
+        )
+        return out
+
+    return run
+
+
+def add_rms_norm(context: OpContext) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """RMS norm of a sum, both results written into the inputs."""
+    native = _native(context)
+    hidden, dtype = context["hidden_size"], context.dtype
+
+    def run(
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if (
+            not _plain(dtype, x, residual, weight)
+            or x.shape[-1] != hidden
+            or x.shape != residual.shape
+            or weight.shape != (hidden,)
+        ):
+            return reference.add_rms_norm(x, residual, weight, eps, offset)
+        native(
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            x.numel() // hidden,
+            hidden,
+            eps,
+            offset,
+            _threads(),
+        )
+        return x, residual
+
+    return run
+
+
+def silu_and_mul(context: OpContext) -> Callable[[torch.Tensor], torch.Tensor]:
+    """silu(gate) * up."""
+    return _act_and_mul(context, reference.silu_and_mul)
+
+
+def gelu_and_mul(context: OpContext) -> Callable[[torch.Tensor], torch.Tensor]:
+    """gelu(gate) * up, gelu by erf."""
+    return _act_and_mul(context, reference.gelu_and_mul)
+
+
+def gelu_tanh_and_mul(context: OpContext) -> Callable[[torch.Tensor], torch.Tensor]:
+    """gelu(gate) * up, gelu by tanh."""
+    return _act_and_mul(context, reference.gelu_tanh_and_mul)
+
+
+def _act_and_mul(
+    context: OpContext, fallback: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    native = _native(context)
+    width, dtype = context["intermediate_size"], context.dtype
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if not _plain(dtype, x) or x.shape[-1] != 2 * width:
+            return fallback(x)
+        out = x.new_empty((*x.shape[:-1], width))
+        native(x.data_ptr(), out.data_ptr(), out.numel() // width, width, _threads())
+        return out
+
+    return run
+
+
+def rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
+    """Split, head norms, rotation and cache write in one pass."""
+    native = _native(context)
+    dtype = context.dtype
+
+    def run(
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        interleaved: bool = False,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+        norm_offset: float = 0.0,
+    ) -> torch.Tensor:
+        plain = (
+            _plain(dtype, qkv, k_cache, v_cache)
+            and (cos_sin is None or _plain(torch.float32, cos_sin))
+            and _plain(torch.int64, positions, slots)
+            and (q_norm is None or _plain(dtype, q_norm))
+            and (k_norm is None or _plain(dtype, k_norm))
+            and k_cache.shape[2:] == (num_kv_heads, head_dim) == v_cache.shape[2:]
+        )
+        if not plain:
+            return reference.rope_and_cache(
+                qkv, positions, cos_sin, k_cache, v_cache, slots, num_heads, num_kv_heads, head_dim,
+                interleaved, q_norm, k_norm, eps, norm_offset,
+            )  # fmt: skip
+        tokens = qkv.shape[0]
+        q = qkv.new_empty((tokens, num_heads, head_dim))
+        native(
+            qkv.data_ptr(),
+            positions.data_ptr(),
+            0 if cos_sin is None else cos_sin.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slots.data_ptr(),
+            0 if q_norm is None else q_norm.data_ptr(),
+            0 if k_norm is None else k_norm.data_ptr(),
+            q.data_ptr(),
+            tokens,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            0 if cos_sin is None else cos_sin.shape[1],
+            interleaved,
+            eps,
+            norm_offset,
+            _threads(),
+        )
+        return q
+
+    return run
+
+
+def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
+    """Generation requests natively; context requests through torch's fused attention."""
+    native = _native(context)
+    dtype = context.dtype
+
+    def run(
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        view: CacheGroupView,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        contexts, requests = metadata.num_contexts, metadata.num_requests
+        tables = view.block_tables
+        if (
+            contexts == requests
+            or not _plain(dtype, q, k_cache, v_cache)
+            or not _plain(torch.int32, tables, metadata.cu_query_lens, metadata.kv_lens_device)
+        ):
+            return reference.paged_attention(
+                q, k_cache, v_cache, metadata, view, scale, window, softcap, sinks
+            )
+        tokens, heads, head_dim = q.shape
+        _, block_size, kv_heads, v_dim = v_cache.shape
+        out = q.new_empty((tokens, heads * v_dim))
+        if contexts:
+            first = sum(metadata.query_lens[:contexts])
+            out[:first] = reference.paged_attention(
+                q[:first],
+                k_cache,
+                v_cache,
+                _contexts_only(metadata),
+                view,
+                scale,
+                window,
+                softcap,
+                sinks,
+            )
+        if sinks is not None and not _plain(torch.float32, sinks):
+            sinks = sinks.float().contiguous()
+        native(
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            metadata.cu_query_lens.data_ptr() + 4 * contexts,
+            metadata.kv_lens_device.data_ptr() + 4 * contexts,
+            tables.data_ptr() + 4 * contexts * tables.shape[1],
+            0 if sinks is None else sinks.data_ptr(),
+            tables.shape[1],
+            requests - contexts,
+            heads,
+            kv_heads,
+            head_dim,
+            v_dim,
+            block_size,
+            window or 0,
+            scale,
+            softcap or 0.0,
+            _threads(),
+        )
+        return out
+
+    return run
+
+
+def _contexts_only(metadata: AttentionMetadata) -> AttentionMetadata:
+    count = metadata.num_contexts
+    return dataclasses.replace(
+        metadata, query_lens=metadata.query_lens[:count], kv_lens=metadata.kv_lens[:count]
+    )
+
+
+def _native(context: OpContext) -> library.NativeFunction:
+    return library.functions()[f"{context.op}_{SUFFIXES[context.dtype]}"]
+
+
+def _plain(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
+    """Whether all are what the native functions read: contiguous, of this dtype, in the CPU's memory."""
+    return all(t.dtype is dtype and t.is_contiguous() and t.is_cpu for t in tensors)

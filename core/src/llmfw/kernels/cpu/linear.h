@@ -1,0 +1,120 @@
+// linear: out [rows, out_features] = x [rows, in_features] @ weight^T (+ bias); weight [out_features, in_features]
+// stays as it was loaded, so that torch's product (many rows) and a tied embedding share it.
+//
+// One row is bound by reading the weights: chunks of the weight's rows go to the threads, four rows of it at a time,
+// each streamed once. More rows take a register tile of kTileRows x 4 sums; a chunk of the weight is small enough to
+// stay in the second-level cache while the rows of x pass over it.
+#pragma once
+
+#include "binding.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace llmfw {
+
+#ifdef LLMFW_AVX512
+constexpr int kTileRows = 6;  // 24 sums + 6 rows of x + 1 of the weight fill 32 registers
+#else
+constexpr int kTileRows = 3;
+#endif
+constexpr int64_t kChunkBytes = 128 << 10;
+
+inline void put4(float* out, __m128 values) { _mm_storeu_ps(out, values); }
+template <class T>
+void put4(T* out, __m128 values) {
+  float lanes[4];
+  _mm_storeu_ps(lanes, values);
+  for (int i = 0; i < 4; i++) put(out + i, lanes[i]);
+}
+
+template <class T>
+struct Product {
+  const T* x;
+  const T* weight;
+  const T* bias;
+  T* out;
+  int64_t in, outs;
+};
+
+// Sums of kRows rows of x with kCols rows of the weight, from (row, col) on.
+template <class T, int kRows, int kCols>
+inline void tile(const Product<T>& p, int64_t row, int64_t col) {
+  using D = Dot<T>;
+  const T* x = p.x + row * p.in;
+  const T* w = p.weight + col * p.in;
+  Vec acc[kRows][kCols];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; c++) acc[r][c] = set1(0.0f);
+  auto step = [&](auto&& fetch) {
+    typename D::Reg rows[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) rows[r] = fetch(x + r * p.in);
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; c++) {
+      const typename D::Reg w_c = fetch(w + c * p.in);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) acc[r][c] = D::add(acc[r][c], rows[r], w_c);
+    }
+  };
+  int64_t k = 0;
+  for (; k + D::kStep <= p.in; k += D::kStep) step([&](const T* at) { return D::load(at + k); });
+  if (k < p.in) step([&](const T* at) { return D::load_n(at + k, p.in - k); });
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) {
+    T* out = p.out + (row + r) * p.outs + col;
+    if constexpr (kCols == 4) {
+      __m128 sums = sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+      if (p.bias) {
+        const T* b = p.bias + col;
+        sums += _mm_setr_ps(to_float(b[0]), to_float(b[1]), to_float(b[2]), to_float(b[3]));
+      }
+      put4(out, sums);
+    } else {
+      put(out, sum(acc[r][0]) + (p.bias ? to_float(p.bias[col]) : 0.0f));
+    }
+  }
+}
+
+template <class T, int kRows>
+inline void columns(const Product<T>& p, int64_t row, int64_t begin, int64_t end) {
+  int64_t col = begin;
+  for (; col + 4 <= end; col += 4) tile<T, kRows, 4>(p, row, col);
+  for (; col < end; col++) tile<T, kRows, 1>(p, row, col);
+}
+
+template <class T, int kRows = kTileRows>
+inline void columns_of(int64_t rows, const Product<T>& p, int64_t row, int64_t begin, int64_t end) {
+  if constexpr (kRows == 1) {
+    columns<T, 1>(p, row, begin, end);
+  } else if (rows == kRows) {
+    columns<T, kRows>(p, row, begin, end);
+  } else {
+    columns_of<T, kRows - 1>(rows, p, row, begin, end);
+  }
+}
+
+template <class T>
+void linear(const T* x, const T* weight, const T* bias, T* out, int64_t rows, int64_t in, int64_t outs,
+            int64_t threads) {
+  const int64_t work = rows * in * outs;
+  const Unlocked unlocked(work);
+  const Product<T> product{x, weight, bias, out, in, outs};
+  if (work < (1 << 16)) threads = 1;
+  const int64_t fits = kChunkBytes / static_cast<int64_t>(sizeof(T) * std::max<int64_t>(in, 1));
+  const int64_t share = outs / (4 * std::max<int64_t>(threads, 1));
+  const int64_t chunk = std::max<int64_t>(4, std::min(fits, share) & ~int64_t{3});
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < tiles; t++) {  // as even as can be: 8 rows are 4 and 4, not 6 and 2
+      const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+      columns_of<T>(to - from, product, from, begin, end);
+    }
+  };
+  parallel_chunks(threads, outs, chunk, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin += chunk) body(begin, std::min(end, begin + chunk));
+  });
+}
+
+}  // namespace llmfw

@@ -1,0 +1,31 @@
+// The table of callables that this object offers, one of each kernel for each number format.
+
+#include "activation.h"
+#include "attention.h"
+#include "binding.h"
+#include "linear.h"
+#include "norm.h"
+#include "rope.h"
+
+using namespace llmfw;
+
+#define LLMFW_KERNEL(name, ...) {name, call<__VA_ARGS__>, 0x80, nullptr}
+#define LLMFW_KERNELS(T)                                                      \
+  LLMFW_KERNEL("linear_" #T, &linear<T>),                                     \
+      LLMFW_KERNEL("rms_norm_" #T, &rms_norm<T>),                             \
+      LLMFW_KERNEL("add_rms_norm_" #T, &add_rms_norm<T>),                     \
+      LLMFW_KERNEL("silu_and_mul_" #T, &act_and_mul<T, Silu>),                \
+      LLMFW_KERNEL("gelu_and_mul_" #T, &act_and_mul<T, Gelu>),                \
+      LLMFW_KERNEL("gelu_tanh_and_mul_" #T, &act_and_mul<T, GeluTanh>),       \
+      LLMFW_KERNEL("rope_and_cache_" #T, &rope_and_cache<T>),                 \
+      LLMFW_KERNEL("paged_attention_" #T, &paged_attention<T>)
+
+extern "C" {
+extern MethodDef llmfw_methods[];
+MethodDef llmfw_methods[] = {
+    LLMFW_KERNELS(float),
+    LLMFW_KERNELS(bf16),
+    LLMFW_KERNELS(fp16),
+    {nullptr, nullptr, 0, nullptr},
+};
+}
