@@ -75,8 +75,8 @@ class PluginEntry:
 
     def _load_error(self, reason: str) -> PluginLoadError:
         return PluginLoadError(
-            f"{self.label} cannot be loaded (entry point {self.name} = {self.value} in {self.group}): "
-            f"{reason}",
+            f"{self.label} cannot be loaded "
+            f"(entry point {self.name} = {self.value} in {self.group}): {reason}",
             hint=f"update or repair it: pip install --upgrade {self.dist}\n"
             f"or remove it: pip uninstall {self.dist}\n"
             "llmfw plugins doctor checks each installed plugin",
@@ -102,8 +102,7 @@ class Catalog:
 
     @classmethod
     def scan(cls, path: Sequence[str] | None = None) -> Catalog:
-        """Read the metadata of every distribution on `path` (default: `sys.path`); imports none of
-        them.
+        """Read the metadata of every distribution on `path` (default: `sys.path`).
 
         A distribution found twice (an editable install seen through two folders) counts once, the
         first one on the path, which is the one that Python imports.

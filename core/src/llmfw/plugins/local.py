@@ -172,12 +172,11 @@ def _load_file(path: Path) -> ModuleType:
 def _load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except BaseException as exc:
-        if (
-            isinstance(exc, ModuleNotFoundError)
-            and exc.name
-            and f"{name}.".startswith(f"{exc.name}.")
-        ):
+    except LlmfwError:
+        raise
+    except _FAULTS as exc:
+        missing = exc.name if isinstance(exc, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
             raise UsageError(
                 f"no such plugin module: {name}",
                 hint="it must be importable: install it or put its folder on PYTHONPATH,\n"
