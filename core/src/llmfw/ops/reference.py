@@ -32,7 +32,7 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension (arXiv:1910.07467).
 
     Computed in float32. With offset 0 the normalised value is rounded to x's dtype before the
-    product with weight, as in LLaMA; with an offset the product is in float32, as in Gemma.
+    product with weight; with an offset the product is in float32.
     """
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
