@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("docs/**/*.md")),
-    *sorted(ROOT.glob("c*/README.md")),
+    *(ROOT / folder / "README.md" for folder in ("core", "cli", "plugin_template")),
     *sorted(ROOT.glob("builtin_models/*/README.md")),
 ]
 BLOCK = re.compile(
