@@ -13,6 +13,7 @@ from llmfw.weights.memory_reader import MemoryCheckpoint
 from llmfw.weights.opening import open_checkpoint
 from llmfw.weights.plan import LoadPlan, PlanRow, plan_weights
 from llmfw.weights.shards import Shard
+from llmfw.weights.sources import ModelSource, resolve_model
 from llmfw.weights.weight_map import WeightMap
 from llmfw.weights.writer import SaveReport, save_checkpoint
 
@@ -21,6 +22,7 @@ __all__ = [
     "LoadPlan",
     "LoadReport",
     "MemoryCheckpoint",
+    "ModelSource",
     "PlanRow",
     "SaveReport",
     "Shard",
@@ -30,5 +32,6 @@ __all__ = [
     "load_weights",
     "open_checkpoint",
     "plan_weights",
+    "resolve_model",
     "save_checkpoint",
 ]

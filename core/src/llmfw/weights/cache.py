@@ -1,0 +1,66 @@
+"""The user's cache directory, and folders in it that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from llmfw.errors import ConfigError
+
+
+def cache_dir() -> Path:
+    """`LLMFW_CACHE`, or the platform's cache directory for llmfw."""
+    named = os.environ.get("LLMFW_CACHE")
+    return Path(named).expanduser() if named else user_cache_path("llmfw", appauthor=False)
+
+
+def cached_folder(group: str, stem: str, key: str, fill: Callable[[Path], None]) -> Path:
+    """The folder `group/stem-key` of the cache, made by `fill` where it is not there yet.
+
+    `fill` works on a private folder that is then moved into place in one step: another process
+    never sees half of it, and of two processes that make it at once the second throws its own away.
+    Folders of the same stem with other keys are older versions and are removed.
+
+    Raises:
+        ConfigError: If the cache cannot be written.
+    """
+    target = cache_dir() / group / f"{stem}-{key}"
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+    except OSError as exc:
+        raise _unwritable(target.parent, exc) from exc
+    try:
+        fill(staging)
+        staging.chmod(0o755)
+        _move(staging, target)
+    except OSError as exc:
+        raise _unwritable(target.parent, exc) from exc
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    for older in target.parent.glob(f"{stem}-*"):
+        if older != target and len(older.name) == len(target.name):
+            shutil.rmtree(older, ignore_errors=True)
+    return target
+
+
+def _move(staging: Path, target: Path) -> None:
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _unwritable(folder: Path, exc: OSError) -> ConfigError:
+    return ConfigError(
+        f"{folder}: the cache cannot be written: {exc.strerror or exc}",
+        hint="set LLMFW_CACHE to a directory with free space",
+    )

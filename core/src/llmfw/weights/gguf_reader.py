@@ -1,0 +1,169 @@
+"""GGUF files as checkpoints: HF's names and layouts, values dequantised when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llmfw.errors import CheckpointError
+from llmfw.weights.checkpoint import TensorInfo
+from llmfw.weights.expressions import reorder
+from llmfw.weights.gguf_header import GGUFEntry, GGUFHeader, read_gguf_header
+from llmfw.weights.gguf_tables import FAMILIES, ROPE_FACTORS, TOP_NAMES, Family
+
+_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def family_of(file: Path, header: GGUFHeader) -> Family:
+    """The row of the format tables for this file.
+
+    Raises:
+        CheckpointError: If its architecture is not in the tables, or it is one part of several.
+    """
+    name = str(header.metadata.get("general.architecture"))
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{file}: GGUF architecture {name!r} is not served; these are: {', '.join(FAMILIES)}",
+            hint="use the model's safetensors, or add its row to llmfw/weights/gguf_tables.py",
+            file=str(file),
+        )
+    if header.metadata.get("split.count", 1) > 1:
+        raise CheckpointError(
+            f"{file}: is one of {header.metadata['split.count']} parts",
+            hint="merge them with llama.cpp's `llama-gguf-split --merge`",
+            file=str(file),
+        )
+    return FAMILIES[name]
+
+
+class GGUFCheckpoint:
+    """The tensors of a GGUF file under HF's names and in HF's layouts.
+
+    A quantised tensor shows as float32; F16 and BF16 keep their dtype. A model with tied embeddings
+    has no `lm_head.weight`. Rotary factors that belong to the config are not shown.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it is damaged, or its architecture is not in the format tables.
+    """
+
+    format = "gguf"
+
+    def __init__(self, path: Path, header: GGUFHeader | None = None) -> None:
+        self.path = path
+        self.header = header or read_gguf_header(path)
+        self.family = family_of(path, self.header)
+        self._entries = {
+            _hf_name(name, self.family): entry
+            for name, entry in self.header.tensors.items()
+            if name != ROPE_FACTORS
+        }
+        self._data = np.memmap(path, mode="r")
+
+    def names(self) -> Sequence[str]:
+        """All HF names, in the order of the file."""
+        return tuple(self._entries)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype as `tensor` gives them; `stored` is ggml's type."""
+        entry = self._entry(name)
+        dtype = _PLAIN.get(entry.type_name, torch.float32)
+        if self._is_norm(name):
+            dtype = torch.float32
+        return TensorInfo(entry.shape, dtype, self.path.name, entry.nbytes, entry.type_name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor, dequantised and in HF's layout."""
+        entry = self._entry(name)
+        value = self._dequantised(entry, 0, entry.shape[0])
+        heads = self._paired_heads(entry)
+        if heads:
+            value = reorder(value, 0, (heads, entry.shape[0] // heads // 2, 2), (0, 2, 1))
+        return value
+
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Part of it; along dimension 0 only those rows are dequantised, where the layout allows."""
+        entry = self._entry(name)
+        if dim == 0 and not self._paired_heads(entry):
+            return self._dequantised(entry, start, stop)
+        return self.tensor(name).narrow(dim, start, stop - start)
+
+    def rope_factors(self) -> torch.Tensor:
+        """The stored rotary factors, float32 [head_dim / 2]; only some models have them."""
+        entry = self.header.tensors[ROPE_FACTORS]
+        return self._dequantised(entry, 0, entry.shape[0])
+
+    def _entry(self, name: str) -> GGUFEntry:
+        if name not in self._entries:
+            raise CheckpointError(f"no tensor '{name}' in {self.path}", tensor=name)
+        return self._entries[name]
+
+    def _is_norm(self, name: str) -> bool:
+        return self.family.norm_offset != 0 and name.endswith("norm.weight")
+
+    def _paired_heads(self, entry: GGUFEntry) -> int:
+        """Number of heads whose rows are stored in pairs; 0 for any other tensor."""
+        stem = entry.name.split(".")[-2]
+        if not self.family.permuted_heads or stem not in ("attn_q", "attn_k"):
+            return 0
+        prefix = f"{self.header.metadata['general.architecture']}.attention."
+        heads = self.header.metadata.get(f"{prefix}head_count")
+        if stem == "attn_k":
+            heads = self.header.metadata.get(f"{prefix}head_count_kv", heads)
+        if not isinstance(heads, int) or heads <= 0 or entry.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{self.path}: tensor '{entry.name}': {entry.shape[0]} rows do not divide by {heads} heads",
+                hint="download it again",
+                tensor=entry.name,
+                file=str(self.path),
+            )
+        return heads
+
+    def _dequantised(self, entry: GGUFEntry, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of dimension 0."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        row_bytes = entry.nbytes // entry.shape[0]
+        raw = self._data[entry.offset + start * row_bytes : entry.offset + stop * row_bytes]
+        shape = (stop - start, *entry.shape[1:])
+        if entry.type_name in _PLAIN:
+            plain = torch.from_numpy(raw.copy()).view(_PLAIN[entry.type_name]).reshape(shape)
+            return plain.float() - self.family.norm_offset if self._shifted(entry) else plain
+        if entry.type_name == "F32":
+            value = torch.from_numpy(raw.copy()).view(torch.float32).reshape(shape)
+        else:
+            kind = GGMLQuantizationType[entry.type_name]
+            try:
+                blocks = raw.reshape(-1, entry.nbytes * entry.shape[-1] // _numel(entry.shape))
+                value = torch.from_numpy(dequantize(blocks, kind)).reshape(shape)
+            except NotImplementedError as exc:
+                raise CheckpointError(
+                    f"{self.path}: tensor '{entry.name}': gguf cannot dequantise {entry.type_name}",
+                    hint="use another quantisation of this model",
+                    tensor=entry.name,
+                ) from exc
+        return value - self.family.norm_offset if self._shifted(entry) else value
+
+    def _shifted(self, entry: GGUFEntry) -> bool:
+        return self._is_norm(entry.name)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _hf_name(name: str, family: Family) -> str:
+    """HF's name for ggml's; one that the tables lack stays as it is, and the load plan will name it."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in TOP_NAMES:
+        return f"{TOP_NAMES[stem]}.{suffix}"
+    parts = stem.split(".")
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in family.block:
+        return f"model.layers.{parts[1]}.{family.block[parts[2]]}.{suffix}"
+    return name
