@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmfw.attention import AttentionMetadata
+    from llmfw.attention import AttentionMetadata, CacheSpec
     from llmfw.config import Mapping, ModelConfig, QuantConfig
     from llmfw.errors import (
         CheckpointError,
@@ -43,10 +43,14 @@ if TYPE_CHECKING:
         ColumnLinear,
         Embedding,
         GatedMLP,
+        Layer,
         LayerNorm,
         Linear,
         LMHead,
+        PositionalEmbeddingParams,
+        PositionEmbeddingType,
         RMSNorm,
+        RopeParams,
         RotaryEmbedding,
         RowLinear,
     )
@@ -57,6 +61,10 @@ if TYPE_CHECKING:
         DecoderModel,
         DecoderModelForCausalLM,
         DecoderSpec,
+        StockDecoderForCausalLM,
+        StockDecoderLayer,
+        StockDecoderModel,
+        build,
         register_auto_model,
     )
     from llmfw.ops import Kernel
@@ -79,13 +87,19 @@ __all__ = [
     "Mapping",
     "QuantConfig",
     "DecoderSpec",
+    "StockDecoderForCausalLM",
+    "StockDecoderModel",
+    "StockDecoderLayer",
     "DecoderLayer",
     "DecoderLayerList",
     "DecoderModel",
     "DecoderModelForCausalLM",
     "register_auto_model",
+    "build",
+    "Layer",
     "Attention",
     "AttentionMetadata",
+    "CacheSpec",
     "MLP",
     "GatedMLP",
     "Linear",
@@ -94,6 +108,9 @@ __all__ = [
     "Embedding",
     "LMHead",
     "RotaryEmbedding",
+    "RopeParams",
+    "PositionalEmbeddingParams",
+    "PositionEmbeddingType",
     "RMSNorm",
     "LayerNorm",
     "WeightMap",
@@ -121,7 +138,7 @@ __all__ = [
 ]
 
 _NAMES = {
-    "llmfw.attention": ("AttentionMetadata",),
+    "llmfw.attention": ("AttentionMetadata", "CacheSpec"),
     "llmfw.config": ("Mapping", "ModelConfig", "QuantConfig"),
     "llmfw.layers": (
         "Attention",
@@ -129,10 +146,14 @@ _NAMES = {
         "Embedding",
         "GatedMLP",
         "LMHead",
+        "Layer",
         "LayerNorm",
         "Linear",
         "MLP",
+        "PositionEmbeddingType",
+        "PositionalEmbeddingParams",
         "RMSNorm",
+        "RopeParams",
         "RotaryEmbedding",
         "RowLinear",
     ),
@@ -143,6 +164,10 @@ _NAMES = {
         "DecoderModel",
         "DecoderModelForCausalLM",
         "DecoderSpec",
+        "StockDecoderForCausalLM",
+        "StockDecoderLayer",
+        "StockDecoderModel",
+        "build",
         "register_auto_model",
     ),
     "llmfw.ops": ("Kernel",),

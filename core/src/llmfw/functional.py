@@ -57,12 +57,12 @@ def transpose(tensor: Tensor, dim0: int, dim1: int) -> Tensor:
 
 def sum(tensor: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
     """Sum over dimensions."""
-    return torch.sum(tensor, dim=dim, keepdim=keepdim)
+    return torch.sum(tensor, dim=dim if isinstance(dim, int) else tuple(dim), keepdim=keepdim)
 
 
 def mean(tensor: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
     """Mean over dimensions."""
-    return torch.mean(tensor, dim=dim, keepdim=keepdim)
+    return torch.mean(tensor, dim=dim if isinstance(dim, int) else tuple(dim), keepdim=keepdim)
 
 
 def pow(base: Tensor, exponent: float | Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Layer(nn.Module):
         """
 
     def post_load(self) -> None:
-        """Prepare what depends on loaded weights."""
+        """Prepare what depends on loaded weights; may run again after a part was loaded anew."""
 
     def load_weights(self, weights: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Fill this module's own parameters, as TensorRT-LLM's guide does by hand.

@@ -63,6 +63,7 @@ class Linear(Layer):
         if self.weight_shards and sum(shard.dim0 for shard in self.weight_shards) != out_features:
             raise ConfigError(f"shards {shards} do not add up to out_features {out_features}")
         self.dtype = dtype
+        self.prepared = False
         self.local_in = self._split(in_features) if parallel == "row" else in_features
         self.local_out = self._split(out_features) if parallel == "column" else out_features
         self.weight: torch.Tensor = nn.Parameter(

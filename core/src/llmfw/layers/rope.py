@@ -138,7 +138,8 @@ class RopeParams:
         if self.rope_type == "dynamic":
             length = max(length, self.max_positions)
             grown = self.scale_factor * length / self.max_positions - (self.scale_factor - 1)
-            return 1.0 / ((self.theta * grown ** (self.dim / (self.dim - 2))) ** exponents)
+            base = self.theta * float(grown ** (self.dim / (self.dim - 2)))
+            return 1.0 / (base**exponents)
         if self.rope_type == "llama3":
             return self._llama3(plain)
         if self.rope_type == "yarn":

@@ -38,7 +38,7 @@ class ClassPlugin:
     @hookimpl
     def llmfw_model(self, model_config: ModelConfig[Any]) -> DecoderModelForCausalLM[Any, Any]:
         """The model itself."""
-        return self.model_class(model_config)  # type: ignore[call-arg, arg-type]
+        return self.model_class(model_config)  # type: ignore[call-arg]
 
     @hookimpl
     def llmfw_weight_map(self, model_config: ModelConfig[Any], checkpoint: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,6 +16,16 @@ from llmfw.models.decoder import DecoderModel, StockDecoderModel
 from llmfw.models.spec import DecoderSpec
 
 TModel = TypeVar("TModel", bound=nn.Module)
+
+
+@runtime_checkable
+class StatefulLayer(Protocol):
+    """A module that keeps state for each token or request."""
+
+    layer_idx: int
+
+    def cache_spec(self) -> CacheSpec:
+        """What it keeps."""
 
 
 class DecoderModelForCausalLM(Layer, Generic[TModel, TConfig]):
@@ -118,7 +128,7 @@ class DecoderModelForCausalLM(Layer, Generic[TModel, TConfig]):
         return {
             module.layer_idx: module.cache_spec()
             for module in self.modules()
-            if hasattr(module, "cache_spec") and hasattr(module, "layer_idx")
+            if isinstance(module, StatefulLayer)
         }
 
     @property
@@ -126,7 +136,9 @@ class DecoderModelForCausalLM(Layer, Generic[TModel, TConfig]):
         """Longest sequence the configuration allows."""
         return self.model_config.max_positions
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def load_weights(  # type: ignore[override]  # a model takes the whole checkpoint
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> None:
         """Fill the model from checkpoint tensors in memory, e.g. a transformers state_dict.
 
         Overriding it replaces the weight map for this model, as in TensorRT-LLM's guide.

@@ -27,6 +27,11 @@ class DecoderLayer(Layer):
 class StockDecoderLayer(DecoderLayer):
     """The decoder layer that a `DecoderSpec` describes; its residual stays apart for fusion."""
 
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+    pre_feedforward_layernorm: nn.Module
+    post_feedforward_layernorm: nn.Module
+
     def __init__(self, config: ModelConfig[Any], layer_idx: int, spec: DecoderSpec) -> None:
         super().__init__()
         self.layer_idx = layer_idx
@@ -187,7 +192,7 @@ class DecoderLayerList(nn.ModuleList):
 class DecoderModel(Layer, Generic[TConfig]):
     """A stack of decoder layers between an embedding and a final norm.
 
-    A subclass sets `embed_tokens`, `layers` and `norm` (None for none); the default forward then
+    A subclass sets `embed_tokens`, `layers` and mostly `norm`; the default forward then
     serves.
 
     Args:
@@ -196,7 +201,7 @@ class DecoderModel(Layer, Generic[TConfig]):
 
     embed_tokens: nn.Module
     layers: nn.ModuleList
-    norm: nn.Module | None = None
+    norm: nn.Module | None
 
     def __init__(self, model_config: ModelConfig[TConfig]) -> None:
         super().__init__()
@@ -232,11 +237,12 @@ class DecoderModel(Layer, Generic[TConfig]):
         return self._finish(hidden, residual)
 
     def _finish(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        norm = getattr(self, "norm", None)
+        if norm is None:
+            return hidden if residual is None else hidden + residual
         if residual is None:
-            return hidden if self.norm is None else self.norm(hidden)
-        if self.norm is None:
-            return hidden + residual
-        return self.norm(hidden, residual)[0]  # type: ignore[no-any-return]
+            return norm(hidden)  # type: ignore[no-any-return]
+        return norm(hidden, residual)[0]  # type: ignore[no-any-return]
 
 
 class StockDecoderModel(DecoderModel[Any]):

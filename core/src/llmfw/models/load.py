@@ -13,14 +13,20 @@ import torch
 from llmfw.config import Mapping, ModelConfig, architecture_of, read_config_json
 from llmfw.config.reading import read_json
 from llmfw.errors import UsageError
-from llmfw.models.build import CoreDefaults, build, finish_loading
+from llmfw.models.build import CoreDefaults, build
 from llmfw.models.causal_lm import DecoderModelForCausalLM
 from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
 from llmfw.models.weights import CheckpointTensors, has_own_load_weights, load_by_author, load_dummy
 from llmfw.ops.device import device_info
-from llmfw.ops.kernel import Kernel
 from llmfw.ops.table import OpTable
-from llmfw.plugins import Catalog, PluginHost, load_kernel_packs, load_plugin_module, resolve_plugin
+from llmfw.plugins import (
+    Catalog,
+    PluginHost,
+    collect_kernels,
+    load_kernel_packs,
+    load_plugin_module,
+    resolve_plugin,
+)
 from llmfw.weights import (
     LoadReport,
     ModelSource,
@@ -167,10 +173,8 @@ def op_table(host: PluginHost, device: torch.device, select: str, catalog: Catal
     """The kernels of the installed packs, the extensions and the model's plugin."""
     info = device_info(device)
     wanted = tuple(name for name in select.split(",") if name not in ("auto", "reference", ""))
-    packs, _problems = load_kernel_packs(info, catalog, wanted)
-    found: list[Kernel] = []
-    for entry, kernels in packs:
-        found += [kernel.from_pack(entry.name) for kernel in kernels]
+    packs, _ = load_kernel_packs(info.features, catalog, wanted)
+    found, _ = collect_kernels(packs, info, wanted)
     for kernels in host.hook.llmfw_kernels(device=info):
         found += [kernel.from_pack(kernel.pack or host.name) for kernel in kernels or ()]
     return OpTable(info, tuple(found), select)
@@ -189,14 +193,11 @@ def _load_checkpoint(
     config = model.model_config
     weight_map = prepared.host.hook.llmfw_weight_map(model_config=config, checkpoint=checkpoint)
     plan = plan_weights(model, checkpoint, weight_map, config.mapping)
-    report = load_weights(
+    return load_weights(
         model,
         plan,
         checkpoint,
         device=config.device,
-        dtype=config.dtype,
         threads=threads,
         progress=progress,
     )
-    finish_loading(model)
-    return report

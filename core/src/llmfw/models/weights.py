@@ -56,7 +56,6 @@ def load_into_model(
         device=config.device,
         mapping=config.mapping,
     )
-    finish_loading(model)
 
 
 def load_by_author(

@@ -117,9 +117,8 @@ def rope_and_cache(
     slots: int64 [T]; a negative slot writes nothing. q_norm, k_norm: RMS norm weights [D] or None.
     Returns q [T, Hq, D].
     """
-    q, k, v = qkv.split(
-        [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=-1
-    )
+    widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    q, k, v = qkv.split(widths, dim=-1)
     q = q.unflatten(-1, (num_heads, head_dim))  # [tokens, heads, head_dim]
     k = k.unflatten(-1, (num_kv_heads, head_dim))
     v = v.unflatten(-1, (num_kv_heads, head_dim))
@@ -132,7 +131,7 @@ def rope_and_cache(
         q = apply_rope(q, cos, sin, interleaved)
         k = apply_rope(k, cos, sin, interleaved)
     write_cache(k, v, k_cache, v_cache, slots)
-    return q
+    return q  # type: ignore[no-any-return]
 
 
 def write_cache(

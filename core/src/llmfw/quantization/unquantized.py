@@ -39,8 +39,9 @@ class UnquantizedLinearMethod:
     def post_load(self, module: Linear, kernel: Callable[..., torch.Tensor]) -> None:
         """Let a kernel that owns its layout prepare the weight once."""
         prepare = getattr(kernel, "prepare", None)
-        if prepare is None or module.weight.is_meta:
+        if prepare is None or module.weight.is_meta or module.prepared:
             return
+        module.prepared = True
         prepared = prepare(module.weight)
         if prepared is not module.weight:
             module.weight = nn.Parameter(prepared, requires_grad=False)

@@ -1,0 +1,85 @@
+"""Shared by the parity tests: a tiny random transformers model beside ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmfw.config import ModelConfig
+from llmfw.models import DecoderModelForCausalLM, build
+from llmfw.models.build import CoreDefaults
+from llmfw.plugins import PluginHost, resolve_plugin
+from llmfw.testing import PackedSession
+from llmfw.weights import MemoryCheckpoint, load_weights, plan_weights
+
+ATOL = 1e-4  # architecture rule: float32, tiny models
+
+
+def tiny_hf(config: Any, architecture: str) -> torch.nn.Module:
+    """A random transformers model of `config`, float32, with weights large enough to tell."""
+    config.architectures = [architecture]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def ours_from(
+    hf: torch.nn.Module, *, max_model_len: int | None = None, **settings: Any
+) -> DecoderModelForCausalLM[Any, Any]:
+    """Our model of the same architecture, through its plugin, filled from the state dict."""
+    config = hf.config
+    resolved = resolve_plugin(config.architectures[0])
+    host = PluginHost(resolved.plugin, name=resolved.label, defaults=CoreDefaults())
+    model_config: ModelConfig[Any] = ModelConfig(
+        pretrained_config=config,
+        max_model_len=max_model_len or config.max_position_embeddings,
+        block_size=4,
+        **settings,
+    )
+    model = build(model_config, host)
+    checkpoint = MemoryCheckpoint({k: v.clone() for k, v in hf.state_dict().items()})
+    weight_map = host.hook.llmfw_weight_map(model_config=model_config, checkpoint=checkpoint)
+    plan = plan_weights(model, checkpoint, weight_map, model_config.mapping)
+    load_weights(model, plan, checkpoint)
+    return model
+
+
+def hf_logits(hf: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """Logits of every position of one prompt: [tokens, vocab]."""
+    with torch.no_grad():
+        return hf(torch.tensor([ids])).logits[0]
+
+
+def random_prompts(count: int, vocab: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of random ids and lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def assert_same_logits(
+    hf: torch.nn.Module, model: DecoderModelForCausalLM[Any, Any], prompts: list[list[int]]
+) -> None:
+    """A ragged prefill, chunks and single decode steps all give transformers' logits."""
+    expected = [hf_logits(hf, ids) for ids in prompts]
+    ragged = PackedSession(model, num_blocks=256).step({str(i): p for i, p in enumerate(prompts)})
+    for index, want in enumerate(expected):
+        torch.testing.assert_close(ragged[str(index)], want, atol=ATOL, rtol=0)
+    session = PackedSession(model, num_blocks=256)
+    ids, want = prompts[0], expected[0]
+    cut, tail = len(ids) // 2, len(ids) - 3
+    pieces = [ids[:cut], ids[cut:tail], *([token] for token in ids[tail:])]
+    got = torch.cat([session.step({"a": piece})["a"] for piece in pieces if piece])
+    torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
