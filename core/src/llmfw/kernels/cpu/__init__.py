@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmfw.plugins import hookimpl
+
 if TYPE_CHECKING:
     from llmfw.ops.kernel import DeviceInfo, Kernel
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 class CpuPack:
     """The kernel pack "cpu"."""
 
+    @hookimpl
     def llmfw_kernels(self, device: DeviceInfo) -> list[Kernel]:
         """The pack's kernels; none for a device that is not a CPU."""
         if "cpu" not in device.features:
