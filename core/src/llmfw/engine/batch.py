@@ -1,0 +1,224 @@
+"""From a step's chunks to the packed tensors that the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, LayerCache
+from llmfw.engine.request_table import RequestTable
+from llmfw.engine.step import Chunk, StepInput
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step, packed.
+
+    input_ids, position_ids: int64 [tokens] (device).
+    sample_seq_ids: sequences that get a token, in the order of the first rows of logits.
+    sample_rows, sample_positions: their rows in the table, and where in the sequence the token will stand (host).
+    sample_targets: int64, where in RequestTable.flat_tokens it goes (device).
+    prompt_rows: for each sequence that wants prompt_logprobs: (sequence, position of its first logits row in the
+        prompt, number of rows); these rows of logits follow those that are sampled.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    metadata: AttentionMetadata
+    sample_seq_ids: tuple[int, ...]
+    sample_rows: np.ndarray
+    sample_positions: np.ndarray
+    sample_targets: torch.Tensor
+    prompt_rows: tuple[tuple[int, int, int], ...] = ()
+
+
+class BatchBuilder:
+    """Builds batches from a request table; a few array operations a step, whatever the number of requests.
+
+    Args:
+        table: The worker's sequences.
+        caches: K and V by layer index.
+        num_groups: Groups of layers; they share one block table.
+        device: Where the tensors go.
+    """
+
+    def __init__(
+        self,
+        table: RequestTable,
+        caches: Mapping[int, LayerCache],
+        num_groups: int,
+        device: torch.device,
+    ) -> None:
+        self.table = table
+        self.caches = caches
+        self.num_groups = num_groups
+        self.device = device
+
+    def build(self, step: StepInput) -> Batch:
+        """Pack a step whose deltas the table has applied; nothing waits for the device."""
+        table = self.table
+        chunks = step.chunks
+        rows = np.array([table.row_of[chunk.seq_id] for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        if step.num_generations == len(chunks):
+            return self._pack_generations(chunks, rows, starts)
+        lens = np.array([chunk.num_tokens for chunk in chunks])
+        ends = np.cumsum(lens)
+        owner = np.repeat(np.arange(len(chunks)), lens)  # [tokens], the chunk of each token
+        positions = np.arange(ends[-1]) + (starts - ends + lens)[owner]
+        samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
+        prompt_rows, prompt_indices = self._prompt_rows(chunks, ends - lens)
+        logits_indices = np.concatenate([ends[samples] - 1, *prompt_indices])
+        kv_lens = starts + lens
+        return self._finish(
+            chunks,
+            rows,
+            kv_lens,
+            token_rows=rows[owner],
+            positions=positions,
+            query_lens=tuple(lens.tolist()),
+            cu_query_lens=np.concatenate([[0], ends]),
+            sample_seq_ids=tuple(chunk.seq_id for chunk in chunks if chunk.samples),
+            sample_rows=rows[samples],
+            sample_positions=kv_lens[samples],
+            logits_indices=logits_indices,
+            num_contexts=len(chunks) - step.num_generations,
+            prompt_rows=prompt_rows,
+        )
+
+    def _pack_generations(
+        self, chunks: tuple[Chunk, ...], rows: np.ndarray, starts: np.ndarray
+    ) -> Batch:
+        """Every chunk has one token: a token's index is its request's."""
+        seq_ids = tuple(chunk.seq_id for chunk in chunks)
+        prompt_rows: tuple[tuple[int, int, int], ...] = ()
+        logits_indices = None
+        sample_rows, kv_lens = rows, starts + 1
+        sample_positions = kv_lens
+        wanted, prompt_indices = self._prompt_rows(chunks, np.arange(len(chunks)))
+        if wanted or not all(chunk.samples for chunk in chunks):
+            samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
+            prompt_rows = wanted
+            logits_indices = np.concatenate([np.flatnonzero(samples), *prompt_indices])
+            seq_ids = tuple(chunk.seq_id for chunk in chunks if chunk.samples)
+            sample_rows, sample_positions = rows[samples], kv_lens[samples]
+        return self._finish(
+            chunks,
+            rows,
+            kv_lens,
+            token_rows=rows,
+            positions=starts,
+            query_lens=(1,) * len(chunks),
+            cu_query_lens=np.arange(len(chunks) + 1),
+            sample_seq_ids=seq_ids,
+            sample_rows=sample_rows,
+            sample_positions=sample_positions,
+            logits_indices=logits_indices,
+            num_contexts=0,
+            prompt_rows=prompt_rows,
+        )
+
+    def _finish(
+        self,
+        chunks: tuple[Chunk, ...],
+        rows: np.ndarray,
+        kv_lens: np.ndarray,
+        *,
+        token_rows: np.ndarray,
+        positions: np.ndarray,
+        query_lens: tuple[int, ...],
+        cu_query_lens: np.ndarray,
+        sample_seq_ids: tuple[int, ...],
+        sample_rows: np.ndarray,
+        sample_positions: np.ndarray,
+        logits_indices: np.ndarray | None,
+        num_contexts: int,
+        prompt_rows: tuple[tuple[int, int, int], ...],
+    ) -> Batch:
+        table = self.table
+        size = table.block_size
+        host_kv_lens = tuple(kv_lens.tolist())
+        max_kv_len = max(host_kv_lens)
+        block, offset = np.divmod(positions, size)
+        slots = table.blocks[token_rows, block].astype(np.int64) * size + offset
+        wide = [
+            token_rows * table.max_model_len + positions,
+            positions,
+            slots,
+            sample_rows * table.max_model_len + sample_positions,
+        ]
+        if logits_indices is not None:
+            wide.append(logits_indices)
+        token_index, position_ids, slots_, targets, *indices = self._upload(wide, torch.int64)
+        tables = table.blocks[rows, : -(-max_kv_len // size)]
+        cu, kv, flat_tables = self._upload(
+            [cu_query_lens, kv_lens, tables.reshape(-1)], torch.int32
+        )
+        view = CacheGroupView(flat_tables.view(tables.shape), slots_, size)
+        metadata = AttentionMetadata(
+            query_lens=query_lens,
+            kv_lens=host_kv_lens,
+            num_contexts=num_contexts,
+            cu_query_lens=cu,
+            kv_lens_device=kv,
+            positions=position_ids,
+            groups=(view,) * self.num_groups,
+            caches=self.caches,
+            logits_indices=indices[0] if indices else None,
+            max_query_len=max(query_lens),
+            max_kv_len=max_kv_len,
+        )
+        return Batch(
+            input_ids=table.flat_tokens.index_select(0, token_index).long(),
+            position_ids=position_ids,
+            metadata=metadata,
+            sample_seq_ids=sample_seq_ids,
+            sample_rows=sample_rows,
+            sample_positions=sample_positions,
+            sample_targets=targets,
+            prompt_rows=prompt_rows,
+        )
+
+    def _prompt_rows(
+        self, chunks: tuple[Chunk, ...], offsets: np.ndarray
+    ) -> tuple[tuple[tuple[int, int, int], ...], list[np.ndarray]]:
+        """Which packed tokens predict a token of a prompt whose log probabilities are wanted."""
+        table = self.table
+        wanted = []
+        indices = []
+        for chunk, offset in zip(chunks, offsets, strict=True):
+            extras = table.extras[table.row_of[chunk.seq_id]]
+            if extras is None or extras.new.sampling.prompt_logprobs is None:
+                continue
+            count = min(chunk.num_tokens, len(extras.new.prompt_token_ids) - 1 - chunk.start)
+            if count > 0:
+                wanted.append((chunk.seq_id, chunk.start, count))
+                indices.append(np.arange(offset, offset + count))
+        return tuple(wanted), indices
+
+    def _upload(self, arrays: list[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+        return upload(arrays, dtype, self.device)
+
+
+def upload(
+    arrays: list[np.ndarray], dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """One-dimensional arrays as tensors on the device: as they are on a CPU, in one copy elsewhere."""
+    numpy_dtype = _NUMPY[dtype]
+    if device.type == "cpu":
+        return [torch.from_numpy(array.astype(numpy_dtype, copy=False)) for array in arrays]
+    sizes = [len(array) for array in arrays]
+    staged = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, out=staged.numpy(), casting="same_kind")
+    return list(staged.to(device, non_blocking=True).split(sizes))
+
+
+_NUMPY = {
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+}

@@ -1,0 +1,133 @@
+"""One completion under way: its tokens, text and log probabilities, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmfw.engine.detokenizer import Decoder, Detokenizer
+from llmfw.engine.step import TokenLogprobs
+from llmfw.request import CompletionOutput, FinishReason, Logprob, Request
+
+
+@dataclass(frozen=True, slots=True)
+class EndRules:
+    """When a completion ends, beside stop strings.
+
+    eos_ids: end-of-sequence tokens that count (none with ignore_eos). stop_ids: the request's own.
+    max_new_tokens: tokens after which its length ends it.
+    """
+
+    eos_ids: frozenset[int]
+    stop_ids: frozenset[int]
+    min_tokens: int
+    max_new_tokens: int
+
+
+class Completion:
+    """What the engine knows of one sequence beside its computation.
+
+    Args:
+        request: The request it belongs to.
+        index: Which of the request's n completions it is.
+        seq_id: Its number in scheduler and worker.
+        rules: When it ends.
+        decoder: The tokenizer, or None to leave the text empty.
+    """
+
+    def __init__(
+        self, request: Request, index: int, seq_id: int, rules: EndRules, decoder: Decoder | None
+    ) -> None:
+        sampling = request.sampling
+        self.index = index
+        self.seq_id = seq_id
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
+        self.cumulative_logprob = 0.0
+        self._decoder = decoder
+        self._rules = rules
+        self._include_stop = sampling.include_stop_str_in_output
+        self._shown_chars = 0
+        self._shown_tokens = 0
+        self._text: Detokenizer | None = None
+        if decoder is not None and sampling.detokenize:
+            self._text = Detokenizer(
+                decoder,
+                request.prompt_token_ids,
+                stops=sampling.stop_strings,
+                include_stop=sampling.include_stop_str_in_output,
+                skip_special_tokens=sampling.skip_special_tokens,
+            )
+
+    def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Add a token and see whether it ends the completion."""
+        self.token_ids.append(token)
+        if logprobs is not None and self.logprobs is not None:
+            self.logprobs.append(logprob_entry(token, logprobs, self._decode_one))
+            self.cumulative_logprob += logprobs.logprob
+        rules = self._rules
+        count = len(self.token_ids)
+        may_stop = count >= rules.min_tokens
+        ends = may_stop and (token in rules.eos_ids or token in rules.stop_ids)
+        if self._text is not None and (not ends or self._include_stop):
+            stop = self._text.push(token, search=may_stop)
+            if stop is not None and not ends:
+                self.finish_reason, self.stop_reason = FinishReason.STOP, stop
+                return
+        if ends:
+            self.stop_reason = token if token in rules.stop_ids else None
+            self.finish(FinishReason.STOP)
+        elif count >= rules.max_new_tokens:
+            self.finish(FinishReason.LENGTH)
+
+    def finish(self, reason: FinishReason) -> None:
+        """End it for a reason other than a stop string, and let out text that was held back."""
+        self.finish_reason = reason
+        if self._text is not None:
+            stop = self._text.finish()
+            if stop is not None and reason is FinishReason.LENGTH:
+                self.finish_reason, self.stop_reason = FinishReason.STOP, stop
+
+    def output(self, *, advance: bool = False) -> CompletionOutput:
+        """The completion so far. With `advance` the next output's diffs start where this one ends."""
+        text = "" if self._text is None else self._text.text
+        if self.finish_reason is None and self._text is not None:
+            text = text[: self._text.visible]
+        tokens = list(self.token_ids)
+        made = CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tokens,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            text_diff=text[self._shown_chars :],
+            token_ids_diff=tokens[self._shown_tokens :],
+        )
+        if advance:
+            self._shown_chars = max(self._shown_chars, len(text))
+            self._shown_tokens = len(tokens)
+        return made
+
+    def _decode_one(self, token: int) -> str | None:
+        return decode_one(self._decoder, token)
+
+
+def decode_one(decoder: Decoder | None, token: int) -> str | None:
+    """The text of one token alone, special ones included."""
+    return None if decoder is None else decoder.decode([token], skip_special_tokens=False)
+
+
+def logprob_entry(
+    token: int, logprobs: TokenLogprobs, decode: Callable[[int], str | None]
+) -> dict[int, Logprob]:
+    """Log probabilities by token: the best ones, and the chosen one wherever it stands."""
+    entry = {token: Logprob(logprobs.logprob, logprobs.rank, decode(token))}
+    pairs = zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+    for rank, (other, value) in enumerate(pairs, start=1):
+        if other != token:
+            entry[other] = Logprob(value, rank, decode(other))
+    return entry

@@ -1,0 +1,418 @@
+"""The engine: takes requests from any thread and steps in one of its own while there is work."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+from llmfw.engine.completion import Completion, EndRules, decode_one, logprob_entry
+from llmfw.engine.executor import Executor
+from llmfw.engine.generation import Generation
+from llmfw.engine.model_runner import RunnerFacts
+from llmfw.engine.scheduler import Scheduler, SchedulerConfig, Sequence
+from llmfw.engine.settings import EngineSettings
+from llmfw.engine.stats import Counters, EngineStats
+from llmfw.engine.step import NewRequest, StepInput, StepOutput
+from llmfw.errors import EngineError, RequestError
+from llmfw.request import FinishReason, Request
+from llmfw.sampling_params import SamplingParams
+
+logger = logging.getLogger("llmfw.engine")
+
+_JOIN_SECONDS = 30.0
+
+
+class TextCodec(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Text to ids."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Ids to text."""
+
+
+class LLMEngine:
+    """Continuous batching over one executor.
+
+    Args:
+        executor: Runs the steps.
+        settings: Settings settled for the device.
+        tokenizer: For text and stop strings, or None.
+        eos_ids: The checkpoint's end-of-sequence tokens.
+        vocab_size: Token ids are below it; None: not checked.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        settings: EngineSettings,
+        *,
+        tokenizer: TextCodec | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        vocab_size: int | None = None,
+    ) -> None:
+        self.facts: RunnerFacts = executor.call("facts")
+        self.settings = settings
+        self._executor = executor
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._vocab_size = vocab_size
+        self._scheduler = Scheduler(_scheduler_config(self.facts, settings))
+        self._counters = Counters()
+        self._generations: dict[str, Generation] = {}
+        self._by_seq: dict[int, tuple[Generation, Completion]] = {}
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._names: set[str] = set()  # ids of live requests, those in the inbox included
+        self._next_seq = 0
+        self._next_name = 0
+        self._next_draw = 0
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._in_flight: deque[Future[StepOutput]] = deque()
+        self._thread = threading.Thread(target=self._run, name="llmfw-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.shutdown)
+
+    # Any thread.
+
+    def add_request(self, request: Request) -> Generation:
+        """Queue a request.
+
+        Raises:
+            RequestError: If it cannot be served; nothing is queued then.
+            EngineError: If the engine has stopped.
+        """
+        sampling = request.sampling.resolved()
+        self._check(request, sampling)
+        bad_words = self._bad_word_ids(sampling)
+        with self._wake:
+            self._refuse_when_stopped()
+            if request.request_id in self._names:
+                raise RequestError(
+                    f"a request {request.request_id!r} is already under way",
+                    hint="choose another request_id",
+                )
+            self._names.add(request.request_id)
+            base_seed = self._seed_of(sampling)
+            eos = frozenset() if sampling.ignore_eos else self._eos_ids
+            room = self.facts.max_model_len - len(request.prompt_token_ids)
+            rules = EndRules(
+                eos,
+                frozenset(sampling.stop_token_ids or ()),
+                sampling.min_tokens,
+                room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            )
+            completions = []
+            sequences = []
+            for index in range(sampling.n):
+                self._next_seq += 1
+                completions.append(
+                    Completion(request, index, self._next_seq, rules, self._tokenizer)
+                )
+                sequences.append(
+                    _sequence(request, sampling, index, self._next_seq, rules, base_seed, bad_words)
+                )
+            generation = Generation(request, completions, self.abort)
+            self._inbox.append(lambda: self._start(generation, sequences))
+            self._wake.notify()
+        return generation
+
+    def new_request_id(self) -> str:
+        """An id that no other request of this engine has had from here."""
+        with self._wake:
+            self._next_name += 1
+            return str(self._next_name - 1)
+
+    def abort(self, request_id: str) -> None:
+        """End a request as it stands; one that is finished or unknown is left alone."""
+        with self._wake:
+            self._inbox.append(lambda: self._abort(request_id))
+            self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        """A snapshot; taken without stopping the engine, so numbers may be a step apart."""
+        scheduler, counters = self._scheduler, self._counters
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            requests=counters.requests,
+            finished=counters.finished,
+            aborted=counters.aborted,
+            failed=counters.failed,
+            steps=counters.steps,
+            preemptions=scheduler.stats.preemptions,
+            kv_blocks=scheduler.pool.num_blocks,
+            kv_blocks_used=scheduler.pool.num_used,
+            prefix_queries=scheduler.stats.prefix_queries,
+            prefix_hits=scheduler.stats.prefix_hits,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+        )
+
+    def shutdown(self, *, wait: bool = True) -> None:
+        """Stop: requests under way end with an EngineError, the worker is let go. May be called twice."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        atexit.unregister(self.shutdown)
+        if wait and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_SECONDS)
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                self._step()
+        except BaseException as exc:
+            self._stop(exc)
+        else:
+            self._stop(None)
+
+    def _take_inbox(self) -> bool:
+        """Wait for work; False when the engine is to stop."""
+        with self._wake:
+            while not (self._inbox or self._closing or self._in_flight or self._scheduler.has_work):
+                self._wake.wait()
+            if self._closing:
+                return False
+            inbox, self._inbox = self._inbox, []
+        for action in inbox:
+            action()
+        return True
+
+    def _step(self) -> None:
+        """Submit the next step; read the oldest in flight when enough are."""
+        depth = self.settings.pipeline_depth or 0
+        step = self._scheduler.schedule()
+        if step is not None:
+            self._counters.steps += 1
+            if step.new:
+                self._note_started(step)
+            self._in_flight.append(self._executor.submit(step))
+        if self._in_flight and (step is None or len(self._in_flight) > depth):
+            self._receive(self._in_flight.popleft().result())
+        elif step is None and self._scheduler.has_work:
+            raise EngineError("the scheduler has work but no step; this is a fault of the engine")
+
+    def _start(self, generation: Generation, sequences: list[Sequence]) -> None:
+        request = generation.request
+        self._counters.requests += 1
+        self._counters.prompt_tokens += len(request.prompt_token_ids)
+        self._generations[request.request_id] = generation
+        for completion, sequence in zip(generation.completions, sequences, strict=True):
+            self._scheduler.add(sequence)
+            self._by_seq[completion.seq_id] = (generation, completion)
+
+    def _note_started(self, step: StepInput) -> None:
+        now = time.perf_counter()
+        for new in step.new:
+            entry = self._by_seq[new.seq_id]
+            if entry[0].timings.scheduled is None:
+                entry[0].timings.scheduled = now
+                cached = self._scheduler.running[new.seq_id].num_cached
+                entry[0].num_cached_tokens = cached or 0
+
+    def _receive(self, output: StepOutput) -> None:
+        for seq_id, (start, entries) in output.prompt_logprobs.items():
+            self._note_prompt_logprobs(seq_id, start, entries)
+        for seq_id, token in zip(output.seq_ids, output.token_ids, strict=True):
+            entry = self._by_seq.get(seq_id)
+            if entry is None:
+                continue  # ended while the step was in flight
+            generation, completion = entry
+            try:
+                self._push(generation, completion, token, output)
+            except Exception as exc:
+                self._fail(generation, exc)
+
+    def _push(
+        self, generation: Generation, completion: Completion, token: int, output: StepOutput
+    ) -> None:
+        seq_id = completion.seq_id
+        if token < 0:
+            raise RequestError(
+                "the model's logits are not finite, or logit_bias and bad_words leave no token",
+                hint="try dtype float32; check the checkpoint and the request's parameters",
+            )
+        self._scheduler.receive(seq_id, token)
+        self._counters.generated_tokens += 1
+        with generation.guard():
+            if generation.timings.first_token is None:
+                generation.timings.first_token = time.perf_counter()
+            completion.push(token, output.logprobs.get(seq_id))
+            if completion.finish_reason is None:
+                generation.tell()
+                return
+        self._scheduler.finish(seq_id)
+        del self._by_seq[seq_id]
+        if all(other.finish_reason is not None for other in generation.completions):
+            self._counters.finished += 1
+            self._drop(generation)
+            generation.end()
+        else:
+            with generation.guard():
+                generation.tell()
+
+    def _note_prompt_logprobs(self, seq_id: int, start: int, entries: list[object]) -> None:
+        entry = self._by_seq.get(seq_id)
+        if entry is None or entry[0].prompt_logprobs is None:
+            return
+        generation = entry[0]
+        prompt = generation.request.prompt_token_ids
+        with generation.guard():
+            for position, logprobs in enumerate(entries, start=start):
+                generation.prompt_logprobs[position] = logprob_entry(  # type: ignore[index]
+                    prompt[position],
+                    logprobs,  # type: ignore[arg-type]
+                    lambda token: decode_one(self._tokenizer, token),
+                )
+
+    def _abort(self, request_id: str) -> None:
+        generation = self._generations.get(request_id)
+        if generation is not None:
+            self._counters.aborted += 1
+            self._release(generation)
+            generation.end(FinishReason.ABORT)
+
+    def _fail(self, generation: Generation, exc: Exception) -> None:
+        """End one request with an error; the others go on."""
+        self._counters.failed += 1
+        self._release(generation)
+        error = exc
+        if not isinstance(error, RequestError):
+            logger.error("request %s failed", generation.request_id, exc_info=exc)
+            error = RequestError(f"request {generation.request_id} failed: {exc!r}")
+            error.__cause__ = exc
+        generation.end(FinishReason.ERROR, error)
+
+    def _release(self, generation: Generation) -> None:
+        for completion in generation.completions:
+            if self._by_seq.pop(completion.seq_id, None) is not None:
+                self._scheduler.finish(completion.seq_id)
+        self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        del self._generations[generation.request_id]
+        with self._wake:
+            self._names.discard(generation.request_id)
+
+    def _stop(self, cause: BaseException | None) -> None:
+        """Tell all that wait, let the worker go."""
+        with self._wake:
+            self._failure = cause
+            self._closing = True
+            inbox, self._inbox = self._inbox, []
+        for action in inbox:  # so that those who were not yet seen are told too
+            action()
+        self._in_flight.clear()
+        for generation in list(self._generations.values()):
+            generation.end(FinishReason.ERROR, self._stopped_error())
+        self._generations.clear()
+        self._by_seq.clear()
+        if cause is not None:
+            logger.error("the engine stopped: %r", cause)
+        self._executor.shutdown()
+
+    def _stopped_error(self) -> EngineError:
+        if self._failure is None:
+            return EngineError("the engine was shut down", hint="make a new LLM")
+        error = EngineError(f"the engine stopped: {self._failure!r}", hint="make a new LLM")
+        error.__cause__ = self._failure
+        return error
+
+    # Checks and parts of a request.
+
+    def _refuse_when_stopped(self) -> None:
+        if self._closing:
+            raise self._stopped_error()
+
+    def _check(self, request: Request, sampling: SamplingParams) -> None:
+        self._scheduler.check_length(len(request.prompt_token_ids))
+        if self._tokenizer is None and (sampling.stop_strings or sampling.bad_words):
+            raise RequestError(
+                "stop strings and bad words need a tokenizer",
+                hint="use stop_token_ids and logit_bias, or leave skip_tokenizer_init off",
+            )
+        vocab = self._vocab_size
+        if vocab is None:
+            return
+        for name, ids in (
+            ("prompt_token_ids", request.prompt_token_ids),
+            ("stop_token_ids", sampling.stop_token_ids or ()),
+            ("logit_bias", tuple(sampling.logit_bias or ())),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                wrong = next(token for token in ids if not 0 <= token < vocab)
+                raise RequestError(
+                    f"token id {wrong} in {name} is out of range",
+                    hint=f"the model's ids are 0 to {vocab - 1}",
+                )
+
+    def _bad_word_ids(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of each bad word, at the start of a text and after a space."""
+        found: set[tuple[int, ...]] = set()
+        for word in sampling.bad_words or ():
+            assert self._tokenizer is not None
+            for text in (word, " " + word.lstrip()):
+                found.add(tuple(self._tokenizer.encode(text, add_special_tokens=False)))
+        return tuple(sorted(found - {()}))
+
+    def _seed_of(self, sampling: SamplingParams) -> int:
+        if sampling.seed is not None:
+            return sampling.seed
+        self._next_draw += 1
+        return _mix_seed(self.settings.seed, self._next_draw)
+
+
+def _scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerConfig:
+    assert settings.max_num_seqs is not None and settings.max_num_batched_tokens is not None
+    return SchedulerConfig(
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+        max_model_len=facts.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        enable_prefix_caching=settings.enable_prefix_caching and facts.shares_prefixes,
+        enable_chunked_prefill=settings.enable_chunked_prefill,
+    )
+
+
+def _sequence(
+    request: Request,
+    sampling: SamplingParams,
+    index: int,
+    seq_id: int,
+    rules: EndRules,
+    base_seed: int,
+    bad_words: tuple[tuple[int, ...], ...],
+) -> Sequence:
+    """One of the request's n sequences; the first has its seed and tells of the prompt."""
+    if index and sampling.prompt_logprobs is not None:
+        sampling = sampling.replace(prompt_logprobs=None)
+    new = NewRequest(
+        seq_id,
+        request.prompt_token_ids,
+        sampling,
+        seed=_mix_seed(base_seed, index),
+        stop_ids=tuple(rules.eos_ids | rules.stop_ids),
+        bad_words=bad_words,
+    )
+    limit = len(request.prompt_token_ids) + rules.max_new_tokens
+    return Sequence(new, limit, read_prefix=sampling.prompt_logprobs is None)
+
+
+def _mix_seed(seed: int, index: int) -> int:
+    """64 bits that differ for every index, the same on every machine."""
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little"
+    )

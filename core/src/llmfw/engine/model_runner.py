@@ -1,0 +1,259 @@
+"""The worker: holds the model, its caches and the sequences' state, and runs one step after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from llmfw.attention.backend import get_attention_backend
+from llmfw.attention.metadata import AttentionMetadata, CacheSpec
+from llmfw.engine import kv_cache
+from llmfw.engine.batch import Batch, BatchBuilder
+from llmfw.engine.request_table import RequestTable
+from llmfw.engine.sampler import LogprobTensors, logprobs, sample
+from llmfw.engine.sampling_plan import SamplingPlan, plan_sampling
+from llmfw.engine.settings import EngineSettings
+from llmfw.engine.step import Chunk, NewRequest, StepInput, StepOutput, TokenLogprobs
+from llmfw.errors import DeviceError
+from llmfw.sampling_params import SamplingParams
+
+logger = logging.getLogger("llmfw.engine")
+
+
+class Model(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most positions it can be given, or None for any."""
+
+    def cache_specs(self) -> Mapping[int, CacheSpec]:
+        """What each layer keeps, by layer index."""
+
+    def __call__(
+        self, attn_metadata: AttentionMetadata, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [rows, vocab] of the tokens in attn_metadata.logits_indices, or of all."""
+
+
+@dataclass(frozen=True)
+class RunnerFacts:
+    """What the scheduler must know of the worker."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    shares_prefixes: bool
+    kv_cache_bytes: int
+
+
+class ModelRunner:
+    """Runs steps of a model on one device.
+
+    Args:
+        model: The model, loaded.
+        settings: Settings settled for the device.
+        device: Where it runs.
+        attn_backend: Name of the attention backend, whose layout the caches have.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        device: torch.device,
+        *,
+        attn_backend: str = "auto",
+    ) -> None:
+        self.model = model
+        self._backend = get_attention_backend(attn_backend)
+        self.settings = settings
+        self.device = device
+        self.specs = dict(model.cache_specs())
+        kv_cache.check_specs(self.specs)
+        wanted = self._wanted_len()
+        assert settings.max_num_seqs is not None
+        if device.type != "cpu":
+            self._warm_up(wanted)
+        num_blocks = kv_cache.count_blocks(self.specs, settings, wanted, device)
+        self.max_model_len = self._fit(wanted, num_blocks)
+        self.num_blocks = num_blocks
+        self.table = RequestTable(
+            settings.max_num_seqs, self.max_model_len, settings.block_size, device
+        )
+        self.caches = kv_cache.allocate(
+            self.specs, num_blocks, settings.block_size, device, self._backend
+        )
+        self.builder = BatchBuilder(self.table, self.caches, self._num_groups, device)
+
+    @property
+    def _num_groups(self) -> int:
+        return len(kv_cache.group_of_specs(self.specs))
+
+    def facts(self) -> RunnerFacts:
+        """What the scheduler must know."""
+        return RunnerFacts(
+            self.max_model_len,
+            self.num_blocks,
+            self.settings.block_size,
+            shares_prefixes=bool(self.specs),
+            kv_cache_bytes=self.num_blocks
+            * kv_cache.block_bytes(self.specs, self.settings.block_size),
+        )
+
+    def launch(self, step: StepInput) -> PendingStep:
+        """Start a step; on a GPU this returns before it is done, and nothing here waits for it."""
+        self.table.apply(step)
+        batch = self.builder.build(step)
+        with torch.inference_mode():
+            logits = self.model(batch.metadata, batch.input_ids, batch.position_ids)
+            return self._sample(step.step_id, batch, logits)
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self.table.clear()
+
+    def _sample(self, step_id: int, batch: Batch, logits: torch.Tensor) -> PendingStep:
+        plan = plan_sampling(self.table, batch.sample_rows, batch.sample_positions)
+        count = len(batch.sample_seq_ids)
+        prompt = self._prompt_logprobs(batch, logits[count:]) if batch.prompt_rows else ()
+        if batch.prompt_rows:
+            logits = logits[:count]
+        tokens = sample(logits, plan)
+        self.table.flat_tokens.index_copy_(0, batch.sample_targets, tokens.clamp_min(0).int())
+        best = None
+        if plan.logprobs is not None:
+            best = logprobs(logits, tokens, _widest(plan.logprobs, logits.shape[-1]))
+        return PendingStep(step_id, batch, plan, tokens, best, prompt)
+
+    def _prompt_logprobs(self, batch: Batch, logits: torch.Tensor) -> tuple[LogprobTensors, ...]:
+        """Log probabilities of the prompt tokens that follow the rows of `logits`."""
+        results = []
+        offset = 0
+        for seq_id, start, count in batch.prompt_rows:
+            row = self.table.row_of[seq_id]
+            extras = self.table.extras[row]
+            assert extras is not None
+            tokens = self.table.tokens[row, start + 1 : start + 1 + count].long()
+            width = _widest((extras.new.sampling.prompt_logprobs,), logits.shape[-1])
+            results.append(logprobs(logits[offset : offset + count], tokens, width))
+            offset += count
+        return tuple(results)
+
+    def _wanted_len(self) -> int:
+        asked, positions = self.settings.max_model_len, self.model.max_positions
+        if positions is None:
+            return asked or 2048
+        if asked is not None and asked > positions:
+            raise DeviceError(
+                f"max_model_len={asked}, but the model has {positions} positions",
+                hint=f"ask for at most {positions}",
+            )
+        return asked or positions
+
+    def _fit(self, wanted: int, num_blocks: int) -> int:
+        capacity = num_blocks * self.settings.block_size
+        if wanted <= capacity:
+            return wanted
+        if self.settings.max_model_len is not None:
+            raise DeviceError(
+                f"max_model_len={wanted}, but the KV cache holds {capacity} tokens",
+                hint="raise kv_cache_memory or lower max_model_len",
+            )
+        logger.warning(
+            "max_model_len is %d instead of the model's %d: the KV cache holds no more",
+            capacity,
+            wanted,
+        )
+        return capacity
+
+    def _warm_up(self, max_model_len: int) -> None:
+        """Run the largest step once, so that its memory is known before the cache takes the rest."""
+        settings = self.settings
+        assert settings.max_num_batched_tokens is not None and settings.max_num_seqs is not None
+        size = settings.block_size
+        longest = min(max_model_len, settings.max_num_batched_tokens)
+        count = max(1, min(settings.max_num_batched_tokens // longest, settings.max_num_seqs))
+        per_request = -(-longest // size)
+        table = RequestTable(count, longest + 1, size, self.device)
+        caches = kv_cache.allocate(
+            self.specs, count * per_request, size, self.device, self._backend
+        )
+        builder = BatchBuilder(table, caches, self._num_groups, self.device)
+        greedy = SamplingParams(temperature=0.0).resolved()
+        blocks = [tuple(range(i * per_request, (i + 1) * per_request)) for i in range(count)]
+        step = StepInput(
+            0,
+            tuple(Chunk(i, 0, longest, True, blocks[i], True) for i in range(count)),
+            count if longest == 1 else 0,
+            tuple(NewRequest(i, (0,) * longest, greedy) for i in range(count)),
+        )
+        table.apply(step)
+        batch = builder.build(step)
+        with torch.inference_mode():
+            self.model(batch.metadata, batch.input_ids, batch.position_ids)
+
+
+def _widest(wanted: tuple[int | None, ...], vocab: int) -> int:
+    return max(vocab if count == -1 else count or 0 for count in wanted)
+
+
+class PendingStep:
+    """A step that was started; `read` waits for its tokens, the only time that the host waits for the device."""
+
+    def __init__(
+        self,
+        step_id: int,
+        batch: Batch,
+        plan: SamplingPlan,
+        tokens: torch.Tensor,
+        best: LogprobTensors | None,
+        prompt: tuple[LogprobTensors, ...],
+    ) -> None:
+        self._step_id = step_id
+        self._batch = batch
+        self._plan = plan
+        self._best = best
+        self._prompt = prompt
+        self._tokens = tokens
+        self._copied: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> StepOutput:
+        """The step's tokens and log probabilities."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        seq_ids = self._batch.sample_seq_ids
+        output = StepOutput(self._step_id, seq_ids, self._tokens.tolist())
+        if self._best is not None and self._plan.logprobs is not None:
+            lines = _lines(self._best)
+            for seq_id, count, line in zip(seq_ids, self._plan.logprobs, lines, strict=True):
+                if count is not None:
+                    output.logprobs[seq_id] = _narrow(line, count)
+        for (seq_id, start, _), best in zip(self._batch.prompt_rows, self._prompt, strict=True):
+            output.prompt_logprobs[seq_id] = (start + 1, _lines(best))
+        return output
+
+
+def _lines(best: LogprobTensors) -> list[TokenLogprobs]:
+    columns = (
+        best.chosen.tolist(),
+        best.ranks.tolist(),
+        best.top_ids.tolist(),
+        best.top_values.tolist(),
+    )
+    return [TokenLogprobs(*line) for line in zip(*columns, strict=True)]
+
+
+def _narrow(line: TokenLogprobs, count: int) -> TokenLogprobs:
+    if count < 0:
+        return line
+    return line._replace(top_ids=line.top_ids[:count], top_logprobs=line.top_logprobs[:count])

@@ -1,0 +1,331 @@
+"""Which tokens of which sequences the next step computes. Pure Python; knows counts, blocks and digests.
+
+There is no separate prefill and decode: every sequence has tokens and computed tokens, and a step takes some of the
+difference, within a budget. A sequence whose chunk reaches its last token is promised one more, whose value may come
+later: the scheduler goes on with counts, so step n + 1 can be made before step n's tokens are known.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from llmfw.engine.block_pool import ROOT, BlockPool, chain
+from llmfw.engine.step import Chunk, NewRequest, StepInput
+from llmfw.errors import RequestError
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a step and switches.
+
+    Args:
+        num_blocks, block_size: The cache: blocks, and tokens a block.
+        max_model_len: Most tokens of a sequence, prompt and output.
+        max_num_seqs: Most sequences in flight.
+        max_num_batched_tokens: Most tokens of a step.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+
+
+class Sequence:
+    """One completion under way, as the scheduler sees it.
+
+    Args:
+        new: What the worker is told at the first chunk.
+        limit: Tokens, prompt and output, at which it ends.
+        read_prefix: Whether it may start from cached blocks (not when logits of the whole prompt are wanted).
+    """
+
+    __slots__ = (
+        "blocks", "digests", "limit", "new", "num_cached", "num_computed", "num_named", "num_tokens",
+        "read_prefix", "seq_id", "started", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, new: NewRequest, limit: int, *, read_prefix: bool = True) -> None:
+        self.seq_id = new.seq_id
+        self.new = new
+        self.limit = limit
+        self.read_prefix = read_prefix
+        self.tokens = list(new.prompt_token_ids)  # those whose values are known
+        self.num_tokens = len(self.tokens)  # with those promised
+        self.num_computed = 0
+        self.num_cached: int | None = (
+            None  # computed tokens it found in the cache at its first start
+        )
+        self.blocks: list[int] = []
+        self.digests: list[bytes] = []  # of full blocks of known tokens
+        self.num_named = 0  # leading blocks whose names the pool has been told
+        self.started = False
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed; 0 when all its tokens are promised."""
+        return self.num_tokens - self.num_computed if self.num_tokens < self.limit else 0
+
+
+@dataclass
+class SchedulerStats:
+    """Counters since the start."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # prompt tokens found
+
+
+class Scheduler:
+    """First come, first served, with preemption by recomputing.
+
+    Decoding sequences get budget first, then started prompts, then new ones. When blocks run out the latest sequence
+    gives up its blocks and starts again later from the head of the queue.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks, enable_prefix_caching=config.enable_prefix_caching)
+        self.stats = SchedulerStats()
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}  # by order of arrival
+        self._sequences: dict[int, Sequence] = {}
+        self._finished: list[int] = []  # to be told to the worker
+        self._step_id = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the whole cache holds."""
+        return self.config.num_blocks * self.config.block_size
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some sequence is not finished."""
+        return bool(self._sequences)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sequence: the model's limit or the whole cache."""
+        return min(self.config.max_model_len, self.capacity)
+
+    def check_length(self, prompt_len: int) -> None:
+        """Refuse a prompt that could not be computed even with the cache to itself; any thread may ask.
+
+        Raises:
+            RequestError: If it is empty or too long.
+        """
+        if prompt_len < 1:
+            raise RequestError("the prompt is empty", hint="give at least one token")
+        if prompt_len >= self.longest:
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens; with one to generate, at most "
+                f"{self.longest - 1} fit",
+                hint="shorten the prompt, or raise max_model_len or kv_cache_memory",
+            )
+        budget = self.config.max_num_batched_tokens
+        if not self.config.enable_chunked_prefill and prompt_len > budget:
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens, a step at most {budget}",
+                hint="turn chunked prefill on, or raise max_num_batched_tokens",
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            RequestError: As `check_length`.
+        """
+        self.check_length(len(sequence.tokens))
+        sequence.limit = min(sequence.limit, self.longest)
+        self._extend_digests(sequence)
+        self._sequences[sequence.seq_id] = sequence
+        self.waiting.append(sequence)
+
+    def receive(self, seq_id: int, token: int) -> None:
+        """Learn the value of a promised token; of a finished sequence it is ignored."""
+        sequence = self._sequences.get(seq_id)
+        if sequence is not None:
+            sequence.tokens.append(token)
+            if len(sequence.tokens) % self.config.block_size == 0:
+                self._extend_digests(sequence)
+
+    def finish(self, seq_id: int) -> None:
+        """Forget a sequence, ended or aborted, and free its blocks. A step in flight may still compute it."""
+        sequence = self._sequences.pop(seq_id, None)
+        if sequence is None:
+            return
+        if self.running.pop(seq_id, None) is None:
+            self.waiting.remove(sequence)
+        self._free(sequence)
+        if sequence.started:
+            self._finished.append(seq_id)
+
+    def schedule(self) -> StepInput | None:
+        """The next step, or None when nothing can be computed now."""
+        plan = _Plan(self.config.max_num_batched_tokens)
+        settled = self._plan_running(plan)
+        generations: list[Chunk] = []
+        contexts: list[Chunk] = []
+        new: list[NewRequest] = []
+        for sequence, count in plan.counts.items():
+            chunk = self._advance(sequence, count, plan.blocks.get(sequence, ()), restart=False)
+            (generations if count == 1 else contexts).append(chunk)
+        if settled:
+            self._admit(plan, generations, contexts, new)
+        if not generations and not contexts:
+            return None
+        self._step_id += 1
+        finished, self._finished = tuple(self._finished), []
+        return StepInput(
+            self._step_id, (*contexts, *generations), len(generations), tuple(new), finished
+        )
+
+    def check(self) -> None:
+        """Assert that no block is lost or wrongly shared; costs time in proportion to the cache."""
+        self.pool.check([sequence.blocks for sequence in self._sequences.values()])
+        assert all(not sequence.blocks for sequence in self.waiting)
+
+    def _plan_running(self, plan: _Plan) -> bool:
+        """Give budget to running sequences; False if one found no block, so that none may be admitted."""
+        settled = True
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running.values():
+            pending = sequence.pending
+            if pending:
+                (decoding if pending == 1 else prefilling).append(sequence)
+        for sequence in (*decoding, *prefilling):
+            if sequence.seq_id not in self.running:
+                continue  # preempted by one before it
+            count = min(sequence.pending, plan.budget)
+            if count == 0 or (count < sequence.pending and not self.config.enable_chunked_prefill):
+                continue
+            missing = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+            if missing > 0:
+                if missing > self.pool.num_free:
+                    settled = False
+                    if not self._preempt_for(sequence, missing, plan):
+                        continue
+                plan.blocks[sequence] = self.pool.allocate(missing)
+                sequence.blocks += plan.blocks[sequence]
+            plan.take(sequence, count)
+        return settled
+
+    def _admit(
+        self, plan: _Plan, generations: list[Chunk], contexts: list[Chunk], new: list[NewRequest]
+    ) -> None:
+        """Start waiting sequences while budget, places and blocks last."""
+        while self.waiting and plan.budget and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            shared = self._shared_prefix(sequence)
+            cached = len(shared) * self.config.block_size
+            remaining = sequence.num_tokens - cached
+            count = min(remaining, plan.budget)
+            if count < remaining and not self.config.enable_chunked_prefill:
+                return
+            fresh = self._blocks_for(cached + count) - len(shared)
+            # One block for each running sequence stays free, lest it be preempted at once.
+            if (
+                fresh + len(self.running) > self.pool.num_free - self.pool.count_idle(shared)
+                and self.running
+            ):
+                return
+            self.waiting.popleft()
+            self.running[sequence.seq_id] = sequence
+            self.pool.hold(shared)
+            sequence.blocks = shared + self.pool.allocate(fresh)
+            sequence.num_computed = cached
+            sequence.num_named = len(shared)
+            if not sequence.started:
+                sequence.started = True
+                new.append(sequence.new)
+                self._count_prefix(sequence, cached)
+            plan.take(sequence, count)
+            # Named at once: a later one of this step may share it, for layers write K and V before they read.
+            chunk = self._advance(sequence, count, sequence.blocks, restart=True)
+            (generations if count == 1 else contexts).append(chunk)
+
+    def _advance(
+        self, sequence: Sequence, count: int, blocks: list[int] | tuple[int, ...], *, restart: bool
+    ) -> Chunk:
+        start = sequence.num_computed
+        sequence.num_computed += count
+        samples = sequence.num_computed == sequence.num_tokens
+        if samples:
+            sequence.num_tokens += 1  # promised
+        full = min(sequence.num_computed // self.config.block_size, len(sequence.digests))
+        if full > sequence.num_named:
+            for index in range(sequence.num_named, full):
+                self.pool.name(sequence.blocks[index], sequence.digests[index])
+            sequence.num_named = full
+        return Chunk(sequence.seq_id, start, count, samples, tuple(blocks), restart)
+
+    def _preempt_for(self, sequence: Sequence, missing: int, plan: _Plan) -> bool:
+        """Free blocks by preempting the latest sequences, never `sequence` itself nor those before it."""
+        victims = []
+        for victim in reversed(self.running.values()):
+            if victim is sequence:
+                break
+            if victim.pending:
+                victims.append(victim)
+        for victim in victims:
+            if missing <= self.pool.num_free:
+                break
+            plan.drop(victim)
+            del self.running[victim.seq_id]
+            self._free(victim)
+            self.waiting.appendleft(victim)
+            self.stats.preemptions += 1
+        return missing <= self.pool.num_free
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+        sequence.num_named = 0
+
+    def _shared_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks of its prefix; at least one token stays to be computed, for its logits."""
+        if not self.config.enable_prefix_caching or not sequence.read_prefix:
+            return []
+        usable = (sequence.num_tokens - 1) // self.config.block_size
+        return self.pool.match(sequence.digests[:usable])
+
+    def _count_prefix(self, sequence: Sequence, cached: int) -> None:
+        sequence.num_cached = cached
+        self.stats.prefix_queries += len(sequence.new.prompt_token_ids)
+        self.stats.prefix_hits += cached
+
+    def _extend_digests(self, sequence: Sequence) -> None:
+        if not self.config.enable_prefix_caching:
+            return
+        size = self.config.block_size
+        digests = sequence.digests
+        for start in range(len(digests) * size, len(sequence.tokens) - size + 1, size):
+            parent = digests[-1] if digests else ROOT
+            digests.append(chain(parent, sequence.tokens[start : start + size]))
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.config.block_size)
+
+
+class _Plan:
+    """What a step has given out so far."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.counts: dict[Sequence, int] = {}
+        self.blocks: dict[Sequence, list[int]] = {}
+
+    def take(self, sequence: Sequence, count: int) -> None:
+        self.counts[sequence] = count
+        self.budget -= count
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take back what a sequence was given, for it is preempted."""
+        self.budget += self.counts.pop(sequence, 0)
+        self.blocks.pop(sequence, None)

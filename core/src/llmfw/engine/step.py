@@ -1,0 +1,90 @@
+"""What travels between scheduler and worker each step: small picklable deltas, never tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llmfw.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """All that a worker has to know of a sequence, sent once, before its first chunk.
+
+    Args:
+        seq_id: The sequence's number; a request with n completions has n of them.
+        prompt_token_ids: The prompt.
+        sampling: Parameters with every field set.
+        seed: 64 bits; with a position they give the random number of that position.
+        stop_ids: Tokens that must not come before min_tokens.
+        bad_words: Token sequences that must not come out.
+    """
+
+    seq_id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+class Chunk(NamedTuple):
+    """The part of a sequence that one step computes.
+
+    start, num_tokens: positions start .. start + num_tokens - 1, tokens the worker knows.
+    samples: whether a token is sampled after the last of them.
+    blocks: blocks added to the sequence's table; with `restart` they replace it (first chunk, or after preemption).
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    samples: bool
+    blocks: tuple[int, ...] = ()
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step: `finished` sequences are forgotten first, then `new` ones made, then `chunks` computed.
+
+    chunks: context chunks first, then the num_generations chunks of one token.
+    """
+
+    step_id: int
+    chunks: tuple[Chunk, ...]
+    num_generations: int
+    new: tuple[NewRequest, ...] = ()
+    finished: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model computes in this step."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class TokenLogprobs(NamedTuple):
+    """A token's log probability and rank, and the most probable tokens with theirs, best first."""
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The tokens of one step.
+
+    seq_ids, token_ids: the sampled token of each chunk that samples, in the order of the chunks; a negative
+        token means that the model's logits were not finite.
+    logprobs: by sequence, where asked for.
+    prompt_logprobs: by sequence, the position of the first prompt token told of, and one entry a token.
+    """
+
+    step_id: int
+    seq_ids: tuple[int, ...]
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
