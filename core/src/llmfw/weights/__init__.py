@@ -11,7 +11,8 @@ from llmfw.weights.checkpoint import Checkpoint, TensorInfo
 from llmfw.weights.loader import LoadReport, load_into, load_weights
 from llmfw.weights.memory_reader import MemoryCheckpoint
 from llmfw.weights.opening import open_checkpoint
-from llmfw.weights.plan import LoadPlan, PlanRow, plan_weights
+from llmfw.weights.plan import LoadPlan, PlanRow
+from llmfw.weights.planning import plan_weights
 from llmfw.weights.shards import Shard
 from llmfw.weights.sources import ModelSource, resolve_model
 from llmfw.weights.weight_map import WeightMap

@@ -1,4 +1,4 @@
-"""What a checkpoint is to the rest of llmfw: named tensors whose headers are read first and values later."""
+"""What a checkpoint is: named tensors whose headers are read first and values later."""
 
 from __future__ import annotations
 
@@ -57,4 +57,4 @@ class Checkpoint(Protocol):
         """The whole tensor."""
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """`tensor(name).narrow(dim, start, stop - start)`, reading no more than the format allows."""
+        """Rows [start, stop) of it along `dim`, read as sparingly as the format allows."""

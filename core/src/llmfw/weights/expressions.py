@@ -1,5 +1,5 @@
 # ruff: noqa: D102 - methods of the nodes and rules are documented at their base
-"""Lazy tensors: how a parameter's value is put together from tensors of a checkpoint, and taken apart again.
+"""Lazy tensors: how a parameter is put together from a checkpoint's tensors, and taken apart.
 
 Every node only rearranges elements, so each can be undone: `write` fills a tensor from the
 checkpoint, `scatter` takes a tensor of that shape and hands the elements back to the checkpoint's
@@ -22,7 +22,7 @@ class Sink(Protocol):
     """Where `scatter` puts what it has taken apart."""
 
     def put(self, expr: Expr, dim: int, start: int, value: torch.Tensor) -> None:
-        """Rows `start` and on along `dim` of the value of `expr`; called until all of `expr` is there."""
+        """Rows of `expr` along `dim` from `start` on; called until all of `expr` is there."""
 
 
 class Expr:
@@ -282,7 +282,7 @@ def reorder(
 
 
 def resolve_view(view: tuple[int, ...], size: int) -> tuple[int, ...] | None:
-    """`view` with its -1 (at most one) worked out so that its product is `size`; None when it cannot be."""
+    """`view` with its one -1 worked out so that its product is `size`; None where none is."""
     known = math.prod(axis for axis in view if axis != -1)
     if view.count(-1) == 0:
         return view if known == size else None

@@ -18,7 +18,7 @@ _TOKEN_IDS = {
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
-# The rope that ggml stores as factors has these constants in every published model; they are checked.
+# Constants of the rope that ggml stores as factors, in every published model; they are checked.
 _ROPE_ORIGINAL, _ROPE_LOW, _ROPE_HIGH = 8192, 1.0, 4.0
 
 
@@ -127,7 +127,7 @@ def _rope_scaling(
 
 
 def _stored_rope(checkpoint: GGUFCheckpoint, factors: torch.Tensor, theta: float) -> dict[str, Any]:
-    """The rope scaling whose factors these are [head_dim / 2]; recomputed and compared, never assumed."""
+    """The rope scaling whose factors [head_dim / 2] these are: recomputed and compared."""
     factor = float(factors.max())
     half = factors.numel()
     wavelengths = 2 * math.pi * theta ** (torch.arange(half, dtype=torch.float64) / half)

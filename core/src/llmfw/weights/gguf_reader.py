@@ -87,7 +87,7 @@ class GGUFCheckpoint:
         return value
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Part of it; along dimension 0 only those rows are dequantised, where the layout allows."""
+        """Part of it; along dimension 0 only those rows are dequantised where that can be."""
         entry = self._entry(name)
         if dim == 0 and not self._paired_heads(entry):
             return self._dequantised(entry, start, stop)
@@ -117,7 +117,8 @@ class GGUFCheckpoint:
             heads = self.header.metadata.get(f"{prefix}head_count_kv", heads)
         if not isinstance(heads, int) or heads <= 0 or entry.shape[0] % (2 * heads):
             raise CheckpointError(
-                f"{self.path}: tensor '{entry.name}': {entry.shape[0]} rows do not divide by {heads} heads",
+                f"{self.path}: tensor '{entry.name}': {entry.shape[0]} rows do not divide by "
+                f"{heads} heads",
                 hint="download it again",
                 tensor=entry.name,
                 file=str(self.path),
@@ -159,7 +160,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def _hf_name(name: str, family: Family) -> str:
-    """HF's name for ggml's; one that the tables lack stays as it is, and the load plan will name it."""
+    """HF's name for ggml's; one that the tables lack stays, and the load plan will name it."""
     stem, _, suffix = name.rpartition(".")
     if stem in TOP_NAMES:
         return f"{TOP_NAMES[stem]}.{suffix}"

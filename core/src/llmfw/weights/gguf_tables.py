@@ -104,8 +104,8 @@ TOP_NAMES: Mapping[str, str] = _TOP
 # Tensors that are settings rather than weights: they go into the config.
 ROPE_FACTORS = "rope_freqs.weight"
 
-# tokenizer.ggml.pre -> the regular expressions that split text, in order; "digits" stands for single digits,
-# "bytes" for GPT-2's own expression.
+# tokenizer.ggml.pre -> the regular expressions that split text, in order; "digits" stands for
+# single digits, "bytes" for GPT-2's own expression.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -97,13 +97,13 @@ def _splitter(step: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """The two halves of a merge; a space within a half is written as another letter in byte-level BPE."""
+    """The two halves of a merge (byte-level BPE writes a space as another letter)."""
     left, _, right = merge.partition(" ")
     return left, right
 
 
 def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
-    """SentencePiece's BPE: merges in the order of the pieces' scores, bytes for what is not there."""
+    """SentencePiece's BPE: merges by the pieces' scores, bytes for what is not there."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     scores: list[float] = metadata.get("tokenizer.ggml.scores", [0.0] * len(tokens))
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -16,7 +16,8 @@ from torch import nn
 from llmfw.errors import UsageError, WeightError
 from llmfw.weights.checkpoint import Checkpoint
 from llmfw.weights.memory_reader import MemoryCheckpoint
-from llmfw.weights.plan import FilledSlot, LoadPlan, plan_weights
+from llmfw.weights.plan import FilledSlot, LoadPlan
+from llmfw.weights.planning import plan_weights
 from llmfw.weights.slots import TensorParallel
 from llmfw.weights.weight_map import WeightMap
 
@@ -53,7 +54,7 @@ def load_weights(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> LoadReport:
-    """Makes every parameter on `device`, fills it as the plan says, then calls the modules' `post_load`.
+    """Makes every parameter on `device`, fills it as planned, then calls the modules' `post_load`.
 
     Args:
         model: The model that the plan was made for.
@@ -100,7 +101,7 @@ def load_into(
     device: torch.device | str | None = None,
     dtype: LoadDtype = "declared",
 ) -> LoadReport:
-    """Plans and loads any module from tensors in memory: what an author's own `load_weights(weights)` calls.
+    """Plans and loads any module from tensors in memory, for an author's own `load_weights`.
 
     Args:
         module: A model or a part of one.

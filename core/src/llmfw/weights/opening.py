@@ -16,7 +16,7 @@ _PICKLE_CURE = (
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a directory with safetensors, a `.safetensors` file or a `.gguf` file; reads headers only.
+    """Opens a directory with safetensors, or a `.safetensors` or `.gguf` file; headers only.
 
     Raises:
         CheckpointError: If there is nothing to open, it is damaged, or it is a pickle (those can

@@ -12,7 +12,7 @@ _FIELD = re.compile(r"\{(\w+)(\*?)\}")
 
 
 class Pattern:
-    """A tensor name in which `{i}` stands for one dotted segment (or a part of one) and `{rest*}` for several.
+    """A tensor name in which `{i}` stands for one dotted segment and `{rest*}` for several.
 
     Everything else is literal and the whole name must match. The same placeholder twice must match
     the same text.
@@ -63,7 +63,7 @@ class Pattern:
 
 
 def require_same_fields(rule: str, one: Pattern, other: Pattern) -> None:
-    """Both sides of a rule must have the same placeholders: otherwise two tensors would get one name.
+    """Both sides of a rule need the same placeholders, or two tensors would get one name.
 
     Raises:
         UsageError: If they differ.

@@ -38,7 +38,7 @@ def weight_error(problems: Iterable[Problem], checkpoint: str, hint: str) -> Wei
 
 
 class Nearest:
-    """Finds the names most like a given one. Names with the same numbers come first: it is cheap and right."""
+    """Finds the names most like a given one; those with the same numbers come first."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._by_numbers: dict[tuple[str, ...], list[str]] = {}

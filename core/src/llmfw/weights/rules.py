@@ -26,7 +26,7 @@ class Ignored:
 
 @dataclass
 class NameTable:
-    """The tensors at one point of a map: name to lazy tensor, and what the rules have noted on the way."""
+    """The tensors at one point of a map, and what the rules have noted on the way."""
 
     tensors: dict[str, Expr]
     ignored: list[Ignored] = field(default_factory=list)
@@ -215,7 +215,7 @@ class ReorderRule:
     def __post_init__(self) -> None:
         if sorted(self.permutation) != list(range(len(self.view))):
             raise UsageError(
-                f"reorder({self.pattern.text}): {self.permutation} is no permutation of {self.view}'s axes"
+                f"reorder({self.pattern.text}): {self.permutation} does not permute {self.view}"
             )
 
     def apply(self, table: NameTable) -> bool:
@@ -225,7 +225,8 @@ class ReorderRule:
             dim = self.dim % max(len(expr.shape), 1)
             view = resolve_view(self.view, expr.shape[dim]) if dim < len(expr.shape) else None
             if view is None:
-                detail = f"dimension {self.dim} of {list(expr.shape)} cannot be seen as {list(self.view)}"
+                shape, view_text = list(expr.shape), list(self.view)
+                detail = f"dimension {self.dim} of {shape} cannot be seen as {view_text}"
                 table.problems.append(Problem("shape", name, detail))
             else:
                 table.tensors[name] = Reorder(expr, dim, view, self.permutation)
@@ -254,7 +255,7 @@ class IgnoreRule:
 
 @dataclass(frozen=True)
 class TieRule:
-    """A parameter that is the same object as another; on the model's side, so it changes no tensor."""
+    """A parameter that is the same object as another; it changes no tensor."""
 
     dst: Pattern
     src: Pattern
@@ -271,7 +272,7 @@ class TieRule:
 
 @dataclass(frozen=True)
 class DtypeRule:
-    """The dtype that a parameter has, whatever the rest of the model is loaded as; on the model's side."""
+    """The dtype that a parameter has, whatever the rest of the model is loaded as."""
 
     pattern: Pattern
     dtype: torch.dtype
@@ -294,7 +295,7 @@ def _bindings(table: NameTable, patterns: Iterable[Pattern]) -> list[dict[str, s
 
 
 def _take(table: NameTable, names: Sequence[str], rule: str) -> list[tuple[str, Expr]]:
-    """Takes the tensors out of the table; those that lack are problems, and then nothing comes back."""
+    """Takes the tensors out of the table; if any lacks, a problem is noted and none come back."""
     missing = [name for name in names if name not in table.tensors]
     table.problems += [Problem("missing", name, f"{rule} needs it") for name in missing]
     parts = [(name, table.tensors.pop(name)) for name in names if name in table.tensors]
@@ -302,7 +303,7 @@ def _take(table: NameTable, names: Sequence[str], rule: str) -> list[tuple[str, 
 
 
 def _alike(table: NameTable, parts: list[tuple[str, Expr]], dim: int | None, rule: str) -> bool:
-    """Whether the tensors can be joined: one dtype, one shape (but for `dim`); if not, a problem is noted."""
+    """Whether tensors of one dtype and shape (but for `dim`) are joined; notes a problem if not."""
     first_name, first = parts[0]
     if dim is not None and not -len(first.shape) <= dim < len(first.shape):
         table.problems.append(

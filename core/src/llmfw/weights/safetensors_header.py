@@ -63,7 +63,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 _refuse(
                     file,
-                    f"it has {size} bytes, its header claims {length}: truncated or no safetensors file",
+                    f"it has {size} bytes, its header claims {length}: truncated, "
+                    "or no safetensors file",
                 )
             text = stream.read(length)
     except OSError as exc:

@@ -19,7 +19,7 @@ from llmfw.weights.safetensors_header import read_header
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-# A mapped file's pages count as this process's memory until it is unmapped: map it anew after so many bytes.
+# A mapped file's pages count as our memory until it is unmapped: map it anew after so many bytes.
 _REMAP_BYTES = 128 << 20
 
 
@@ -92,7 +92,7 @@ class SafetensorsCheckpoint:
             ) from exc
 
     def _handle(self, file: Path, nbytes: int) -> Any:
-        """This thread's open file. One file at a time, opened anew now and then: see `_REMAP_BYTES`."""
+        """This thread's one open file, opened anew now and then: see `_REMAP_BYTES`."""
         local = self._local
         if getattr(local, "file", None) != file or local.nbytes > _REMAP_BYTES:
             local.handle = None
@@ -103,7 +103,7 @@ class SafetensorsCheckpoint:
 
 
 def open_safetensors(path: Path) -> SafetensorsCheckpoint:
-    """Opens a `.safetensors` file, or a directory with `model.safetensors`, an index, or numbered shards.
+    """Opens a file, or a directory with `model.safetensors`, an index, or numbered shards.
 
     Raises:
         CheckpointError: If there is none, or it is damaged.

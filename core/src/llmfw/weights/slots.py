@@ -1,4 +1,4 @@
-"""What a model wants: its parameters and persistent buffers, with declared shards and ranks unfolded."""
+"""What a model wants: parameters and persistent buffers, shards and ranks unfolded."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _is_row_bias(module: nn.Module, tensor: torch.Tensor) -> bool:
 
 
 def fused_shape(slot: Slot) -> tuple[int, ...]:
-    """The shape of a tensor that holds all parts of the slot at once, before any tensor-parallel cut."""
+    """The shape of a tensor that holds all parts of the slot, before a tensor-parallel cut."""
     if not slot.shape:
         return slot.shape
     rows = total_rows(Shard(part.name, part.shape[0]) for part in slot.parts)

@@ -108,7 +108,8 @@ def _alias(name: str, entries: list[importlib.metadata.EntryPoint]) -> ModelSour
         raise
     except Exception as exc:
         raise PluginLoadError(
-            f"alias '{name}' of {owners[0]} ({entries[0].value}) fails: {type(exc).__name__}: {exc}",
+            f"alias '{name}' of {owners[0]} ({entries[0].value}) fails: "
+            f"{type(exc).__name__}: {exc}",
             hint=f"reinstall {owners[0]}, or give the model's path",
         ) from exc
     return _directory(name, path) if path.is_dir() else _file(name, path)
@@ -123,7 +124,8 @@ def _hub(name: str) -> ModelSource:
         raise ConfigError(
             f"model '{name}' is no directory here, and the hub does not give it: "
             f"{type(exc).__name__}: {_first_line(exc)}",
-            hint="offline: download it elsewhere and give its directory; private: log in with `hf auth login`",
+            hint="offline: download it elsewhere and give its directory\n"
+            "private: log in with `hf auth login`",
         ) from exc
     return replace(_directory(name, path), kind="hub")
 

@@ -70,7 +70,7 @@ class WeightMap:
         return self._with(Split(Pattern(src), tuple(map(Pattern, dsts)), cut, dim))
 
     def stack(self, dst: str, src: str, count: int) -> WeightMap:
-        """`count` tensors, numbered from 0 by the one placeholder of `src` that `dst` lacks, become `dst`."""
+        """`count` tensors, numbered from 0 by the placeholder that only `src` has, become `dst`."""
         target, source = Pattern(dst), Pattern(src)
         over = [name for name in source.fields if name not in target.fields]
         extra = [name for name in target.fields if name not in source.fields]
@@ -87,7 +87,7 @@ class WeightMap:
     def reorder(
         self, pattern: str, view_shape: Sequence[int], permutation: Sequence[int], dim: int = 0
     ) -> WeightMap:
-        """Dimension `dim` seen as `view_shape` (one may be -1), those axes permuted, and merged again.
+        """Dimension `dim` seen as `view_shape` (one may be -1), permuted, and merged again.
 
         Rows stored as [heads, 3, head_dim] become [3, heads, head_dim] by `(heads, 3, head_dim),
         (1, 0, 2)`.
@@ -95,7 +95,7 @@ class WeightMap:
         return self._with(ReorderRule(Pattern(pattern), tuple(view_shape), tuple(permutation), dim))
 
     def tie(self, dst: str, src: str) -> WeightMap:
-        """Parameter `dst` is the same object as parameter `src`; a tensor for `dst` is ignored as "tied"."""
+        """Parameter `dst` is the same object as `src`; a tensor for `dst` is ignored as "tied"."""
         return self._with(TieRule(Pattern(dst), Pattern(src)))
 
     def ignore(self, pattern: str, reason: str) -> WeightMap:
@@ -104,7 +104,7 @@ class WeightMap:
         return self._with(IgnoreRule(Pattern(pattern), reason))
 
     def dtype(self, pattern: str, dtype: torch.dtype) -> WeightMap:
-        """Parameters that keep this dtype whatever the rest is loaded as (names as the model has them)."""
+        """Parameters (the model's names) that keep this dtype whatever the rest is loaded as."""
         return self._with(DtypeRule(Pattern(pattern), dtype))
 
     def describe(self) -> str:

@@ -26,7 +26,7 @@ logger = logging.getLogger("llmfw.weights")
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What was saved: the files written, the tensors in them, and the ignored tensors that were left out."""
+    """What was saved: files written, tensors in them, ignored tensors that were left out."""
 
     files: tuple[Path, ...]
     tensors: int
@@ -77,7 +77,7 @@ def save_checkpoint(
     checkpoint: Checkpoint | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> SaveReport:
-    """Writes the model as safetensors under the names and in the layouts of the checkpoint it was loaded from.
+    """Writes the model as safetensors, with its checkpoint's names and layouts.
 
     Loaded as "stored", a checkpoint comes back bit for bit. The directory appears whole or not at
     all; one that is there already may hold other files (config, tokenizer) but no weights. Call it
@@ -140,7 +140,8 @@ def _scatter(model: nn.Module, filled: FilledSlot, sink: _Gather) -> None:
     value = getattr(model.get_submodule(filled.slot.owner), filled.slot.attribute).detach()
     if tuple(value.shape) != filled.slot.shape:
         raise WeightError(
-            f"{filled.slot.path}: its shape is {list(value.shape)} now, it was loaded as {list(filled.slot.shape)}",
+            f"{filled.slot.path}: its shape is {list(value.shape)} now, "
+            f"it was loaded as {list(filled.slot.shape)}",
             hint="save before post_load() or a kernel repacks the weights",
         )
     for fill in filled.fills:
@@ -150,7 +151,7 @@ def _scatter(model: nn.Module, filled: FilledSlot, sink: _Gather) -> None:
 
 
 def _shards(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
-    """The tensors in their order, cut into groups of at most `limit` bytes (a larger tensor alone)."""
+    """The tensors in order, in groups of at most `limit` bytes (a larger tensor alone)."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -163,7 +164,7 @@ def _shards(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torc
 
 
 def _write(out_dir: Path, shards: list[dict[str, torch.Tensor]]) -> tuple[Path, ...]:
-    """Writes beside the target and moves in place: the whole directory, or file by file with the index last."""
+    """Writes beside the target, then moves: the whole directory, or its files, index last."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
