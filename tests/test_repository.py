@@ -38,7 +38,7 @@ MAY_NAME_MODELS = {"core/src/llmfw/weights/gguf_tables.py"}
 # `llama3` is a kind of rope scaling in the format of config.json, gpt_neox a layout of rotary
 # features, llama.cpp a project: these are not models.
 MODEL_NAME = re.compile(
-    r"(?<![a-z])(llama(?!3\b|\.cpp\b)|smollm|mistral|mixtral|qwen|gemma|deepseek|falcon"
+    r"(?<![a-z])(llama(?!3\b|\.cpp\b|-gguf-)|smollm|mistral|mixtral|qwen|gemma|deepseek|falcon"
     r"|gpt.?oss|gpt.?2|phi.?[1-9]|olmo|granite|starcoder|stablelm|nemotron|exaone|internlm|baichuan)",
     re.IGNORECASE,
 )
