@@ -14,7 +14,7 @@ from llmfw.config import Mapping, ModelConfig, architecture_of, read_config_json
 from llmfw.config.reading import read_json
 from llmfw.errors import UsageError
 from llmfw.models.build import CoreDefaults, build
-from llmfw.models.causal_lm import DecoderModelForCausalLM
+from llmfw.models.pretrained import PretrainedModel
 from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
 from llmfw.models.weights import CheckpointTensors, has_own_load_weights, load_by_author, load_dummy
 from llmfw.ops.device import device_info
@@ -45,7 +45,7 @@ Progress = Callable[[int, int, str], None]
 class LoadedModel:
     """A model ready to run, and where it came from."""
 
-    model: DecoderModelForCausalLM[Any, Any]
+    model: PretrainedModel[Any]
     model_config: ModelConfig[Any]
     source: ModelSource
     host: PluginHost
@@ -137,7 +137,7 @@ def load_model(
         load_format: "auto" reads the checkpoint, "dummy" fills random weights from the
             configuration alone.
         threads: How many threads read the checkpoint.
-        progress: Called with (tensors done, tensors in all, name).
+        progress: Called with (bytes done, bytes in all, name of the parameter).
         seed: Of dummy weights.
         **settings: `dtype`, `device`, `plugin`, `plugin_modules`, `extensions`, `kernels`,
             `attn_backend`, `max_model_len`, `block_size`, `mapping`, as `prepare_model` takes them.
@@ -181,7 +181,7 @@ def op_table(host: PluginHost, device: torch.device, select: str, catalog: Catal
 
 
 def _load_checkpoint(
-    model: DecoderModelForCausalLM[Any, Any],
+    model: PretrainedModel[Any],
     prepared: PreparedModel,
     threads: int,
     progress: Progress | None,
