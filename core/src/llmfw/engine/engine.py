@@ -13,13 +13,14 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from llmfw.engine.completion import Completion, EndRules, decode_one, logprob_entry
+from llmfw.engine.detokenizer import Decoder
 from llmfw.engine.executor import Executor
 from llmfw.engine.generation import Generation
 from llmfw.engine.model_runner import RunnerFacts
 from llmfw.engine.scheduler import Scheduler, SchedulerConfig, Sequence
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.stats import Counters, EngineStats
-from llmfw.engine.step import NewRequest, StepInput, StepOutput
+from llmfw.engine.step import NewRequest, StepInput, StepOutput, TokenLogprobs
 from llmfw.errors import EngineError, RequestError
 from llmfw.request import FinishReason, Request
 from llmfw.sampling_params import SamplingParams
@@ -29,14 +30,11 @@ logger = logging.getLogger("llmfw.engine")
 _JOIN_SECONDS = 30.0
 
 
-class TextCodec(Protocol):
+class TextCodec(Decoder, Protocol):
     """What the engine needs of a tokenizer."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to ids."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        """Ids to text."""
+        """The ids of a text."""
 
 
 class LLMEngine:
@@ -84,8 +82,8 @@ class LLMEngine:
 
     # Any thread.
 
-    def add_request(self, request: Request) -> Generation:
-        """Queue a request.
+    def add_request(self, request: Request, *, streaming: bool = False) -> Generation:
+        """Queue a request; `streaming` wakes the reader for every token.
 
         Raises:
             RequestError: If it cannot be served; nothing is queued then.
@@ -121,7 +119,7 @@ class LLMEngine:
                 sequences.append(
                     _sequence(request, sampling, index, self._next_seq, rules, base_seed, bad_words)
                 )
-            generation = Generation(request, completions, self.abort)
+            generation = Generation(request, completions, self.abort, streamed=streaming)
             self._inbox.append(lambda: self._start(generation, sequences))
             self._wake.notify()
         return generation
@@ -263,19 +261,18 @@ class LLMEngine:
             with generation.guard():
                 generation.tell()
 
-    def _note_prompt_logprobs(self, seq_id: int, start: int, entries: list[object]) -> None:
-        entry = self._by_seq.get(seq_id)
-        if entry is None or entry[0].prompt_logprobs is None:
+    def _note_prompt_logprobs(self, seq_id: int, start: int, entries: list[TokenLogprobs]) -> None:
+        generation = self._by_seq[seq_id][0] if seq_id in self._by_seq else None
+        if generation is None or generation.prompt_logprobs is None:
             return
-        generation = entry[0]
         prompt = generation.request.prompt_token_ids
         with generation.guard():
             for position, logprobs in enumerate(entries, start=start):
-                generation.prompt_logprobs[position] = logprob_entry(  # type: ignore[index]
-                    prompt[position],
-                    logprobs,  # type: ignore[arg-type]
-                    lambda token: decode_one(self._tokenizer, token),
-                )
+                entry = logprob_entry(prompt[position], logprobs, self._decode_one)
+                generation.prompt_logprobs[position] = entry
+
+    def _decode_one(self, token: int) -> str | None:
+        return decode_one(self._tokenizer, token)
 
     def _abort(self, request_id: str) -> None:
         generation = self._generations.get(request_id)

@@ -25,10 +25,16 @@ class Generation:
         request: The request.
         completions: Its n completions.
         abort: Called with the request's id to abort it.
+        streamed: Whether the reader is woken for every token.
     """
 
     def __init__(
-        self, request: Request, completions: list[Completion], abort: Callable[[str], None]
+        self,
+        request: Request,
+        completions: list[Completion],
+        abort: Callable[[str], None],
+        *,
+        streamed: bool = False,
     ) -> None:
         self.request = request
         self.completions = completions
@@ -41,7 +47,7 @@ class Generation:
             self.prompt_logprobs = [None] * len(request.prompt_token_ids)
         self._abort = abort
         self._changed = threading.Condition()
-        self._streamed = False
+        self._streamed = streamed
         self._news = False
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
@@ -67,8 +73,7 @@ class Generation:
         return self._output(advance=False)
 
     def __iter__(self) -> Iterator[RequestOutput]:
-        """Outputs as they come; leaving the loop early aborts the request."""
-        self._streamed = True
+        """Outputs as they come (with `streamed`); leaving the loop early aborts the request."""
         try:
             last = False
             while not last:
@@ -99,8 +104,7 @@ class Generation:
         return output
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        """Outputs as they come, for coroutines; leaving the loop early aborts the request."""
-        self._streamed = True
+        """Outputs as they come (with `streamed`), for coroutines; leaving early aborts the request."""
         event = self._listen()
         try:
             last = False

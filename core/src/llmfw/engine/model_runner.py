@@ -18,7 +18,7 @@ from llmfw.engine.sampler import LogprobTensors, logprobs, sample
 from llmfw.engine.sampling_plan import SamplingPlan, plan_sampling
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import Chunk, NewRequest, StepInput, StepOutput, TokenLogprobs
-from llmfw.errors import DeviceError
+from llmfw.errors import ConfigError, DeviceError
 from llmfw.sampling_params import SamplingParams
 
 logger = logging.getLogger("llmfw.engine")
@@ -59,6 +59,8 @@ class ModelRunner:
         settings: Settings settled for the device.
         device: Where it runs.
         attn_backend: Name of the attention backend, whose layout the caches have.
+        max_model_len: Most tokens of a sequence as the model was built for; its positions when left
+            out.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class ModelRunner:
         device: torch.device,
         *,
         attn_backend: str = "auto",
+        max_model_len: int | None = None,
     ) -> None:
         self.model = model
+        self._built_len = max_model_len
         self._backend = get_attention_backend(attn_backend)
         self.settings = settings
         self.device = device
@@ -145,11 +149,13 @@ class ModelRunner:
         return tuple(results)
 
     def _wanted_len(self) -> int:
+        if self._built_len is not None:
+            return self._built_len
         asked, positions = self.settings.max_model_len, self.model.max_positions
         if positions is None:
             return asked or 2048
         if asked is not None and asked > positions:
-            raise DeviceError(
+            raise ConfigError(
                 f"max_model_len={asked}, but the model has {positions} positions",
                 hint=f"ask for at most {positions}",
             )

@@ -94,7 +94,7 @@ class RequestTable:
         self.prompt_lens[row] = len(prompt)
         self.seeds[row] = new.seed
         self.numbers[row] = [getattr(sampling, name) for name in NUMBERS]
-        self.top_k[row] = sampling.top_k
+        self.top_k[row] = sampling.top_k or 0
         extras = _extras(new)
         self.extras[row] = extras
         self.features[row] = _features(new, extras)

@@ -87,13 +87,15 @@ def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         state = _mix(seeds + _GOLDEN)
         state = _mix(state ^ (positions.astype(np.uint64) * _GOLDEN))
-    return (state >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    draws: np.ndarray = (state >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    return draws
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
