@@ -11,6 +11,7 @@ from llmfw.models.decoder import (
     StockDecoderModel,
 )
 from llmfw.models.load import LoadedModel, PreparedModel, load_model, prepare_model
+from llmfw.models.pretrained import PretrainedModel
 from llmfw.models.spec import DecoderSpec
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DecoderSpec",
     "LoadedModel",
     "PreparedModel",
+    "PretrainedModel",
     "StockDecoderForCausalLM",
     "StockDecoderLayer",
     "StockDecoderModel",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from llmfw.config import ModelConfig
-from llmfw.models.causal_lm import DecoderModelForCausalLM
+from llmfw.models.pretrained import PretrainedModel
 from llmfw.plugins import hookimpl
 from llmfw.plugins.local import register_local
 
-TClass = TypeVar("TClass", bound=type[DecoderModelForCausalLM[Any, Any]])
+TClass = TypeVar("TClass", bound=type[PretrainedModel[Any]])
 
 
 class ClassPlugin:
@@ -24,7 +24,7 @@ class ClassPlugin:
             `llmfw_weight_map`.
     """
 
-    def __init__(self, model_class: type[DecoderModelForCausalLM[Any, Any]]) -> None:
+    def __init__(self, model_class: type[PretrainedModel[Any]]) -> None:
         self.model_class = model_class
 
     @hookimpl
@@ -36,9 +36,9 @@ class ClassPlugin:
         return config_class.from_dict(raw)
 
     @hookimpl
-    def llmfw_model(self, model_config: ModelConfig[Any]) -> DecoderModelForCausalLM[Any, Any]:
+    def llmfw_model(self, model_config: ModelConfig[Any]) -> PretrainedModel[Any]:
         """The model itself."""
-        return self.model_class(model_config)  # type: ignore[call-arg]
+        return self.model_class(model_config)
 
     @hookimpl
     def llmfw_weight_map(self, model_config: ModelConfig[Any], checkpoint: Any) -> Any:

@@ -14,8 +14,9 @@ from torch import nn
 from llmfw.config import ModelConfig, pretrained_config_from
 from llmfw.errors import ConfigError, PluginContractError
 from llmfw.layers import Embedding, Layer, LMHead, stock_layer
-from llmfw.models.causal_lm import DecoderModelForCausalLM, StockDecoderForCausalLM
+from llmfw.models.causal_lm import StockDecoderForCausalLM
 from llmfw.models.decoder import StockDecoderLayer
+from llmfw.models.pretrained import PretrainedModel
 from llmfw.plugins import PluginHost, hookimpl, resolve_plugin
 from llmfw.weights import WeightMap
 
@@ -29,7 +30,7 @@ class CoreDefaults:
         return pretrained_config_from(dict(raw))
 
     @hookimpl(trylast=True)
-    def llmfw_model(self, model_config: ModelConfig[Any]) -> DecoderModelForCausalLM[Any, Any]:
+    def llmfw_model(self, model_config: ModelConfig[Any]) -> PretrainedModel[Any]:
         """The stock decoder that the configuration describes."""
         return StockDecoderForCausalLM(model_config)
 
@@ -53,9 +54,7 @@ class CoreDefaults:
         return WeightMap()
 
 
-def build(
-    model_config: ModelConfig[Any], host: PluginHost | None = None
-) -> DecoderModelForCausalLM[Any, Any]:
+def build(model_config: ModelConfig[Any], host: PluginHost | None = None) -> PretrainedModel[Any]:
     """Construct the model on the meta device and bind every layer to its kernels.
 
     A plugin may call it for a part that another plugin owns: without a host, the plugin is found
@@ -96,10 +95,10 @@ def build(
     model_config = replace(model_config, layer_factory=make_layer)
     with _declaring(model_config.dtype):
         model = hooks.llmfw_model(model_config=model_config)
-    if not isinstance(model, DecoderModelForCausalLM):
+    if not isinstance(model, PretrainedModel):
         raise PluginContractError(
             f"llmfw_model of {host.name} returned {type(model).__name__}",
-            hint="it has to return a DecoderModelForCausalLM",
+            hint="it has to return a DecoderModelForCausalLM or another PretrainedModel",
         )
     bind_tree(model, model_config)
     return model

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from llmfw.attention.metadata import AttentionMetadata, CacheSpec
+from llmfw.attention.metadata import AttentionMetadata
 from llmfw.config import ModelConfig, TConfig, text_config
 from llmfw.layers.embedding import Embedding, LMHead
-from llmfw.layers.layer import Layer
 from llmfw.models.decoder import DecoderModel, StockDecoderModel
+from llmfw.models.pretrained import PretrainedModel
 from llmfw.models.spec import DecoderSpec
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
 
-@runtime_checkable
-class StatefulLayer(Protocol):
-    """A module that keeps state for each token or request."""
-
-    layer_idx: int
-
-    def cache_spec(self) -> CacheSpec:
-        """What it keeps."""
-
-
-class DecoderModelForCausalLM(Layer, Generic[TModel, TConfig]):
+class DecoderModelForCausalLM(PretrainedModel[TConfig], Generic[TModel, TConfig]):
     """A decoder and its head, in the shape of TensorRT-LLM's guide.
 
     Args:
@@ -55,8 +44,7 @@ class DecoderModelForCausalLM(Layer, Generic[TModel, TConfig]):
         logit_scale: float | None = None,
         logit_softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        self.model_config = config
+        super().__init__(config)
         self.model = model
         self.vocab_size = vocab_size
         self.logit_scale = logit_scale
@@ -75,11 +63,6 @@ class DecoderModelForCausalLM(Layer, Generic[TModel, TConfig]):
         embedding = getattr(model, "embed_tokens", None)
         if tied and isinstance(self.lm_head, LMHead) and isinstance(embedding, Embedding):
             self.lm_head.tie_weights(embedding)
-
-    @property
-    def config(self) -> TConfig:
-        """The pretrained configuration."""
-        return self.model_config.pretrained_config
 
     def forward(
         self,
@@ -122,33 +105,6 @@ class DecoderModelForCausalLM(Layer, Generic[TModel, TConfig]):
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits  # type: ignore[no-any-return]
-
-    def cache_specs(self) -> dict[int, CacheSpec]:
-        """What each layer keeps for each token, by layer index; empty without such state."""
-        return {
-            module.layer_idx: module.cache_spec()
-            for module in self.modules()
-            if isinstance(module, StatefulLayer)
-        }
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence the configuration allows."""
-        return self.model_config.max_positions
-
-    def load_weights(  # type: ignore[override]  # a model takes the whole checkpoint
-        self, weights: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Fill the model from checkpoint tensors in memory, e.g. a transformers state_dict.
-
-        Overriding it replaces the weight map for this model, as in TensorRT-LLM's guide.
-
-        Raises:
-            WeightError: If tensors and parameters do not fit, listing all that do not.
-        """
-        from llmfw.models.weights import load_into_model
-
-        load_into_model(self, weights)
 
 
 class StockDecoderForCausalLM(DecoderModelForCausalLM[DecoderModel[Any], Any]):

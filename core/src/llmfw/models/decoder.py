@@ -188,6 +188,12 @@ class DecoderLayerList(nn.ModuleList):
         count = config.pretrained_config.num_hidden_layers
         super().__init__(layer_class(config, index) for index in range(count))
 
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run the layers one after the other, each with the same keyword arguments."""
+        for layer in self:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
 
 class DecoderModel(Layer, Generic[TConfig]):
     """A stack of decoder layers between an embedding and a final norm.

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmfw.errors import WeightError
 from llmfw.models.build import finish_loading, tie_heads
-from llmfw.models.causal_lm import DecoderModelForCausalLM
+from llmfw.models.pretrained import PretrainedModel
 from llmfw.weights import Checkpoint, WeightMap, load_into
 
 
@@ -33,13 +33,13 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def has_own_load_weights(model: DecoderModelForCausalLM[Any, Any]) -> bool:
+def has_own_load_weights(model: PretrainedModel[Any]) -> bool:
     """Whether the author replaced `load_weights`."""
-    return type(model).load_weights is not DecoderModelForCausalLM.load_weights
+    return type(model).load_weights is not PretrainedModel.load_weights
 
 
 def load_into_model(
-    model: DecoderModelForCausalLM[Any, Any],
+    model: PretrainedModel[Any],
     weights: Mapping[str, torch.Tensor],
     weight_map: WeightMap | None = None,
 ) -> None:
@@ -58,9 +58,7 @@ def load_into_model(
     )
 
 
-def load_by_author(
-    model: DecoderModelForCausalLM[Any, Any], weights: Mapping[str, torch.Tensor]
-) -> None:
+def load_by_author(model: PretrainedModel[Any], weights: Mapping[str, torch.Tensor]) -> None:
     """Run the author's own `load_weights` and check that it filled all parameters.
 
     Raises:
@@ -95,7 +93,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
-def load_dummy(model: DecoderModelForCausalLM[Any, Any], seed: int = 0, std: float = 0.02) -> None:
+def load_dummy(model: PretrainedModel[Any], seed: int = 0, std: float = 0.02) -> None:
     """Random weights, straight on the device: N(0, std), norms' weights one and biases zero."""
     device = model.model_config.device
     materialize(model, device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmfw.attention import AttentionMetadata, CacheGroupView, LayerCache, get_attention_backend
-from llmfw.models import DecoderModelForCausalLM
+from llmfw.models import PretrainedModel
 
 
 class PackedSession:
@@ -23,7 +23,7 @@ class PackedSession:
 
     def __init__(
         self,
-        model: DecoderModelForCausalLM[Any, Any],
+        model: PretrainedModel[Any],
         *,
         num_blocks: int = 64,
         block_size: int | None = None,
