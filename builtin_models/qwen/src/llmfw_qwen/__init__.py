@@ -1,0 +1,31 @@
+"""The Qwen family for llmfw: Qwen2, Qwen2.5 and Qwen3, dense."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmfw.plugins import hookimpl
+
+if TYPE_CHECKING:
+    from llmfw import DecoderModelForCausalLM, ModelConfig, WeightMap
+
+
+class Plugin:
+    """The family's hooks; torch is imported only when a model is built."""
+
+    @hookimpl
+    def llmfw_model(self, model_config: ModelConfig[Any]) -> DecoderModelForCausalLM[Any, Any]:
+        """The decoder, described by its configuration."""
+        from llmfw_qwen.modeling import QwenForCausalLM
+
+        return QwenForCausalLM(model_config)
+
+    @hookimpl
+    def llmfw_weight_map(self) -> WeightMap:
+        """The checkpoint's names."""
+        from llmfw_qwen.weights import WEIGHTS
+
+        return WEIGHTS
+
+
+plugin = Plugin()
