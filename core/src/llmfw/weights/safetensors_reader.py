@@ -20,7 +20,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 # A mapped file's pages count as our memory until it is unmapped: map it anew after so many bytes.
-_REMAP_BYTES = 128 << 20
+_REMAP_BYTES = 16 << 20
 
 
 class SafetensorsCheckpoint:
