@@ -182,12 +182,13 @@ def test_a_broken_pack_is_left_out_named_and_harms_no_other(
     ]
 
 
-@pytest.mark.parametrize("wanted", ["sick", "sick.rms_norm"])
+@pytest.mark.parametrize("wanted", ["sick", "sick.rms_norm", "rms_norm=sick"])
 def test_a_broken_pack_that_was_asked_for_is_an_error(site: Path, wanted: str) -> None:
     points = {"llmfw.kernels": {"sick": "pack_sick2:pack"}}
     write_dist(site, "pack-sick2", entry_points=points, code="import nope\n")
     with pytest.raises(PluginLoadError, match="No module named 'nope'"):
         load_kernel_packs({"cpu"}, scan(site), wanted=[wanted])
+    assert len(load_kernel_packs({"cpu"}, scan(site), wanted=["-sick"])[1]) == 1
     write_pack(site, "raising", "raise OSError('x')")
     packs, _ = load_kernel_packs({"cpu"}, scan(site))
     device: Any = None

@@ -55,7 +55,8 @@ def load_kernel_packs(
         device_features: What the device can do. A pack object with an attribute `requires` (feature
             names that every kernel of it needs) is passed over in silence where one is missing.
         catalog: What is installed; scanned when left out.
-        wanted: Packs asked for by name ("cupy", or "cupy.rms_norm" for one kernel of it).
+        wanted: What the user asked for by name: "cupy", "cupy.rms_norm" for one kernel of it,
+            "rms_norm=cupy" for one op. Names with a minus count as not asked for.
 
     Returns:
         The packs as (entry, object), and those that were left out.
@@ -64,7 +65,7 @@ def load_kernel_packs(
         PluginError: If a pack of `wanted` cannot be loaded, with that pack's own error.
     """
     catalog = catalog or Catalog.scan()
-    asked_for = {name.partition(".")[0] for name in wanted}
+    asked_for = _asked_for(wanted)
     packs: Packs = []
     problems: list[PackProblem] = []
     for name, entries in _allowed(catalog):
@@ -92,7 +93,7 @@ def collect_kernels(
     Raises:
         PluginError: If a pack of `wanted` raises or returns what is no kernel.
     """
-    asked_for = {name.partition(".")[0] for name in wanted}
+    asked_for = _asked_for(wanted)
     kernels: list[Kernel] = []
     problems: list[PackProblem] = []
     for entry, plugin in packs:
@@ -113,6 +114,11 @@ def pack_host(entry: PluginEntry, plugin: object) -> PluginHost:
     return PluginHost(
         plugin, name=f"kernel pack {entry.name} of {entry.label}", defaults=_NoDefaults()
     )
+
+
+def _asked_for(wanted: Sequence[str]) -> set[str]:
+    names = (name.rpartition("=")[2] for name in wanted)
+    return {name.partition(".")[0] for name in names if not name.startswith("-")}
 
 
 def _allowed(catalog: Catalog) -> Iterator[tuple[str, list[PluginEntry]]]:

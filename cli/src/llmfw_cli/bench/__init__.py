@@ -1,0 +1,1 @@
+"""Measuring: workloads, our engine, peers, and what the machine itself can do."""

@@ -1,0 +1,57 @@
+"""Errors as people and scripts see them: message and cure on stderr, an exit code a class."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from llmfw_cli.logs import state
+
+USAGE = 2
+INTERNAL = 16
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def report(error: BaseException) -> int:
+    """Tell of `error` on stderr; returns the exit code.
+
+    Errors of llmfw are a message and its cure. Anything else is a fault of ours or of a plugin and
+    is called an internal error. The traceback is shown with --debug only.
+    """
+    from llmfw.errors import LlmfwError
+
+    if state.debug:
+        traceback.print_exception(error)
+    if isinstance(error, LlmfwError):
+        _say(f"error: {error.message}")
+        for line in (error.hint or "").splitlines():
+            _say(f"  {line}")
+        code = error.exit_code
+    else:
+        _say(f"internal error: {type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            _say(f"  {note}")
+        code = INTERNAL
+        if not state.debug:
+            _say("  --debug shows the traceback; please report it")
+    return code
+
+
+def report_usage(error: typer.TyperException) -> int:
+    """Tell of a command line that cannot be parsed, in the form of our own errors."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help itself, for a command given nothing
+        if error.message:
+            _say(error.message)
+        return int(error.exit_code)
+    _say(f"error: {error.format_message()}")
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        _say(f"  {context.command_path} --help shows what there is")
+    return int(error.exit_code)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")

@@ -1,0 +1,79 @@
+"""An `LLM` opened from command-line options, and prompts made ready for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmfw_cli.options import EngineOptions, ServingOptions
+from llmfw_cli.output import progress
+from llmfw_cli.versions import versions
+
+if TYPE_CHECKING:
+    from llmfw import LLM, ModelConfig
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model.
+
+    Args:
+        llm: The model.
+        load_seconds: From the start of loading to a model that is ready.
+    """
+
+    llm: LLM
+    load_seconds: float
+
+    @property
+    def config(self) -> ModelConfig[Any]:
+        """What the model was built from: dtype, device, mapping."""
+        return self.llm.loaded.model_config
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        from llmfw.config import text_config
+
+        return int(text_config(self.config.pretrained_config).vocab_size)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters, which decoding one token reads; tied ones count once."""
+        return sum(
+            each.numel() * each.element_size() for each in self.llm.loaded.model.parameters()
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Which model and plugin answer, where and with what."""
+        return {
+            "model": self.llm.loaded.source.name,
+            "plugin": self.llm.loaded.plugin_label,
+            "dtype": str(self.config.dtype).removeprefix("torch."),
+            "device": str(self.config.device),
+            "versions": versions(),
+        }
+
+
+@contextmanager
+def open_session(
+    model: str,
+    serving: ServingOptions,
+    engine: EngineOptions,
+    *,
+    use_generation_config: bool = True,
+) -> Iterator[Session]:
+    """Load the model, with a progress bar where one is shown, and shut it down at the end."""
+    started = time.perf_counter()
+    from llmfw import LLM
+
+    arguments: dict[str, Any] = {**serving.arguments(), **engine.arguments()}
+    arguments["attention_backend"] = arguments.pop("attn_backend")
+    arguments["generation_config"] = "auto" if use_generation_config else "none"
+    with progress("loading") as advance:
+        llm = LLM(model, **arguments, progress=advance)
+    with llm:
+        yield Session(llm, time.perf_counter() - started)
