@@ -13,6 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+# Values of `tokenizer.ggml.model`, and what `tokenizer.ggml.pre` means where it is left out.
+BYTE_LEVEL = "gpt2"
+SENTENCEPIECE = "llama"
+DEFAULT_PRE = "gpt-2"
+
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
     "attn_norm": "input_layernorm",

@@ -22,7 +22,14 @@ from tokenizers import (
 )
 
 from llmfw.errors import TokenizerError
-from llmfw.weights.gguf_tables import PRE_TOKENIZERS, PRE_WITH_BOS, PRE_WITH_NFC
+from llmfw.weights.gguf_tables import (
+    BYTE_LEVEL,
+    DEFAULT_PRE,
+    PRE_TOKENIZERS,
+    PRE_WITH_BOS,
+    PRE_WITH_NFC,
+    SENTENCEPIECE,
+)
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -37,12 +44,13 @@ def tokenizer_of(file: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if not isinstance(metadata.get("tokenizer.ggml.tokens"), list):
         raise _refused(file, "it has no vocabulary")
-    if kind == "gpt2":
+    if kind == BYTE_LEVEL:
         tokenizer = _byte_level(file, metadata)
-    elif kind == "llama":
+    elif kind == SENTENCEPIECE:
         tokenizer = _sentencepiece(metadata)
     else:
-        raise _refused(file, f"tokenizer model {kind!r} is not served; gpt2 and llama are")
+        known = f"{BYTE_LEVEL} and {SENTENCEPIECE}"
+        raise _refused(file, f"tokenizer model {kind!r} is not served; {known} are")
     _add_special_tokens(tokenizer, metadata)
     if _adds_bos(metadata):
         _prepend_bos(tokenizer, metadata)
@@ -69,7 +77,7 @@ def tokenizer_config_of(metadata: Mapping[str, Any], max_length: int) -> dict[st
 
 def _byte_level(file: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     """Byte-level BPE with stored merges."""
-    name = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    name = metadata.get("tokenizer.ggml.pre", DEFAULT_PRE)
     if name not in PRE_TOKENIZERS:
         raise _refused(
             file, f"pre-tokenizer {name!r} is not known; these are: {', '.join(PRE_TOKENIZERS)}"
@@ -152,7 +160,7 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> No
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:
     """What the file says; where it is silent, what its kind of tokenizer does."""
     default = (
-        metadata.get("tokenizer.ggml.model") == "llama"
+        metadata.get("tokenizer.ggml.model") == SENTENCEPIECE
         or metadata.get("tokenizer.ggml.pre") in PRE_WITH_BOS
     )
     has_bos = "tokenizer.ggml.bos_token_id" in metadata
