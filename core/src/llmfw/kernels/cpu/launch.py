@@ -6,7 +6,7 @@ was declared (another dtype or layout) go to the reference, which handles or ref
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -61,8 +61,13 @@ def linear(context: OpContext) -> Callable[..., torch.Tensor]:
 
 
 def row_limit(context: OpContext) -> int:
-    """The most rows for which our product is faster than torch's (docs/kernels.md has the measurements)."""
-    return 512
+    """The most rows that our product takes: above, torch's blocked products are as fast or faster.
+
+    Float32 is always ours; where the CPU multiplies bfloat16 in tiles (AMX), torch is soon ahead.
+    """
+    if context.dtype is torch.float32:
+        return sys.maxsize
+    return 24 if "amx_bf16" in context.info.features else 256
 
 
 def rms_norm(context: OpContext) -> Callable[..., torch.Tensor]:
@@ -216,7 +221,7 @@ def rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
 
 
 def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
-    """Generation requests natively; context requests through torch's fused attention."""
+    """Any mix of context and generation requests in one call."""
     native = _native(context)
     dtype = context.dtype
 
@@ -231,45 +236,29 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        contexts, requests = metadata.num_contexts, metadata.num_requests
         tables = view.block_tables
-        if (
-            contexts == requests
-            or not _plain(dtype, q, k_cache, v_cache)
-            or not _plain(torch.int32, tables, metadata.cu_query_lens, metadata.kv_lens_device)
+        if not _plain(dtype, q, k_cache, v_cache) or not _plain(
+            torch.int32, tables, metadata.cu_query_lens, metadata.kv_lens_device
         ):
             return reference.paged_attention(
                 q, k_cache, v_cache, metadata, view, scale, window, softcap, sinks
             )
         tokens, heads, head_dim = q.shape
         _, block_size, kv_heads, v_dim = v_cache.shape
-        out = q.new_empty((tokens, heads * v_dim))
-        if contexts:
-            first = sum(metadata.query_lens[:contexts])
-            out[:first] = reference.paged_attention(
-                q[:first],
-                k_cache,
-                v_cache,
-                _contexts_only(metadata),
-                view,
-                scale,
-                window,
-                softcap,
-                sinks,
-            )
         if sinks is not None and not _plain(torch.float32, sinks):
             sinks = sinks.float().contiguous()
+        out = q.new_empty((tokens, heads * v_dim))
         native(
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             out.data_ptr(),
-            metadata.cu_query_lens.data_ptr() + 4 * contexts,
-            metadata.kv_lens_device.data_ptr() + 4 * contexts,
-            tables.data_ptr() + 4 * contexts * tables.shape[1],
+            metadata.cu_query_lens.data_ptr(),
+            metadata.kv_lens_device.data_ptr(),
+            tables.data_ptr(),
             0 if sinks is None else sinks.data_ptr(),
             tables.shape[1],
-            requests - contexts,
+            metadata.num_requests,
             heads,
             kv_heads,
             head_dim,
@@ -283,13 +272,6 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         return out
 
     return run
-
-
-def _contexts_only(metadata: AttentionMetadata) -> AttentionMetadata:
-    count = metadata.num_contexts
-    return dataclasses.replace(
-        metadata, query_lens=metadata.query_lens[:count], kv_lens=metadata.kv_lens[:count]
-    )
 
 
 def _native(context: OpContext) -> library.NativeFunction:

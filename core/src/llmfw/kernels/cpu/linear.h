@@ -18,14 +18,7 @@ constexpr int kTileRows = 6;  // 24 sums + 6 rows of x + 1 of the weight fill 32
 constexpr int kTileRows = 3;
 #endif
 constexpr int64_t kChunkBytes = 128 << 10;
-
-inline void put4(float* out, __m128 values) { _mm_storeu_ps(out, values); }
-template <class T>
-void put4(T* out, __m128 values) {
-  float lanes[4];
-  _mm_storeu_ps(lanes, values);
-  for (int i = 0; i < 4; i++) put(out + i, lanes[i]);
-}
+constexpr int64_t kAhead = 4096;  // bytes of the weight to ask for early when several rows pass over it
 
 template <class T>
 struct Product {
@@ -47,18 +40,20 @@ inline void tile(const Product<T>& p, int64_t row, int64_t col) {
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; c++) acc[r][c] = set1(0.0f);
+  int64_t k = 0;
   auto step = [&](auto&& fetch) {
     typename D::Reg rows[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) rows[r] = fetch(x + r * p.in);
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; c++) {
-      const typename D::Reg w_c = fetch(w + c * p.in);
+      const T* w_row = w + c * p.in;
+      const typename D::Reg w_c = fetch(w_row);
+      if (kRows > 1) _mm_prefetch(reinterpret_cast<const char*>(w_row + k) + kAhead, _MM_HINT_T0);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) acc[r][c] = D::add(acc[r][c], rows[r], w_c);
     }
   };
-  int64_t k = 0;
   for (; k + D::kStep <= p.in; k += D::kStep) step([&](const T* at) { return D::load(at + k); });
   if (k < p.in) step([&](const T* at) { return D::load_n(at + k, p.in - k); });
 #pragma GCC unroll 8
@@ -66,11 +61,8 @@ inline void tile(const Product<T>& p, int64_t row, int64_t col) {
     T* out = p.out + (row + r) * p.outs + col;
     if constexpr (kCols == 4) {
       __m128 sums = sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-      if (p.bias) {
-        const T* b = p.bias + col;
-        sums += _mm_setr_ps(to_float(b[0]), to_float(b[1]), to_float(b[2]), to_float(b[3]));
-      }
-      put4(out, sums);
+      if (p.bias) sums += load4(p.bias + col);
+      store4(out, sums);
     } else {
       put(out, sum(acc[r][0]) + (p.bias ? to_float(p.bias[col]) : 0.0f));
     }
@@ -106,14 +98,13 @@ void linear(const T* x, const T* weight, const T* bias, T* out, int64_t rows, in
   const int64_t share = outs / (4 * std::max<int64_t>(threads, 1));
   const int64_t chunk = std::max<int64_t>(4, std::min(fits, share) & ~int64_t{3});
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < tiles; t++) {  // as even as can be: 8 rows are 4 and 4, not 6 and 2
-      const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
-      columns_of<T>(to - from, product, from, begin, end);
-    }
-  };
   parallel_chunks(threads, outs, chunk, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin += chunk) body(begin, std::min(end, begin + chunk));
+    for (; begin < end; begin += chunk) {
+      for (int64_t t = 0; t < tiles; t++) {  // as even as can be: 8 rows are 4 and 4, not 6 and 2
+        const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+        columns_of<T>(to - from, product, from, begin, std::min(end, begin + chunk));
+      }
+    }
   });
 }
 

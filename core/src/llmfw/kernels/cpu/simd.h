@@ -161,6 +161,28 @@ inline float sum(Vec a) { return _mm_cvtss_f32(sum4(a, a, a, a)); }
 #error "the CPU kernels need AVX2, FMA and F16C"
 #endif
 
+// Four numbers at once, the sums of a product's tile.
+inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load4(const fp16* p) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline __m128 load4(const bf16* p) {
+  const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm_castsi128_ps(_mm_slli_epi32(bits, 16));
+}
+inline void store4(float* p, __m128 a) { _mm_storeu_ps(p, a); }
+inline void store4(fp16* p, __m128 a) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(a, 0)); }
+inline void store4(bf16* p, __m128 a) {
+#ifdef __AVX512BF16__
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), (__m128i)_mm_cvtneps_pbh(a));
+#else
+  const __m128i bits = _mm_castps_si128(a);
+  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+  __m128i rounded = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
+  const __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(a, a));
+  rounded = _mm_srli_epi32(_mm_blendv_epi8(rounded, _mm_set1_epi32(0x7fc00000), nan), 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(rounded, rounded));
+#endif
+}
+
 // Calls step(first element, vector of up to kLanes) for all of [0, n): `full` without, `rest` with a count.
 template <class Full, class Rest>
 inline void each_vec(int64_t n, Full&& full, Rest&& rest) {
