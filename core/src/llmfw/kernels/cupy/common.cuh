@@ -1,0 +1,58 @@
+// Shared by all kernels: scalar types, 16-byte packs, warp sums. Needs no header of the toolkit, so that NVRTC
+// compiles it anywhere and fast.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define BF16 0
+#define F16 1
+#define F32 2
+#ifndef DTYPE
+#define DTYPE BF16
+#endif
+
+#if DTYPE == F32
+typedef float scalar;
+#else
+typedef u16 scalar;
+#endif
+
+constexpr int VEC = 16 / sizeof(scalar);  // scalars in one 16-byte access
+constexpr u32 ALL = 0xffffffffu;
+constexpr float LOG2E = 1.4426950408889634f;
+#define NEG_INF __int_as_float(0xff800000)
+
+#include "ptx.cuh"
+
+// N scalars that move in one access.
+template <int N>
+struct alignas(N * sizeof(scalar)) Pack {
+  scalar at[N];
+};
+
+// The value that survives a store and a load: references round here, so kernels do too.
+__device__ __forceinline__ float rounded(float x) { return to_float(from_float(x)); }
+
+template <int N>
+__device__ __forceinline__ Pack<N> load(const scalar* p) {
+  return *reinterpret_cast<const Pack<N>*>(p);
+}
+
+template <int N>
+__device__ __forceinline__ void store(scalar* p, const Pack<N>& x) {
+  *reinterpret_cast<Pack<N>*>(p) = x;
+}
+
+// Sum over aligned groups of N lanes; every lane gets it.
+template <int N>
+__device__ __forceinline__ float group_sum(float x) {
+#pragma unroll
+  for (int step = N / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) { return group_sum<32>(x); }

@@ -1,0 +1,174 @@
+"""Compile `.cu` sources with NVRTC through CuPy, keep the machine code on disk, load it into the device."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmfw.errors import KernelError
+
+if TYPE_CHECKING:
+    from llmfw.kernels.cupy.launch import Launcher
+
+logger = logging.getLogger("llmfw.kernels.cupy")
+
+FOLDER = Path(__file__).parent
+HEADERS = ("common.cuh", "ptx.cuh")
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+def cache_dir() -> Path:
+    """Where machine code and tuning results are kept: `LLMFW_CACHE`, else the platform's cache folder."""
+    if named := os.environ.get("LLMFW_CACHE"):
+        return Path(named).expanduser() / "kernels"
+    try:
+        import platformdirs
+    except ImportError:
+        return Path.home() / ".cache" / "llmfw" / "kernels"
+    return Path(platformdirs.user_cache_dir("llmfw", appauthor=False)) / "kernels"
+
+
+def options_for(arch: str, defines: Mapping[str, int]) -> tuple[str, ...]:
+    """NVRTC's options for one architecture ("sm_90") and the source's compile-time constants."""
+    return (
+        f"-arch={arch}",
+        "-std=c++17",
+        "-default-device",
+        *(f"-D{name}={value}" for name, value in sorted(defines.items())),
+    )
+
+
+@functools.cache
+def _texts(source: str) -> tuple[str, tuple[str, ...]]:
+    return (FOLDER / source).read_text(), tuple((FOLDER / header).read_text() for header in HEADERS)
+
+
+def source_digest(*sources: str) -> str:
+    """A short digest of these sources and the headers they share."""
+    digest = hashlib.sha256()
+    for source in sources:
+        text, headers = _texts(source)
+        for part in (text, *headers):
+            digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+def compile_cubin(source: str, arch: str, defines: Mapping[str, int]) -> bytes:
+    """Machine code of `source` for `arch`, from the cache on disk or from NVRTC. Needs no GPU.
+
+    Raises:
+        KernelError: If the source does not compile; the message ends with NVRTC's log.
+    """
+    from cupy.cuda import nvrtc
+
+    options = options_for(arch, defines)
+    version = ".".join(map(str, nvrtc.getVersion()))
+    key = hashlib.sha256(
+        "\n".join((source_digest(source), version, *options)).encode()
+    ).hexdigest()[:32]
+    path = cache_dir() / f"{Path(source).stem}-{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    start = time.perf_counter()
+    cubin = _run_nvrtc(source, options)
+    logger.info(
+        "compiled %s for %s in %.2f s (%s)",
+        source,
+        arch,
+        time.perf_counter() - start,
+        ", ".join(f"{name} {value}" for name, value in sorted(defines.items())),
+    )
+    _keep(path, cubin)
+    return cubin
+
+
+def _run_nvrtc(source: str, options: tuple[str, ...]) -> bytes:
+    from cupy.cuda import nvrtc
+
+    text, headers = _texts(source)
+    contents = [header.encode() for header in headers]
+    names = [name.encode() for name in HEADERS]
+    program = nvrtc.createProgram(text, source, contents, names)
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as exc:
+            log = nvrtc.getProgramLog(program)
+            raise KernelError(
+                f"{source} does not compile ({' '.join(options)}): {exc}\n{log}",
+                hint="--kernels reference runs without own kernels",
+            ) from exc
+        return bytes(nvrtc.getCUBIN(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    """Write beside, then rename: a reader never sees half a file. A cache that cannot be written is only slower."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.{id(cubin)}")
+        partial.write_bytes(cubin)
+        partial.replace(path)
+    except OSError as exc:
+        logger.warning("compiled kernels are not kept: %s cannot be written: %s", path, exc)
+
+
+class Module:
+    """One compiled source on one device."""
+
+    def __init__(self, source: str, device: torch.device, defines: Mapping[str, int]) -> None:
+        import cupy
+
+        self.index = device_index(device)
+        self.source = source
+        with torch.cuda.device(self.index), cupy.cuda.Device(self.index):
+            torch.cuda.current_stream().synchronize()  # the primary context exists and is current
+            self._module: Any = cupy.cuda.function.Module()
+            self._module.load(compile_cubin(source, arch_of(self.index), defines))
+
+    def launcher(self, name: str, signature: str) -> Launcher:
+        """The function `name`; see `Launcher` for the signature."""
+        from llmfw.kernels.cupy.launch import Launcher
+
+        return Launcher(self._module.get_function(name), name, signature, self.index)
+
+
+@functools.cache
+def _load(source: str, index: int, defines: tuple[tuple[str, int], ...]) -> Module:
+    return Module(source, torch.device("cuda", index), dict(defines))
+
+
+def load(source: str, device: torch.device, dtype: torch.dtype, **defines: int) -> Module:
+    """`source` compiled for this device, dtype and these constants; the same module on every call."""
+    constants = {"DTYPE": DTYPE_CODES[dtype], **defines}
+    return _load(source, device_index(device), tuple(sorted(constants.items())))
+
+
+def device_index(device: torch.device) -> int:
+    """The device's number; "cuda" alone means the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def arch_of(index: int) -> str:
+    """The newest architecture that both the device and NVRTC know, as "sm_90"."""
+    from cupy.cuda import nvrtc
+
+    major, minor = torch.cuda.get_device_capability(index)
+    own = major * 10 + minor
+    known = [arch for arch in nvrtc.getSupportedArchs() if arch // 10 == major and arch <= own]
+    if not known:
+        raise KernelError(
+            f"NVRTC {nvrtc.getVersion()} cannot compile for compute capability {major}.{minor}",
+            hint="install a newer CuPy and CUDA runtime, or run with --kernels reference",
+        )
+    return f"sm_{max(known)}"

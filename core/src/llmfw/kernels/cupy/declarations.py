@@ -1,0 +1,62 @@
+"""What the CuPy pack offers: one `Kernel` for each op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
+from llmfw.plugins import hookimpl
+
+REQUIRES = ("cuda", "sm_80", "cupy")
+HALVES = ("bfloat16", "float16")
+ALL = ("float32", "bfloat16", "float16")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
+PRIORITY = 100
+FOLDER = "llmfw.kernels.cupy"
+
+
+def _supports(module: str) -> Callable[[OpContext], str | None]:
+    """The predicate `supports` of a launcher's module, imported when first asked."""
+
+    def predicate(context: OpContext) -> str | None:
+        reason: str | None = load_object(f"{FOLDER}.{module}:supports")(context)
+        return reason
+
+    return predicate
+
+
+def _kernel(
+    op: str, module: str, function: str, dtypes: tuple[str, ...], supports: str | None = None
+) -> Kernel:
+    return Kernel(
+        op=op,
+        name=f"cupy.{op}",
+        factory=f"{FOLDER}.{module}:{function}",
+        requires=REQUIRES,
+        dtypes=dtypes,
+        supports=_supports(supports or module),
+        priority=PRIORITY,
+        tolerance=TOLERANCE,
+    )
+
+
+KERNELS = (
+    _kernel("rms_norm", "norm", "rms_norm", ALL),
+    _kernel("add_rms_norm", "norm", "add_rms_norm", ALL),
+    _kernel("layer_norm", "norm", "layer_norm", ALL),
+    _kernel("silu_and_mul", "activation", "gated_activation", ALL),
+    _kernel("gelu_and_mul", "activation", "gated_activation", ALL),
+    _kernel("gelu_tanh_and_mul", "activation", "gated_activation", ALL),
+    _kernel("rope_and_cache", "rope_cache", "rope_and_cache", ALL),
+    _kernel("paged_attention", "attention", "paged_attention", HALVES, supports="paged_decode"),
+    _kernel("linear", "linear", "linear", ALL),
+)
+
+
+class CupyPack:
+    """The plugin object of the entry point `cupy`."""
+
+    @hookimpl
+    def llmfw_kernels(self, device: DeviceInfo) -> list[Kernel]:
+        """All kernels; each says itself what it requires."""
+        return list(KERNELS)

@@ -1,0 +1,122 @@
+"""Launch compiled kernels on torch's current stream with little work on the host.
+
+Arguments are packed into one buffer by a single `struct` call and handed to the driver; nothing is wrapped,
+converted or looked up a launch. A launch is an ordinary stream operation, so `torch.cuda.graph` captures it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmfw.errors import KernelError
+
+INVALID_CONTEXT = 201
+Grid = tuple[int, int, int]
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """The CUDA driver library, with the one function's types declared that is called often."""
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    declare(library)
+    return library
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Declare cuLaunchKernel(function, grid xyz, block xyz, shared bytes, stream, arguments, extra)."""
+    library.cuLaunchKernel.argtypes = [
+        ctypes.c_void_p,
+        *[ctypes.c_uint] * 7,
+        *[ctypes.c_void_p] * 3,
+    ]
+    library.cuLaunchKernel.restype = ctypes.c_int
+
+
+def raw_stream_getter() -> Callable[[int], int]:
+    """torch's current stream of a device as a number; the quick private way where torch has it."""
+    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if quick is not None:
+        return quick  # type: ignore[no-any-return]
+    return lambda index: torch.cuda.current_stream(index).cuda_stream
+
+
+class Launcher:
+    """A kernel with its argument types: call it with a grid, a block and the arguments.
+
+    Args:
+        function: CuPy's loaded function; kept alive here.
+        name: For messages.
+        signature: One letter an argument: P pointer, q int64, i int32, f float32.
+        index: Number of the device.
+
+    The argument buffer is the launcher's own: one thread at a time may use it.
+    """
+
+    def __init__(self, function: Any, name: str, signature: str, index: int) -> None:
+        self.name = name
+        self.index = index
+        self._function = function
+        self._handle = function.ptr
+        self._pack = struct.Struct("@" + signature)
+        self._buffer = ctypes.create_string_buffer(self._pack.size)
+        start = ctypes.addressof(self._buffer)
+        offsets = [
+            struct.calcsize("@" + signature[: i + 1]) - struct.calcsize("@" + letter)
+            for i, letter in enumerate(signature)
+        ]
+        self._arguments = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
+        self._arguments_address = ctypes.addressof(self._arguments)
+        self._launch = driver().cuLaunchKernel
+        self._stream = raw_stream_getter()
+
+    def __call__(self, grid: Grid, block: Grid, *args: float) -> None:
+        """Launch on torch's current stream.
+
+        Raises:
+            KernelError: If the driver refuses the launch.
+        """
+        self._pack.pack_into(self._buffer, 0, *args)
+        stream = self._stream(self.index)
+        code = self._launch(self._handle, *grid, *block, 0, stream, self._arguments_address, None)
+        if code:
+            self._failed(code, grid, block)
+
+    def _failed(self, code: int, grid: Grid, block: Grid) -> None:
+        if code == INVALID_CONTEXT:  # a thread that has not used the device yet
+            torch.cuda.set_device(self.index)
+            code = self._launch(
+                self._handle,
+                *grid,
+                *block,
+                0,
+                self._stream(self.index),
+                self._arguments_address,
+                None,
+            )
+            if code == 0:
+                return
+        text = ctypes.c_char_p()
+        driver().cuGetErrorName(code, ctypes.byref(text))
+        reason = text.value.decode() if text.value else "unknown"
+        raise KernelError(
+            f"launch of {self.name} with grid {grid}, block {block} failed: {reason} ({code})"
+        )
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy of it, contiguous and aligned to 16 bytes."""
+    if not x.is_contiguous():
+        x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def pointer(x: torch.Tensor | None) -> int:
+    """The address of the first element, 0 for None."""
+    return 0 if x is None else x.data_ptr()

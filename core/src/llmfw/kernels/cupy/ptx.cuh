@@ -1,0 +1,101 @@
+// The instructions that CUDA C++ without headers does not name: conversions, cache hints, mma.
+// The tests replace this one file to run the kernels on a CPU.
+#pragma once
+
+__device__ __forceinline__ float to_float(scalar x) {
+#if DTYPE == F32
+  return x;
+#elif DTYPE == BF16
+  return __uint_as_float(u32(x) << 16);
+#else
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+#endif
+}
+
+__device__ __forceinline__ scalar from_float(float x) {
+#if DTYPE == F32
+  return x;
+#elif DTYPE == BF16
+  u16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+#else
+  u16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// 16, 8 or 4 bytes that are read once: past L1, read-only for the kernel's whole life.
+__device__ __forceinline__ uint4 stream16(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p));
+  return x;
+}
+
+__device__ __forceinline__ uint2 stream8(const void* p) {
+  uint2 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+  return x;
+}
+
+__device__ __forceinline__ u32 stream4(const void* p) {
+  u32 x;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+
+// Reads through L2, for data that other blocks of the same launch wrote.
+__device__ __forceinline__ float4 load_l2(const float4* p) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float2 load_l2(const float2* p) {
+  float2 x;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(p) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#if DTYPE != F32
+// d[16 x 8] += a[16 x 16] b[16 x 8] in float32. Lane 4g + c holds a0 (row g, k 2c 2c+1), a1 (row g + 8), a2 (row g,
+// k 2c+8 2c+9), a3 (row g + 8), b0 (k 2c 2c+1, column g), b1 (k 2c+8 2c+9), d0 d1 (row g, columns 2c 2c+1), d2 d3
+// (row g + 8).
+__device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3,
+                                    u32 b0, u32 b1) {
+#if DTYPE == BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+#endif
+      : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two values as one register: low in the low half.
+__device__ __forceinline__ u32 pack2(float low, float high) {
+  u32 x;
+#if DTYPE == BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+#endif
+  return x;
+}
+#endif

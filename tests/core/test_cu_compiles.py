@@ -1,0 +1,106 @@
+"""Every CUDA source compiles for every architecture we name, with nvcc or with NVRTC, without a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmfw.kernels.cupy.compile import FOLDER, options_for
+
+BF16, F16, F32 = 0, 1, 2
+USES: dict[str, list[dict[str, int]]] = {
+    "norm.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HIDDEN": 576, "THREADS": 64},
+        {"DTYPE": F32, "HIDDEN": 128, "THREADS": 32, "ROWS": 4},
+    ],
+    "activation.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "WIDTH": 1000}, {"DTYPE": F32}],
+    "rope_cache.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HEAD_DIM": 80, "ROTARY_DIM": 32, "INTERLEAVED": 1},
+        {"DTYPE": F32, "WIDTH": 4, "LANES": 16},
+    ],
+    "paged_decode.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": BF16, "HEAD_DIM": 256, "MIN_BLOCKS": 1},
+        {"DTYPE": F16, "HEAD_DIM": 80, "ROWS": 16, "BLOCK_SIZE": 8, "SOFTCAP": 1},
+        {"DTYPE": F16, "HEAD_DIM": 96, "V_DIM": 64},
+    ],
+    "gemv.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "IN": 1000, "ROWS": 4}, {"DTYPE": F32, "ROWS": 2}],
+    "skinny.cu": [{"DTYPE": BF16, "ROWS": 16}, {"DTYPE": F16, "ROWS": 64, "IN": 192}],
+}
+QUICK = ("sm_80", "sm_90")
+THOROUGH = ("sm_89", "sm_90a", "sm_100")
+Compiler = Callable[[str, str, dict[str, int]], None]
+
+
+def test_every_source_is_listed() -> None:
+    assert {path.name for path in FOLDER.glob("*.cu")} == set(USES)
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Compiler:
+    if nvcc := shutil.which("nvcc"):
+
+        def with_nvcc(source: str, arch: str, defines: dict[str, int]) -> None:
+            number = arch.removeprefix("sm_")
+            command = [
+                nvcc,
+                "-cubin",
+                f"-gencode=arch=compute_{number},code=sm_{number}",
+                "-Werror",
+                "all-warnings",
+                *[
+                    option
+                    for option in options_for(arch, defines)
+                    if not option.startswith(("-arch", "-default"))
+                ],
+                str(FOLDER / source),
+                "-o",
+                str(tmp_path / "out.cubin"),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+        return with_nvcc
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as exc:
+        pytest.skip(f"neither nvcc nor NVRTC here: {exc}")
+
+    def with_nvrtc(source: str, arch: str, defines: dict[str, int]) -> None:
+        from llmfw.kernels.cupy.compile import _run_nvrtc
+
+        assert _run_nvrtc(source, options_for(arch, defines))
+
+    return with_nvrtc
+
+
+def uses(all_of_them: bool) -> list[tuple[str, dict[str, int]]]:
+    """Each source with its first constants, or with all."""
+    return [
+        (source, defines)
+        for source, variants in USES.items()
+        for defines in (variants if all_of_them else variants[:1])
+    ]
+
+
+@pytest.mark.parametrize("arch", QUICK)
+@pytest.mark.parametrize("source", USES)
+def test_source_compiles(source: str, arch: str, compiler: Compiler) -> None:
+    compiler(source, arch, USES[source][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", QUICK + THOROUGH)
+@pytest.mark.parametrize(("source", "defines"), uses(all_of_them=True), ids=str)
+def test_source_compiles_for_every_use(
+    source: str, defines: dict[str, int], arch: str, compiler: Compiler
+) -> None:
+    compiler(source, arch, defines)

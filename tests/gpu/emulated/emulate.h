@@ -1,0 +1,236 @@
+// Runs CUDA kernels on a CPU: a block's threads are fibers that meet at barriers, shuffles, votes and mma.
+//
+// Blocks run one after another, so races between blocks do not show; what shows is wrong indexing, wrong shapes,
+// wrong order of operands and unwritten results.
+#pragma once
+
+#include <ucontext.h>
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct Three {
+  unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+static Three blockIdx, blockDim, gridDim, threadIdx;
+
+namespace emulated {
+
+struct Operands {
+  std::array<unsigned, 6> of[32];
+};
+
+struct Warp {
+  int lanes = 0, waiting = 0, round = 0;
+  Operands operands[2];
+};
+
+struct Thread {
+  ucontext_t context;
+  Three index;
+  int number, rounds = 0;
+  bool done = false;
+};
+
+struct Block {
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Warp> warps;
+  int live = 0, waiting = 0, round = 0;
+};
+
+static Block* block;
+static Thread* current;
+static ucontext_t scheduler;
+static const std::function<void()>* body;
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+inline int lane() { return current->number % 32; }
+
+// Leave this lane's words, wait for the warp, see everybody's. Two buffers: nobody is two rounds ahead.
+inline const Operands& exchange(const std::array<unsigned, 6>& mine) {
+  Warp& warp = block->warps[current->number / 32];
+  Operands& shared = warp.operands[warp.round % 2];
+  shared.of[lane()] = mine;
+  const int round = warp.round;
+  if (++warp.waiting == warp.lanes) {
+    warp.waiting = 0;
+    ++warp.round;
+  }
+  while (warp.round == round) yield();
+  return shared;
+}
+
+inline void barrier() {
+  const int round = block->round;
+  if (++block->waiting == block->live) {
+    block->waiting = 0;
+    ++block->round;
+  }
+  while (block->round == round) yield();
+}
+
+inline void entry() {
+  (*body)();
+  current->done = true;
+  swapcontext(&current->context, &scheduler);
+}
+
+inline void run_block(Three size, const std::function<void()>& kernel, std::vector<std::vector<char>>& stacks) {
+  Block here;
+  block = &here;
+  body = &kernel;
+  const int count = int(size.x * size.y * size.z);
+  here.warps.resize((count + 31) / 32);
+  here.live = count;
+  stacks.resize(count);
+  for (int i = 0; i < count; ++i) {
+    stacks[i].resize(1 << 16);
+    here.warps[i / 32].lanes++;
+    here.threads.emplace_back(new Thread);
+    Thread& thread = *here.threads.back();
+    thread.number = i;
+    thread.index = {unsigned(i) % size.x, unsigned(i) / size.x % size.y, unsigned(i) / (size.x * size.y)};
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = stacks[i].data();
+    thread.context.uc_stack.ss_size = stacks[i].size();
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, entry, 0);
+  }
+  for (long idle = 0; here.live > 0; ++idle) {
+    if (idle > 100000000) abort();  // a barrier that not all reach
+    for (auto& thread : here.threads) {
+      if (thread->done) continue;
+      current = thread.get();
+      threadIdx = current->index;
+      swapcontext(&scheduler, &current->context);
+      threadIdx = current->index;
+      if (!current->done) continue;
+      Warp& warp = here.warps[current->number / 32];
+      --here.live;
+      --warp.lanes;
+      if (here.live && here.waiting == here.live) {
+        here.waiting = 0;
+        ++here.round;
+      }
+      if (warp.lanes && warp.waiting) {
+        fprintf(stderr, "a lane left while its warp exchanged values\n");
+        abort();
+      }
+    }
+  }
+}
+
+inline void run_grid(const unsigned* grid, const unsigned* size, const std::function<void()>& kernel) {
+  std::vector<std::vector<char>> stacks;
+  gridDim = {grid[0], grid[1], grid[2]};
+  blockDim = {size[0], size[1], size[2]};
+  for (unsigned z = 0; z < grid[2]; ++z)
+    for (unsigned y = 0; y < grid[1]; ++y)
+      for (unsigned x = 0; x < grid[0]; ++x) {
+        blockIdx = {x, y, z};
+        run_block(blockDim, kernel, stacks);
+      }
+}
+
+template <class T>
+constexpr char letter() {
+  if (std::is_pointer<T>::value) return 'P';
+  if (std::is_floating_point<T>::value) return 'f';
+  return sizeof(T) == 8 ? 'q' : 'i';
+}
+
+template <class... A, size_t... I>
+void invoke(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
+  kernel(*static_cast<A*>(args[I])...);
+}
+
+// Returns 1 when the host's signature is not the kernel's.
+template <class... A>
+int launch(void (*kernel)(A...), const unsigned* grid, const unsigned* size, void** args, const char* signature) {
+  const char own[] = {letter<A>()..., 0};
+  if (strcmp(own, signature) != 0) return 1;
+  run_grid(grid, size, [=] { invoke(kernel, args, std::index_sequence_for<A...>()); });
+  return 0;
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::barrier(); }
+inline void __threadfence() {}
+inline int atomicAdd(int* p, int x) {
+  const int old = *p;
+  *p += x;
+  return old;
+}
+inline float __int_as_float(int x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+inline float __uint_as_float(unsigned x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+  return __uint_as_float(emulated::exchange({{__float_as_uint(x)}}).of[emulated::lane() ^ mask][0]);
+}
+inline int __shfl_xor_sync(unsigned, int x, int mask) {
+  return int(emulated::exchange({{unsigned(x)}}).of[emulated::lane() ^ mask][0]);
+}
+inline bool __any_sync(unsigned, bool x) {
+  const emulated::Operands& all = emulated::exchange({{unsigned(x)}});
+  for (const auto& one : all.of)
+    if (one[0]) return true;
+  return false;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned order) {
+  const unsigned long long both = x | (unsigned long long)y << 32;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= unsigned(both >> ((order >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
+  return out;
+}
+inline int min(int x, int y) { return x < y ? x : y; }
+inline int max(int x, int y) { return x > y ? x : y; }

@@ -1,0 +1,117 @@
+"""Compile a `.cu` source as C++ and launch its kernels on CPU tensors: `EmulatedModule` stands in for `Module`."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llmfw.kernels.cupy import compile as cu_compile
+from llmfw.kernels.cupy import paged_decode
+
+HERE = Path(__file__).parent
+SMS = 3  # multiprocessors of the imagined GPU: few, so that plans differ from one split to many
+
+
+class EmulatedModule:
+    """One source with its constants; kernels are built when first asked for."""
+
+    def __init__(self, source: str, defines: Mapping[str, int], folder: Path) -> None:
+        self.source = source
+        self.defines = dict(defines)
+        self.folder = folder
+
+    def launcher(self, name: str, signature: str) -> EmulatedLauncher:
+        """The kernel `name`, with the signature that its launcher declares."""
+        return EmulatedLauncher(
+            build(self.source, name, self.defines, self.folder), name, signature
+        )
+
+
+class EmulatedLauncher:
+    """Called like `Launcher`: a grid, a block, the arguments."""
+
+    def __init__(self, library: Path, name: str, signature: str) -> None:
+        self.name = name
+        self.signature = signature
+        self.run = getattr(ctypes.CDLL(str(library)), "emulate_" + name)
+
+    def __call__(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], *args: float
+    ) -> None:
+        """Run all blocks, one after another."""
+        cells = [
+            ctypes.create_string_buffer(struct.pack("@" + letter, value), struct.calcsize(letter))
+            for letter, value in zip(self.signature, args, strict=True)
+        ]
+        pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
+        three = ctypes.c_uint * 3
+        code = self.run(three(*grid), three(*block), pointers, self.signature.encode())
+        assert code == 0, f"{self.name} does not take {self.signature}"
+
+
+def build(source: str, name: str, defines: Mapping[str, int], folder: Path) -> Path:
+    """The shared library with one kernel of `source`, kept by the digest of all that went in."""
+    options = sorted(f"-D{key}={value}" for key, value in defines.items())
+    texts = [path.read_bytes() for path in sorted(HERE.glob("*.*h"))]
+    texts += [(cu_compile.FOLDER / file).read_bytes() for file in (source, "common.cuh")]
+    key = hashlib.sha256(
+        b"\n".join([*texts, name.encode(), *map(str.encode, options)])
+    ).hexdigest()[:20]
+    library = folder / f"{name}-{key}.so"
+    if library.exists():
+        return library
+    work = folder / key
+    work.mkdir(parents=True, exist_ok=True)
+    for path in (
+        cu_compile.FOLDER / source,
+        cu_compile.FOLDER / "common.cuh",
+        HERE / "ptx.cuh",
+        HERE / "emulate.h",
+    ):
+        shutil.copy(path, work)
+    (work / "main.cpp").write_text(
+        f'#include "emulate.h"\n#include "{source}"\n'
+        f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, void** args, const char* types) '
+        f"{{ return emulated::launch({name}, grid, block, args, types); }}\n"
+    )
+    command = [
+        "g++",
+        "-O1",
+        "-std=c++17",
+        "-w",
+        "-shared",
+        "-fPIC",
+        *options,
+        "main.cpp",
+        "-o",
+        "out.so",
+    ]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{source} does not compile as C++:\n{done.stderr[-4000:]}"
+    os.replace(work / "out.so", library)
+    shutil.rmtree(work)
+    return library
+
+
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> torch.device:
+    """Make the pack's launchers build and run emulated kernels; returns the device to use."""
+
+    def load(source: str, index: int, defines: tuple[tuple[str, int], ...]) -> EmulatedModule:
+        return EmulatedModule(source, dict(defines), folder)
+
+    monkeypatch.setattr(cu_compile, "_load", load)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=SMS)
+    )
+    monkeypatch.setattr(paged_decode, "COUNTERS", 4096)
+    return torch.device("cpu", 0)

@@ -1,0 +1,59 @@
+// The CPU's stand-in for ptx.cuh: the same functions in plain C++, mma over the lanes of an emulated warp.
+#pragma once
+
+inline float to_float(scalar x) {
+#if DTYPE == F32
+  return x;
+#elif DTYPE == BF16
+  return __uint_as_float(u32(x) << 16);
+#else
+  _Float16 y;
+  memcpy(&y, &x, 2);
+  return float(y);
+#endif
+}
+
+inline scalar from_float(float x) {
+#if DTYPE == F32
+  return x;
+#elif DTYPE == BF16
+  u32 bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return u16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#else
+  const _Float16 y = _Float16(x);
+  u16 bits;
+  memcpy(&bits, &y, 2);
+  return bits;
+#endif
+}
+
+inline uint4 stream16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+inline uint2 stream8(const void* p) { return *reinterpret_cast<const uint2*>(p); }
+inline u32 stream4(const void* p) { return *reinterpret_cast<const u32*>(p); }
+inline float4 load_l2(const float4* p) { return *p; }
+inline float2 load_l2(const float2* p) { return *p; }
+inline float exp2_fast(float x) { return exp2f(x); }
+
+#if DTYPE != F32
+inline u32 pack2(float low, float high) { return u32(from_float(low)) | u32(from_float(high)) << 16; }
+
+inline void mma(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const emulated::Operands& all = emulated::exchange({{a0, a1, a2, a3, b0, b1}});
+  const int lane = emulated::lane(), g = lane / 4, c = lane % 4;
+  const auto half = [](u32 word, int which) { return to_float(scalar(word >> (16 * which))); };
+  float* out[4] = {&d0, &d1, &d2, &d3};
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * c + i % 2;
+    float sum = *out[i];
+    for (int k = 0; k < 16; ++k) {
+      const int from = k % 8 / 2;
+      const float a = half(all.of[row % 8 * 4 + from][row / 8 + 2 * (k / 8)], k % 2);
+      const float b = half(all.of[column * 4 + from][4 + k / 8], k % 2);
+      sum += a * b;
+    }
+    *out[i] = sum;
+  }
+}
+#endif

@@ -1,0 +1,151 @@
+"""Every kernel of the CuPy pack against its reference on a GPU, and its behaviour under CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gpu.kernel_cases import (
+    Batch,
+    Case,
+    activation_cases,
+    attention_arguments,
+    attention_cases,
+    check,
+    linear_cases,
+    norm_cases,
+    relative_error,
+    rope_cases,
+)
+from llmfw.kernels.cupy import linear
+from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.ops.kernel import load_object
+from llmfw.ops.reference import REFERENCES
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LLMFW_TUNE", "off")
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    yield
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+def built(case: Case, device: torch.device) -> Callable[..., Any]:
+    kernel = next(k for k in KERNELS if k.op == case.op)
+    context = case.context(device)
+    assert kernel.refusal(context) is None
+    return load_object(kernel.factory)(context)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "case", [*norm_cases(), *activation_cases(), *rope_cases(), *attention_cases()], ids=str
+)
+def test_kernel_matches_its_reference(case: Case, device: torch.device) -> None:
+    check(case, built(case, device), device)
+
+
+@pytest.mark.parametrize("case", list(linear_cases()), ids=str)
+def test_every_product_variant_matches_cublas(case: Case, device: torch.device) -> None:
+    rows = int(case.label.split("x")[0])
+    check(case, built(case, device), device)
+    if rows > linear.BUCKETS[-1]:
+        return
+    context, bucket = case.context(device), linear.bucket_of(rows)
+    for variant in linear.variants(bucket, context["in_features"], context.dtype):
+        product = linear.product(variant, bucket, context)
+
+        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+            product(x, weight, bias, out, x.shape[0])  # noqa: B023
+            return out
+
+        check(case, call, device)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "silu_and_mul"])
+def test_inputs_that_are_not_aligned_or_not_contiguous_are_served(
+    op: str, device: torch.device
+) -> None:
+    cases = {
+        case.op: case for case in [*norm_cases(), *activation_cases()] if case.dtype == "bfloat16"
+    }
+    case = cases[op]
+    call = built(case, device)
+    (x, *rest), _ = case.draw(device, torch.bfloat16, torch.Generator().manual_seed(1))
+    expected = REFERENCES[op](x, *rest)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(x).copy_(x)
+    strided = torch.empty(x.shape[0], x.shape[1] + 8, dtype=x.dtype, device=device)[
+        :, : x.shape[1]
+    ].copy_(x)
+    for view in (shifted, strided):
+        assert relative_error(call(view, *rest), expected) <= 8e-3
+    assert call(x[:0], *rest).shape == expected[:0].shape
+
+
+def test_attention_in_a_graph_follows_lengths_that_change(device: torch.device) -> None:
+    case = next(c for c in attention_cases() if "few-8/2x128" in c.label and c.dtype == "bfloat16")
+    call = built(case, device)
+    long = Batch(((1, 900), (1, 640), (1, 33), (1, 1500)))
+    args, kwargs = attention_arguments(
+        device, torch.bfloat16, torch.Generator().manual_seed(3), case.shape, long
+    )
+    q, k, v, metadata, view, scale = args
+    call(*args, **kwargs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*args, **kwargs)
+    for lengths in ((900, 640, 33, 1500), (1, 640, 2, 1499), (65, 64, 17, 3)):
+        metadata.kv_lens_device.copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(float("nan"))
+        graph.replay()
+        now = type(metadata)(**{**vars(metadata), "kv_lens": lengths})
+        expected = REFERENCES["paged_attention"](q, k, v, now, view, scale, **kwargs)
+        assert relative_error(out, expected) <= 8e-3
+
+
+def test_splits_do_not_change_the_result_and_repeats_are_equal(device: torch.device) -> None:
+    from llmfw.kernels.cupy.paged_decode import PagedDecode
+
+    case = next(c for c in attention_cases() if "few-8/2x128" in c.label and c.dtype == "bfloat16")
+    decode = PagedDecode(case.context(device))
+    batch = Batch(((1, 4000), (1, 100), (1, 2049)))
+    args, _ = attention_arguments(
+        device, torch.bfloat16, torch.Generator().manual_seed(5), case.shape, batch
+    )
+    q, k, v, metadata, view, scale = args
+    expected = REFERENCES["paged_attention"](*args)
+    for splits in (1, 2, 3, 7, 16, 33, 64):
+        outs = []
+        for _ in range(3):
+            out = torch.full((3, 8 * 128), float("nan"), dtype=q.dtype, device=device)
+            decode(
+                out,
+                q,
+                k,
+                v,
+                view.block_tables,
+                metadata.cu_query_lens,
+                metadata.kv_lens_device,
+                first_request=0,
+                requests=3,
+                max_q=1,
+                max_kv=4000,
+                scale=scale,
+                splits=splits,
+            )
+            outs.append(out)
+        assert relative_error(outs[0], expected) <= 8e-3, splits
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[0], outs[2])
