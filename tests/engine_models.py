@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 
 
 class HistoryModel(nn.Module):
-    """The next token is a function of every token and position of the sequence, read back from the cache.
+    """The next token is a function of every token and position, read back from the cache.
 
-    Stale or foreign cache entries, wrong slots, tables, lengths or positions all change the result, and nothing
-    is rounded. `expected` gives the same without an engine.
+    Stale or foreign cache entries, wrong slots, tables, lengths or positions all change the result,
+    and nothing is rounded. `expected` gives the same without an engine.
     """
 
     max_positions: int | None = 256

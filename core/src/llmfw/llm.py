@@ -160,7 +160,8 @@ class LLM:
             A `RequestOutput` for one prompt, a list of them in the same order for a list.
 
         Raises:
-            RequestError: If a single prompt cannot be served. In a list its output carries the error
+            RequestError: If a single prompt cannot be served. In a list its output carries the
+            error
                 with finish_reason "error", and the others finish.
             EngineError: If the engine stopped.
         """
@@ -249,8 +250,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Complete one prompt, giving an output whenever there is more text.
 
-        `outputs[i].text` is all text so far, `outputs[i].text_diff` what is new. Leaving the loop early aborts the
-        request.
+        `outputs[i].text` is all text so far, `outputs[i].text_diff` what is new. Leaving the loop
+        early aborts the request.
 
         Raises:
             RequestError: If the prompt cannot be served.
@@ -278,8 +279,8 @@ class LLM:
             request_id: A name for `abort`; made up when left out.
 
         Returns:
-            A handle: `await` it or call `result()` for the whole output; `async for` or `for` over it for outputs as
-            they come (with streaming=False: the last alone).
+            A handle: `await` it or call `result()` for the whole output; `async for` or `for` over
+            it for outputs as they come (with streaming=False: the last alone).
 
         Raises:
             RequestError: If the prompt cannot be served.
@@ -295,7 +296,7 @@ class LLM:
         return self._engine.stats()
 
     def shutdown(self) -> None:
-        """Stop the engine and free the model; may be called twice. Leaving a `with` block does it."""
+        """Stop the engine; may be called twice. Leaving a `with` block does it."""
         self._finalizer.detach()
         self._engine.shutdown()
 
@@ -405,7 +406,7 @@ def _start_engine(
 
 
 def _eos_ids(loaded: LoadedModel, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """End-of-sequence tokens of generation_config and config; the tokenizer's where neither names one."""
+    """Those of generation_config and config; the tokenizer's where neither names one."""
     found: set[int] = set()
     config = text_config(loaded.model_config.pretrained_config)
     for value in (

@@ -11,7 +11,7 @@ from llmfw.sampling_params import SamplingParams
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended. Members are strings, so they compare with and print as plain words."""
+    """Why a completion ended; members are plain strings."""
 
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the model's maximum length
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's natural log probability under the model, its rank (1 is the most probable) and its text."""
+    """A token's natural log probability, its rank (1 is the most probable) and its text."""
 
     logprob: float
     rank: int | None = None
@@ -71,8 +71,9 @@ class Timings:
 class CompletionOutput:
     """One completion of a prompt, so far or whole.
 
-    token_ids hold the token that ended it; text does not, unless the parameters ask for it. `text_diff` and
-    `token_ids_diff` are what came since the output before this one of the same stream (all of it, if not streamed).
+    token_ids hold the token that ended it; text does not, unless the parameters ask for it.
+    `text_diff` and `token_ids_diff` are what came since the output before this one of the same
+    stream (all of it, if not streamed).
     """
 
     index: int

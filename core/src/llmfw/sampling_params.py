@@ -1,4 +1,4 @@
-"""How the tokens of a request are chosen and when they end: `SamplingParams`, validated where it is made."""
+"""How the tokens of a request are chosen and when they end, validated where it is made."""
 
 from __future__ import annotations
 
@@ -27,31 +27,38 @@ _SEED_LIMIT = 1 << 64
 class SamplingParams:
     """How one request is sampled; names and ranges follow vLLM's and TensorRT-LLM's.
 
-    The five fields that default to None take the checkpoint's generation_config value, else the neutral one
-    (`resolved` does it). Order: logit_bias, bad_words and min_tokens, penalties, temperature, top_k, top_p, min_p.
+    The five fields that default to None take the checkpoint's generation_config value, else the
+    neutral one (`resolved` does it). Order: logit_bias, bad_words and min_tokens, penalties,
+    temperature, top_k, top_p, min_p.
 
     Args:
         n: Completions for the prompt, which they share; each has its own random numbers.
         temperature: Logits are divided by it; 0 takes the most probable token. Default 1.
         top_k: Only the k most probable tokens are kept; 0 or -1 keeps all. Default 0.
-        top_p: Only the most probable tokens whose probabilities reach top_p are kept, in (0, 1]. Default 1.
-        min_p: Tokens less probable than min_p times the most probable one are dropped, in [0, 1]. Default 0.
-        repetition_penalty: Logits of tokens seen in prompt or output are divided (positive) or multiplied (negative)
-            by it, > 0 (arXiv:1909.05858). Default 1.
+        top_p: Only the most probable tokens whose probabilities reach top_p are kept, in (0, 1].
+            Default 1.
+        min_p: Tokens less probable than min_p times the most probable one are dropped, in [0, 1].
+            Default 0.
+        repetition_penalty: Logits of tokens seen in prompt or output are divided (positive) or
+            multiplied (negative) by it, > 0 (arXiv:1909.05858). Default 1.
         presence_penalty: Subtracted once from the logit of each token in the output, in [-2, 2].
         frequency_penalty: Subtracted for each occurrence of a token in the output, in [-2, 2].
-        seed: Makes the random numbers of the request the same in any batch; None draws one from the engine's seed.
+        seed: Makes the random numbers of the request the same in any batch; None draws one from the
+            engine's seed.
         max_tokens: Most tokens to make; None goes on up to the model's maximum length.
         min_tokens: No end-of-sequence or stop token before so many tokens.
         stop: String or strings that end the text; they are not part of it.
         stop_token_ids: Tokens that end it, beside the checkpoint's end-of-sequence tokens.
         ignore_eos: The checkpoint's end-of-sequence tokens end nothing.
         detokenize: False leaves `text` empty (stop strings then cannot be used).
-        logprobs: For each token its log probability (of the model's own logits) and those of so many best; -1: all.
-        prompt_logprobs: The same for the prompt's tokens; turns prefix cache hits off for the request.
+        logprobs: For each token its log probability (of the model's own logits) and those of so
+            many best; -1: all.
+        prompt_logprobs: The same for the prompt's tokens; turns prefix cache hits off for the
+            request.
         logit_bias: Added to the logits of these token ids.
         bad_words: Words that never come out.
-        include_stop_str_in_output: Keep the stop string (or stop token's text) at the end of the text.
+        include_stop_str_in_output: Keep the stop string (or stop token's text) at the end of the
+            text.
         skip_special_tokens: Leave special tokens out of the text.
 
     Raises:
@@ -110,7 +117,7 @@ class SamplingParams:
         return SamplingParams(**{**fields, **changes})
 
     def resolved(self, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
-        """A copy whose unset fields are filled from a generation_config, else with the neutral value."""
+        """A copy with unset fields filled from a generation_config, else neutral."""
         defaults = {**NEUTRAL, **_from_generation_config(generation_config or {})}
         unset = {name: defaults[name] for name in NEUTRAL if getattr(self, name) is None}
         return self.replace(**unset) if unset else self
@@ -119,7 +126,8 @@ class SamplingParams:
     def from_generation_config(cls, raw: Mapping[str, Any], **given: Any) -> SamplingParams:
         """The sampling that a checkpoint's generation_config.json asks for; `given` fields win.
 
-        `do_sample: false` means temperature 0, `max_new_tokens` becomes max_tokens; null values say nothing.
+        `do_sample: false` means temperature 0, `max_new_tokens` becomes max_tokens; null values say
+        nothing.
         """
         fields: dict[str, Any] = dict(_from_generation_config(raw))
         if raw.get("max_new_tokens") is not None:

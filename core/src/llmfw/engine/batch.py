@@ -19,10 +19,12 @@ class Batch:
 
     input_ids, position_ids: int64 [tokens] (device).
     sample_seq_ids: sequences that get a token, in the order of the first rows of logits.
-    sample_rows, sample_positions: their rows in the table, and where in the sequence the token will stand (host).
+    sample_rows, sample_positions: their rows in the table, and where in the sequence the token will
+        stand (host).
     sample_targets: int64, where in RequestTable.flat_tokens it goes (device).
-    prompt_rows: for each sequence that wants prompt_logprobs: (sequence, position of its first logits row in the
-        prompt, number of rows); these rows of logits follow those that are sampled.
+    prompt_rows: for each sequence that wants prompt_logprobs: (sequence, position of its first
+        logits row in the prompt, number of rows); these rows of logits follow those that are
+        sampled.
     """
 
     input_ids: torch.Tensor
@@ -36,7 +38,7 @@ class Batch:
 
 
 class BatchBuilder:
-    """Builds batches from a request table; a few array operations a step, whatever the number of requests.
+    """Builds batches from a request table in a few array operations a step.
 
     Args:
         table: The worker's sequences.
@@ -206,7 +208,7 @@ class BatchBuilder:
 def upload(
     arrays: list[np.ndarray], dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """One-dimensional arrays as tensors on the device: as they are on a CPU, in one copy elsewhere."""
+    """Flat arrays as tensors on the device: as they are on a CPU, in one copy elsewhere."""
     numpy_dtype = _NUMPY[dtype]
     if device.type == "cpu":
         return [torch.from_numpy(array.astype(numpy_dtype, copy=False)) for array in arrays]

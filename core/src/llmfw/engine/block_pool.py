@@ -1,8 +1,9 @@
 """The KV cache's blocks: who holds them, and which hold a prefix that another request can read.
 
-Only numbers of blocks live here, no memory. A full block is named by a digest of its tokens chained with the digest of
-the block before it, so equal digests mean equal whole prefixes. A block whose last holder lets go keeps its digest and
-waits, least recently used first, to be read again or taken for new tokens (as in vLLM's prefix cache).
+Only numbers of blocks live here, no memory. A full block is named by a digest of its tokens chained
+with the digest of the block before it, so equal digests mean equal whole prefixes. A block whose
+last holder lets go keeps its digest and waits, least recently used first, to be read again or taken
+for new tokens (as in vLLM's prefix cache).
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class BlockPool:
         return blocks
 
     def name(self, block: int, digest: bytes) -> None:
-        """Remember that a held block is full and holds the prefix `digest`; the first block of a name keeps it."""
+        """Remember that a held, full block holds the prefix `digest`; the first of a name keeps it."""
         if (
             self.enable_prefix_caching
             and digest not in self._block_of
@@ -95,7 +96,7 @@ class BlockPool:
             self._digest_of[block] = digest
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Let go of a request's blocks, given in order; its last ones are the first to be taken again."""
+        """Let go of a sequence's blocks, given in order; its last ones are taken again first."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:

@@ -91,7 +91,7 @@ class Completion:
                 self.finish_reason, self.stop_reason = FinishReason.STOP, stop
 
     def output(self, *, advance: bool = False) -> CompletionOutput:
-        """The completion so far. With `advance` the next output's diffs start where this one ends."""
+        """The completion so far; with `advance` the next one's diffs start where this ends."""
         text = "" if self._text is None else self._text.text
         if self.finish_reason is None and self._text is not None:
             text = text[: self._text.visible]

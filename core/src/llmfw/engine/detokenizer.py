@@ -1,4 +1,4 @@
-"""Tokens to text while they come: no half characters, stop strings found exactly and held back until they are sure."""
+"""Tokens to text while they come: no half characters, stop strings found exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Decoder(Protocol):
 
 
 class TextStream:
-    """The text of a growing list of tokens; what `push` returns, joined, is the text that follows the prompt.
+    """The text of a growing list of tokens; what `push` and `flush` return, joined, is all of it.
 
     Args:
         decoder: The tokenizer.
@@ -80,8 +80,8 @@ class TextStream:
 class StopFinder:
     """Finds the first stop string in a growing text, as if it came character by character.
 
-    The match that ends first wins, of those that end together the longest; so the cut does not depend on how the
-    text was split into tokens.
+    The match that ends first wins, of those that end together the longest; so the cut does not
+    depend on how the text was split into tokens.
 
     Args:
         stops: The stop strings.
@@ -96,7 +96,7 @@ class StopFinder:
         self._longest = max((len(stop) for stop in stops), default=0)
 
     def push(self, piece: str, *, search: bool = True) -> bool:
-        """Add text; True when a stop string is complete, the text then is cut. Without `search` none can be."""
+        """Add text; True when (with `search`) a stop string is complete, the text then is cut."""
         before = len(self.text)
         self.text += piece
         if not self._stops or not piece or not search:
@@ -168,7 +168,7 @@ class Detokenizer:
         return self._finder.found
 
     def finish(self) -> str | None:
-        """No token follows: let out what was held back; a stop string that this completes is found too."""
+        """No token follows: let out what was held back; returns a stop string in it, if any."""
         if not self._ended:
             self._ended = True
             self._finder.push(self._stream.flush())

@@ -157,7 +157,7 @@ class LLMEngine:
         )
 
     def shutdown(self, *, wait: bool = True) -> None:
-        """Stop: requests under way end with an EngineError, the worker is let go. May be called twice."""
+        """Stop: requests under way end with an EngineError. May be called twice."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -372,7 +372,8 @@ class LLMEngine:
 
 
 def _scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerConfig:
-    assert settings.max_num_seqs is not None and settings.max_num_batched_tokens is not None
+    assert settings.max_num_seqs is not None
+    assert settings.max_num_batched_tokens is not None
     return SchedulerConfig(
         num_blocks=facts.num_blocks,
         block_size=facts.block_size,

@@ -24,7 +24,7 @@ class Executor(Protocol):
 
 
 class InProcessExecutor:
-    """Runs the steps in the calling thread. A launched step is read when its future is asked for the result.
+    """Runs the steps in the calling thread; a step is read when its future is asked for it.
 
     Args:
         runner: The worker.

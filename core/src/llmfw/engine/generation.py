@@ -17,9 +17,9 @@ from llmfw.request import FinishReason, Logprob, Request, RequestOutput, Timings
 class Generation:
     """The handle of one request.
 
-    `result()` waits for the whole output, a `for` loop gives an output whenever there is more of it, and
-    `await` and `async for` do the same for coroutines. An output that comes late holds all that came meanwhile,
-    so nothing is lost when the reader is slow. One reader at a time.
+    `result()` waits for the whole output, a `for` loop gives an output whenever there is more of
+    it, and `await` and `async for` do the same for coroutines. An output that comes late holds all
+    that came meanwhile, so nothing is lost when the reader is slow. One reader at a time.
 
     Args:
         request: The request.
@@ -89,7 +89,7 @@ class Generation:
         return self.aresult().__await__()
 
     async def aresult(self) -> RequestOutput:
-        """Like `result`, for coroutines; a request that fails alone raises its error; cancelling aborts it."""
+        """Like `result`, for coroutines; raises the request's error; cancelling aborts it."""
         event = self._listen()
         try:
             while not self.finished:
@@ -104,7 +104,7 @@ class Generation:
         return output
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        """Outputs as they come (with `streamed`), for coroutines; leaving early aborts the request."""
+        """Like the `for` loop, for coroutines; raises the request's error."""
         event = self._listen()
         try:
             last = False

@@ -1,4 +1,4 @@
-"""The worker: holds the model, its caches and the sequences' state, and runs one step after the other."""
+"""The worker: holds the model, its caches and the sequences' state, and runs the steps."""
 
 from __future__ import annotations
 
@@ -178,9 +178,10 @@ class ModelRunner:
         return capacity
 
     def _warm_up(self, max_model_len: int) -> None:
-        """Run the largest step once, so that its memory is known before the cache takes the rest."""
+        """Run the largest step once, so that its memory is taken before the cache's."""
         settings = self.settings
-        assert settings.max_num_batched_tokens is not None and settings.max_num_seqs is not None
+        assert settings.max_num_batched_tokens is not None
+        assert settings.max_num_seqs is not None
         size = settings.block_size
         longest = min(max_model_len, settings.max_num_batched_tokens)
         count = max(1, min(settings.max_num_batched_tokens // longest, settings.max_num_seqs))
@@ -209,7 +210,7 @@ def _widest(wanted: tuple[int | None, ...], vocab: int) -> int:
 
 
 class PendingStep:
-    """A step that was started; `read` waits for its tokens, the only time that the host waits for the device."""
+    """A step that was started; in `read` alone the host waits for the device."""
 
     def __init__(
         self,

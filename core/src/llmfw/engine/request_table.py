@@ -1,7 +1,8 @@
-"""The worker's memory of sequences: one row each, counts and blocks on the host, token values on the device.
+"""The worker's memory of sequences: counts and blocks on the host, token values on the device.
 
-The host side holds only what follows from counts, so a step can be prepared before the tokens of the one before it are
-known; values stay on the device, where sampling puts them and the next step gathers them.
+The host side holds only what follows from counts, so a step can be prepared before the tokens of
+the one before it are known; values stay on the device, where sampling puts them and the next step
+gathers them.
 """
 
 from __future__ import annotations

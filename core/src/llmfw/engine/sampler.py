@@ -1,26 +1,32 @@
 """From logits to tokens, all rows at once, without waiting for the device.
 
-top_k, top_p and min_p each come to one threshold a row; the tokens at or above the highest of them stay (equal logits
-stay or go together). A row's token is found by inverting the cumulative distribution in vocabulary order with one
-uniform number, so that a request's draws do not depend on its neighbours.
+top_k, top_p and min_p each come to one threshold a row; the tokens at or above the highest of them
+stay (equal logits stay or go together). A row's token is found by inverting the cumulative
+distribution in vocabulary order with one uniform number, so that a request's draws do not depend on
+its neighbours.
+
+On a CPU sorting and the position of the maximum go through numpy, which is 30 and 10 times as fast
+there as torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from llmfw.engine.sampling_plan import BadWords, Penalties, SamplingPlan
 
-#: top_p looks for its threshold among so many best tokens before it sorts the whole vocabulary (CPU).
-NUCLEUS_CANDIDATES = 256
-_ROWS_AT_ONCE = 128
+_ROWS_AT_ONCE = 128  # for log probabilities, to bound their memory
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobTensors:
-    """Log probabilities on the device: of the rows' own tokens [n], ranks [n], best ids and values [n, k]."""
+    """Log probabilities on the device.
+
+    chosen, ranks: [n], of the rows' own tokens. top_ids, top_values: [n, k], best first.
+    """
 
     chosen: torch.Tensor
     ranks: torch.Tensor
@@ -39,17 +45,20 @@ def sample(logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
         int64 [rows]; -1 where the row's logits were not finite or nothing was allowed.
     """
     if not plan.features:
-        return _checked(*logits.max(dim=-1))
+        return _checked(*_best(logits))
     x = edited(logits, plan)
-    best, greedy = x.max(dim=-1)
+    best, greedy = _best(x)
     if plan.random is None:
         return _checked(best, greedy)
     assert plan.temperature is not None
     x.sub_(best[:, None]).div_(plan.temperature)  # the best is now 0
     threshold = _threshold(x, plan)
-    if threshold is not None:
-        x.masked_fill_(x < threshold, float("-inf"))
-    drawn = _invert(x.exp_(), plan)
+    if threshold is None:
+        weights = x.exp_()
+    else:
+        kept = x >= threshold
+        weights = x.exp_().mul_(kept)
+    drawn = _invert(weights, plan)
     return _checked(best, torch.where(plan.random[:, 0], drawn, greedy))
 
 
@@ -67,7 +76,7 @@ def edited(logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
 
 
 def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> LogprobTensors:
-    """Log probabilities of `tokens` [n] under `logits` [n, vocab], and those of the `count` best tokens."""
+    """Log probabilities of `tokens` [n] under `logits` [n, vocab], and of the `count` best ones."""
     parts = []
     for rows, own in zip(logits.split(_ROWS_AT_ONCE), tokens.split(_ROWS_AT_ONCE), strict=True):
         values = rows.float().log_softmax(dim=-1)
@@ -76,6 +85,23 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> LogprobT
         top_values, top_ids = values.topk(min(count, values.shape[-1]), dim=-1)
         parts.append((chosen[:, 0], ranks, top_ids, top_values))
     return LogprobTensors(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _best(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum of each row and its first position; NaN counts as the greatest."""
+    if x.device.type != "cpu":
+        best = x.max(dim=-1)
+        return best.values, best.indices
+    wide = x.float()
+    index = torch.from_numpy(wide.numpy().argmax(axis=-1))
+    return wide.gather(1, index[:, None])[:, 0], index
+
+
+def _descending(x: torch.Tensor) -> torch.Tensor:
+    """The rows' values, greatest first."""
+    if x.device.type != "cpu":
+        return x.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(x.numpy(), axis=-1)).flip(-1)
 
 
 def _checked(best: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -89,30 +115,33 @@ def _forbid_bad_words(x: torch.Tensor, words: BadWords) -> None:
 
 
 def _penalised(x: torch.Tensor, penalties: Penalties) -> torch.Tensor:
-    history = penalties.history
-    index = torch.arange(history.shape[1], device=x.device)
+    index = torch.arange(penalties.history.shape[1], device=x.device)
     written = index < penalties.lens
-    output = (written & (index >= penalties.prompt_lens)).to(x.dtype)
-    ids = torch.where(
-        written, history, history[:, :1]
-    )  # past the end: the first token, seen anyway
-    seen = torch.zeros_like(x, dtype=torch.bool).scatter_(1, ids, True)
-    counts = torch.zeros_like(x).scatter_add_(1, ids, output)
-    stretched = torch.where(x > 0, x / penalties.repetition, x * penalties.repetition)
-    x = torch.where(seen, stretched, x)
-    return x - penalties.frequency * counts - penalties.presence * (counts > 0)
+    # Places past the end name the first token, which is seen anyway.
+    ids = torch.where(written, penalties.history, penalties.history[:, :1])
+    seen = x.gather(1, ids)
+    stretched = torch.where(seen > 0, seen / penalties.repetition, seen * penalties.repetition)
+    x.scatter_(1, ids, stretched)
+    if penalties.counted:
+        output = (written & (index >= penalties.prompt_lens)).to(x.dtype)
+        counts = torch.zeros_like(x).scatter_add_(1, ids, output)
+        x -= penalties.frequency * counts
+        x -= penalties.presence * (counts > 0)
+    return x
 
 
 def _threshold(x: torch.Tensor, plan: SamplingPlan) -> torch.Tensor | None:
     """The logit below which tokens go, [rows, 1]; x [rows, vocab] has its maximum at 0."""
+    if plan.top_p is not None:
+        best = _descending(x)
+    elif plan.top_k is not None:
+        best = x.topk(min(plan.max_top_k, x.shape[-1]), dim=-1).values
     threshold = None
     if plan.top_k is not None:
-        width = min(plan.max_top_k, x.shape[-1])
-        best = x.topk(width, dim=-1).values
-        kth = best.gather(1, (plan.top_k.clamp_max(width) - 1).clamp_min(0))
+        kth = best.gather(1, (plan.top_k.clamp_max(best.shape[-1]) - 1).clamp_min_(0))
         threshold = kth.masked_fill_(plan.top_k == 0, float("-inf"))
     if plan.top_p is not None:
-        nucleus = _nucleus_threshold(x, plan.top_p, threshold)
+        nucleus = _nucleus_threshold(best, plan.top_p, threshold)
         threshold = nucleus if threshold is None else torch.maximum(threshold, nucleus)
     if plan.min_p is not None:
         least = plan.min_p.log()  # of 0: -inf
@@ -121,33 +150,20 @@ def _threshold(x: torch.Tensor, plan: SamplingPlan) -> torch.Tensor | None:
 
 
 def _nucleus_threshold(
-    x: torch.Tensor, top_p: torch.Tensor, floor: torch.Tensor | None
+    best: torch.Tensor, top_p: torch.Tensor, floor: torch.Tensor | None
 ) -> torch.Tensor:
-    """The logit of the last token that top_p keeps, among those at or above `floor`."""
-    weights = x.exp()
+    """The last value that top_p keeps of sorted rows, among those at or above `floor`."""
+    weights = best.exp()
     if floor is not None:
-        weights.masked_fill_(x < floor, 0.0)
-    wanted = weights.sum(dim=-1, keepdim=True, dtype=torch.float64) * top_p
-    off = top_p >= 1.0
-    if x.device.type == "cpu":
-        best = x.topk(min(NUCLEUS_CANDIDATES, x.shape[-1]), dim=-1).values
-        reached = best.exp().cumsum(dim=-1, dtype=torch.float64)
-        if bool(((reached[:, -1:] >= wanted) | off).all()):
-            return _first_reaching(best, reached, wanted).masked_fill_(off, float("-inf"))
-    best = x.sort(dim=-1, descending=True).values
-    reached = best.exp().cumsum(dim=-1, dtype=torch.float64)
-    return _first_reaching(best, reached, wanted).masked_fill_(off, float("-inf"))
-
-
-def _first_reaching(
-    best: torch.Tensor, reached: torch.Tensor, wanted: torch.Tensor
-) -> torch.Tensor:
-    index = torch.searchsorted(reached, wanted)
-    return best.gather(1, index.clamp_max_(best.shape[-1] - 1))
+        weights.mul_(best >= floor)
+    reached = weights.cumsum(dim=-1, dtype=torch.float64)
+    index = torch.searchsorted(reached, reached[:, -1:] * top_p)
+    last = best.gather(1, index.clamp_max_(best.shape[-1] - 1))
+    return last.masked_fill_(top_p >= 1.0, float("-inf"))
 
 
 def _invert(weights: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
-    """The first token whose cumulative weight exceeds uniform * total; weights [rows, vocab] >= 0."""
+    """The first token whose cumulative weight exceeds uniform * total; weights [rows, vocab]."""
     assert plan.uniform is not None
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     wanted = cumulative[:, -1:] * plan.uniform

@@ -1,4 +1,4 @@
-"""What the sampler has to do for the rows of one batch, gathered from the request table on the host."""
+"""What the sampler has to do for the rows of one batch, gathered from the request table."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Penalties:
 
     rows: int64 [p]. history: int64 [p, longest]. lens, prompt_lens: int64 [p, 1].
     repetition, presence, frequency: float32 [p, 1].
+    counted: whether presence or frequency is set in any row (host).
     """
 
     rows: torch.Tensor
@@ -27,6 +28,7 @@ class Penalties:
     repetition: torch.Tensor
     presence: torch.Tensor
     frequency: torch.Tensor
+    counted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,10 @@ class SamplingPlan:
     """Parameters of a batch's rows; a part that no row needs is None.
 
     random: bool [rows, 1], False for greedy rows. uniform: float64 [rows, 1] in [0, 1).
-    temperature, top_p, min_p: float32 [rows, 1]. top_k: int64 [rows, 1], 0 for none; max_top_k: the largest (host).
-    logprobs: for each row how many best ones are wanted, -1 for none at all, or None when no row wants any.
+    temperature, top_p, min_p: float32 [rows, 1]. top_k: int64 [rows, 1], 0 for none; max_top_k: the
+        largest (host).
+    logprobs: for each row how many best ones are wanted, -1 for none at all, or None when no row
+        wants any.
     """
 
     features: Feature
@@ -102,7 +106,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def plan_sampling(table: RequestTable, rows: np.ndarray, positions: np.ndarray) -> SamplingPlan:
-    """The plan for the sequences in `rows` of the table, whose next token will stand at `positions`."""
+    """The plan for `rows` of the table, whose next tokens will stand at `positions`."""
     features = Feature(int(np.bitwise_or.reduce(table.features[rows]))) if len(rows) else Feature(0)
     if not features:
         return GREEDY
@@ -197,6 +201,7 @@ def _penalties(table: RequestTable, rows: np.ndarray, positions: np.ndarray) -> 
         repetition[:, None],
         presence[:, None],
         frequency[:, None],
+        counted=bool(np.any(strengths[1]) or np.any(strengths[2])),
     )
 
 

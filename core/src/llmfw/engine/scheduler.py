@@ -1,8 +1,10 @@
-"""Which tokens of which sequences the next step computes. Pure Python; knows counts, blocks and digests.
+"""Which tokens of which sequences the next step computes. Pure Python, no tensors.
 
-There is no separate prefill and decode: every sequence has tokens and computed tokens, and a step takes some of the
-difference, within a budget. A sequence whose chunk reaches its last token is promised one more, whose value may come
-later: the scheduler goes on with counts, so step n + 1 can be made before step n's tokens are known.
+There is no separate prefill and decode: every sequence has tokens and computed tokens, and a step
+takes some of the difference, within a budget. A sequence whose chunk reaches its last token is
+promised one more, whose value may come
+later: the scheduler goes on with counts, so step n + 1 can be made before step n's tokens are
+known.
 """
 
 from __future__ import annotations
@@ -41,12 +43,13 @@ class Sequence:
     Args:
         new: What the worker is told at the first chunk.
         limit: Tokens, prompt and output, at which it ends.
-        read_prefix: Whether it may start from cached blocks (not when logits of the whole prompt are wanted).
+        read_prefix: Whether it may start from cached blocks (not when logits of the whole prompt
+            are wanted).
     """
 
     __slots__ = (
-        "blocks", "digests", "limit", "new", "num_cached", "num_computed", "num_named", "num_tokens",
-        "read_prefix", "seq_id", "started", "tokens",
+        "blocks", "digests", "limit", "new", "num_cached", "num_computed", "num_named",
+        "num_tokens", "read_prefix", "seq_id", "started", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewRequest, limit: int, *, read_prefix: bool = True) -> None:
@@ -83,8 +86,8 @@ class SchedulerStats:
 class Scheduler:
     """First come, first served, with preemption by recomputing.
 
-    Decoding sequences get budget first, then started prompts, then new ones. When blocks run out the latest sequence
-    gives up its blocks and starts again later from the head of the queue.
+    Decoding sequences get budget first, then started prompts, then new ones. When blocks run out
+    the latest sequence gives up its blocks and starts again later from the head of the queue.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -113,7 +116,7 @@ class Scheduler:
         return min(self.config.max_model_len, self.capacity)
 
     def check_length(self, prompt_len: int) -> None:
-        """Refuse a prompt that could not be computed even with the cache to itself; any thread may ask.
+        """Refuse a prompt that does not fit even with the cache to itself; any thread may ask.
 
         Raises:
             RequestError: If it is empty or too long.
@@ -154,7 +157,7 @@ class Scheduler:
                 self._extend_digests(sequence)
 
     def finish(self, seq_id: int) -> None:
-        """Forget a sequence, ended or aborted, and free its blocks. A step in flight may still compute it."""
+        """Forget a sequence and free its blocks; a step in flight may still compute it."""
         sequence = self._sequences.pop(seq_id, None)
         if sequence is None:
             return
@@ -190,7 +193,7 @@ class Scheduler:
         assert all(not sequence.blocks for sequence in self.waiting)
 
     def _plan_running(self, plan: _Plan) -> bool:
-        """Give budget to running sequences; False if one found no block, so that none may be admitted."""
+        """Give budget to running sequences; False if blocks ran out: none may be admitted."""
         settled = True
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
@@ -245,7 +248,8 @@ class Scheduler:
                 new.append(sequence.new)
                 self._count_prefix(sequence, cached)
             plan.take(sequence, count)
-            # Named at once: a later one of this step may share it, for layers write K and V before they read.
+            # Named at once: a later one of this step may share it, for layers write K and V before
+            # they read.
             chunk = self._advance(sequence, count, sequence.blocks, restart=True)
             (generations if count == 1 else contexts).append(chunk)
 
@@ -265,7 +269,7 @@ class Scheduler:
         return Chunk(sequence.seq_id, start, count, samples, tuple(blocks), restart)
 
     def _preempt_for(self, sequence: Sequence, missing: int, plan: _Plan) -> bool:
-        """Free blocks by preempting the latest sequences, never `sequence` itself nor those before it."""
+        """Free blocks by preempting the latest sequences, never `sequence` or one before it."""
         victims = []
         for victim in reversed(self.running.values()):
             if victim is sequence:

@@ -34,7 +34,8 @@ class Chunk(NamedTuple):
 
     start, num_tokens: positions start .. start + num_tokens - 1, tokens the worker knows.
     samples: whether a token is sampled after the last of them.
-    blocks: blocks added to the sequence's table; with `restart` they replace it (first chunk, or after preemption).
+    blocks: blocks added to the sequence's table; with `restart` they replace it (first chunk, or
+        after preemption).
     """
 
     seq_id: int
@@ -47,7 +48,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step: `finished` sequences are forgotten first, then `new` ones made, then `chunks` computed.
+    """One step: `finished` sequences are forgotten, `new` ones made, then `chunks` computed.
 
     chunks: context chunks first, then the num_generations chunks of one token.
     """
@@ -77,10 +78,11 @@ class TokenLogprobs(NamedTuple):
 class StepOutput:
     """The tokens of one step.
 
-    seq_ids, token_ids: the sampled token of each chunk that samples, in the order of the chunks; a negative
-        token means that the model's logits were not finite.
+    seq_ids, token_ids: the sampled token of each chunk that samples, in the order of the chunks; a
+        negative token means that the model's logits were not finite.
     logprobs: by sequence, where asked for.
-    prompt_logprobs: by sequence, the position of the first prompt token told of, and one entry a token.
+    prompt_logprobs: by sequence, the position of the first prompt token told of, and one entry a
+        token.
     """
 
     step_id: int

@@ -1,4 +1,4 @@
-"""Text to tokens and back: a checkpoint's tokenizer.json through `tokenizers`, without transformers' Auto classes."""
+"""Text to tokens and back: a checkpoint's tokenizer.json, read by `tokenizers` alone."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates from the config, overridden by chat_template.jinja and additional_chat_templates/*.jinja."""
+    """Templates from the config; those in files of their own win."""
     inline = config.get("chat_template")
     templates: dict[str, str] = {}
     if isinstance(inline, str):
