@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 MODEL ?= smollm2
-PROMPT ?= Name three things that a compiler does.
+PROMPT ?= What is the capital of France?
 ARGS ?=
 export PROMPT
 
@@ -16,7 +16,7 @@ help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: setup-run ## a model answers: make run PROMPT="..." ARGS="--temperature 0.7" MODEL=smollm2
-	@$(VENV)/llmfw run --model "$(MODEL)" --chat --prompt "$$PROMPT" $(ARGS)
+	@$(VENV)/llmfw run --model "$(MODEL)" --chat --prompt "$$PROMPT" --temperature 0 $(ARGS)
 
 test: setup-dev ## all tests but the slow ones
 	$(VENV)/python -m pytest $(ARGS)
