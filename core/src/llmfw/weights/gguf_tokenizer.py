@@ -6,6 +6,7 @@ model was trained with, and nothing else would show it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from llmfw.weights.gguf_tables import (
     PRE_WITH_NFC,
     SENTENCEPIECE,
 )
+
+logger = logging.getLogger("llmfw.weights")
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -77,7 +80,10 @@ def tokenizer_config_of(metadata: Mapping[str, Any], max_length: int) -> dict[st
 
 def _byte_level(file: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     """Byte-level BPE with stored merges."""
-    name = metadata.get("tokenizer.ggml.pre", DEFAULT_PRE)
+    name = metadata.get("tokenizer.ggml.pre")
+    if name is None:
+        logger.warning("%s names no pre-tokenizer; %s is taken", file, DEFAULT_PRE)
+        name = DEFAULT_PRE
     if name not in PRE_TOKENIZERS:
         raise _refused(
             file, f"pre-tokenizer {name!r} is not known; these are: {', '.join(PRE_TOKENIZERS)}"

@@ -66,11 +66,11 @@ def _fill(file: Path, folder: Path, unpack_below: int) -> None:
     checkpoint = GGUFCheckpoint(file)
     metadata = checkpoint.header.metadata
     config = config_of(checkpoint)
+    tokenizer_of(file, metadata).save(str(folder / "tokenizer.json"))
     max_length = config.get("max_position_embeddings", 2048)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config_of(config, metadata))
     _write_json(folder / "tokenizer_config.json", tokenizer_config_of(metadata, max_length))
-    tokenizer_of(file, metadata).save(str(folder / "tokenizer.json"))
     numel = sum(torch.Size(checkpoint.info(name).shape).numel() for name in checkpoint.names())
     if numel * 2 < unpack_below:
         tensors = {name: checkpoint.tensor(name).bfloat16() for name in checkpoint.names()}
