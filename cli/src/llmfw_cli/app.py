@@ -96,7 +96,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    app(prog_name="llmfw")
 
 
 def _is_installed(distribution: str) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmfw.errors import UsageError
+if TYPE_CHECKING:
+    from llmfw.errors import UsageError
 
 STDIN = "-"
 
@@ -22,13 +24,13 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
     """
     if not texts and not files:
         if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError(
+            raise _usage_error(
                 "there is no prompt",
                 hint="give --prompt TEXT or --prompt-file FILE, or pipe the prompt in",
             )
         texts = [STDIN]
     if list(texts).count(STDIN) > 1:
-        raise UsageError("standard input is named twice as a prompt", hint="name it once")
+        raise _usage_error("standard input is named twice as a prompt", hint="name it once")
     prompts = [_read_stdin() if text == STDIN else text for text in texts]
     return prompts + [_read_file(file) for file in files]
 
@@ -36,7 +38,7 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
 def _read_stdin() -> str:
     data = sys.stdin.buffer.read()
     if not data:
-        raise UsageError(
+        raise _usage_error(
             "standard input is empty", hint="pipe the prompt in, or give --prompt TEXT"
         )
     return _decode(data, "standard input")
@@ -47,7 +49,7 @@ def _read_file(file: Path) -> str:
         data = file.read_bytes()
     except OSError as exc:
         reason = exc.strerror or type(exc).__name__
-        raise UsageError(
+        raise _usage_error(
             f"--prompt-file {file} cannot be read: {reason}", hint="give a file of UTF-8 text"
         ) from exc
     return _decode(data, f"--prompt-file {file}")
@@ -57,8 +59,14 @@ def _decode(data: bytes, where: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise UsageError(
+        raise _usage_error(
             f"{where} is not UTF-8 text: byte {exc.start} is 0x{data[exc.start]:02x}",
             hint="convert it, e.g. iconv -f latin1 -t utf-8",
         ) from exc
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _usage_error(message: str, hint: str) -> UsageError:
+    from llmfw.errors import UsageError
+
+    return UsageError(message, hint=hint)

@@ -1,22 +1,22 @@
 """Everything llmfw raises on purpose.
 
     LlmfwError
-    |-- UsageError (also ValueError)          2   a flag, keyword or setting that cannot be
-    |-- ConfigError (also ValueError)         3   a model that cannot be found or a config that
-    cannot be read |-- CheckpointError                       4   a file of weights that is missing,
-    truncated or unsafe |-- WeightError                           5   checkpoint and model do not
-    fit each other |-- PluginError
-    |   |-- UnknownArchitectureError          6   no installed plugin serves it
-    |   |-- PluginConflictError               7   two plugins serve it
-    |   |-- PluginLoadError                   8   the plugin's code fails to import
-    |   |-- PluginIncompatibleError           9   its metadata rule out the installed versions
-    |   |-- PluginContractError              10   its hooks are not those of the contract
-    |   `-- ForeignDistributionError         11   somebody else's package is installed under our
-    name |-- KernelError                          12   a kernel cannot be compiled, chosen or
-    trusted |-- DeviceError                          13   no such device, or not enough memory on it
-    |-- RequestError (also ValueError)       14   one request that cannot be served; the engine
-    lives |-- TokenizerError                       15   the tokenizer is missing or cannot be read
-    `-- EngineError                          16   the engine itself stopped
+    |-- UsageError (also ValueError)     2   a flag, keyword or setting that cannot be
+    |-- ConfigError (also ValueError)    3   a model not found, or a config that cannot be read
+    |-- CheckpointError                  4   a file of weights missing, truncated or unsafe
+    |-- WeightError                      5   checkpoint and model do not fit each other
+    |-- PluginError
+    |   |-- UnknownArchitectureError     6   no installed plugin serves it
+    |   |-- PluginConflictError          7   two plugins serve it
+    |   |-- PluginLoadError              8   the plugin's code fails to import
+    |   |-- PluginIncompatibleError      9   its metadata rule out the installed versions
+    |   |-- PluginContractError         10   its hooks are not those of the contract
+    |   `-- ForeignDistributionError    11   somebody else's package is installed under our name
+    |-- KernelError                     12   a kernel cannot be compiled, chosen or trusted
+    |-- DeviceError                     13   no such device, or not enough memory on it
+    |-- RequestError (also ValueError)  14   one request that cannot be served; the engine lives
+    |-- TokenizerError                  15   the tokenizer is missing or cannot be read
+    `-- EngineError                     16   the engine itself stopped
 
 The number is the process's exit code when the command line ends with that error. 0 is success, 1
 means only "a check found a difference", 130 is Ctrl-C.

@@ -22,6 +22,7 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             envvar="LLMFW_MODEL",
             help="Directory, GGUF file, hub id or alias.",
             autocompletion=complete_model,

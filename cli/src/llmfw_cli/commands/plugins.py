@@ -103,7 +103,7 @@ def doctor(
         for line in problems:
             write(f"problem: {line}\n")
         write(f"interpreter: {sys.executable}\n")
-    codes = [int(row["exit_code"]) for row in rows if row["exit_code"]]
+    codes = [code for row in rows if (code := int(row["exit_code"]))]
     if foreign:
         codes.insert(0, foreign.error().exit_code)
     if catalog.problems:

@@ -36,7 +36,7 @@ def run(
     serving: ServingOptions,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]...", help="Prompts; - is standard input."),
+        typer.Argument(metavar="PROMPT", help="Prompts; - is standard input."),
     ] = None,
     prompt: Annotated[
         list[str] | None,

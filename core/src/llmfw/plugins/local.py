@@ -112,7 +112,7 @@ def load_plugin_module(path_or_module: str | Path) -> ModuleType:
 
     It registers with `@register_auto_model("Architecture")` on a class, or with
     `llmfw.plugins.register_local(architecture, plugin, __file__)`. A file is run once as long as it
-    does not change.
+    does not change and its plugins are registered.
 
     Raises:
         UsageError: If there is no such file or module.
@@ -149,7 +149,8 @@ def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
     digest = _digest(path)
     known, name = _loaded_files.get(path, ("", ""))
-    if known == digest and name in sys.modules:
+    registered = any(local.path == path for local in _registry.values())
+    if known == digest and registered and name in sys.modules:
         return sys.modules[name]
     name = f"llmfw_local_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)

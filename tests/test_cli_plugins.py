@@ -1,0 +1,144 @@
+"""`llmfw plugins`, `kernels` and `env`: what is told of the installation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli_helpers import run
+from llmfw_cli.probe import probe
+from plugin_fakes import model_dist, write_dist
+
+HOOKS = """
+from llmfw.plugins import hookimpl
+class Plugin:
+    @hookimpl
+    def {name}(self): ...
+plugin = Plugin()
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Fake distributions that this process and its children see."""
+    model_dist(tmp_path, "sound-one", "SoundForCausalLM", code=HOOKS.format(name="llmfw_model"))
+    model_dist(tmp_path, "broken-one", "BrokenForCausalLM", code="import no_such_module_here\n")
+    model_dist(tmp_path, "alien-one", "AlienForCausalLM", code=HOOKS.format(name="llmfw_fly"))
+    model_dist(tmp_path, "old-one", "OldForCausalLM", requires=("llmfw-core<0.0.1",))
+    model_dist(tmp_path, "rival-one", "SoundForCausalLM", version="2.0")
+    model_dist(tmp_path, "leaves", "LeavesForCausalLM", code="import os; os._exit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def states(stdout: str) -> dict[str, str]:
+    return {row["dist"]: row["state"] for row in json.loads(stdout)["plugins"]}
+
+
+def test_list_tells_what_metadata_tell(site: Path) -> None:
+    done = run("plugins", "list", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = states(done.stdout)
+    assert found["sound-one"] == "conflicts with rival-one 2.0"
+    assert found["old-one"].startswith("requires llmfw-core<0.0.1, installed is ")
+    assert found["broken-one"] == "ok", "it is not imported"
+    assert found["llmfw-core"] == "ok"
+    table = run("plugins", "list").stdout.splitlines()
+    assert table[0].split() == [
+        "group",
+        "name",
+        "distribution",
+        "version",
+        "entry",
+        "point",
+        "state",
+    ]
+
+
+def test_list_tells_of_switches(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMFW_DISABLE_PLUGINS", "rival-one")
+    found = states(run("plugins", "list", "--json").stdout)
+    assert found["rival-one"] == "switched off by LLMFW_DISABLE_PLUGINS"
+    assert found["sound-one"] == "ok"
+    monkeypatch.delenv("LLMFW_DISABLE_PLUGINS")
+    monkeypatch.setenv("LLMFW_PREFER", "rival-one")
+    found = states(run("plugins", "list", "--json").stdout)
+    assert found["rival-one"] == "preferred to sound-one 0.1.0"
+    monkeypatch.setenv("LLMFW_PREFER", "no-such-one")
+    assert run("plugins", "list").exit_code == 2
+
+
+def test_info_is_of_one_distribution(site: Path) -> None:
+    value = json.loads(run("plugins", "info", "Old_One", "--json").stdout)
+    assert value["distribution"] == "old-one"
+    assert value["provides"] == ["llmfw.models: OldForCausalLM = old_one:plugin"]
+    assert value["requires"] == ["llmfw-core<0.0.1"]
+    assert len(value["unmet"]) == 1
+    assert "old-one" in run("plugins", "info", "old-one").stdout
+
+
+def test_doctor_tries_each_alone(site: Path) -> None:
+    done = run("plugins", "doctor", "--json")
+    value = json.loads(done.stdout)
+    found = {
+        row["dist"]: row["state"] for row in value["plugins"] if row["group"] == "llmfw.models"
+    }
+    assert "No module named 'no_such_module_here'" in found["broken-one"]
+    assert "llmfw_fly is not a hook" in found["alien-one"]
+    assert found["old-one"].startswith("requires llmfw-core")
+    assert found["sound-one"].startswith("conflicts with")
+    assert found["leaves"].startswith("ended with code 3")
+    assert {row["dist"]: row["state"] for row in value["plugins"]}["llmfw-core"] == "ok"
+    codes = [int(row["exit_code"]) for row in value["plugins"] if row["exit_code"] != "0"]
+    assert sorted(codes) == [7, 7, 8, 8, 9, 10]
+    assert done.exit_code == codes[0]
+    assert value["problems"] == []
+
+
+def test_a_sound_plugin_passes_the_probe(site: Path) -> None:
+    found = probe("llmfw.models", "SoundForCausalLM", "sound_one:plugin", "sound-one", "0.1.0")
+    assert found["state"] == "ok"
+    assert float(found["seconds"]) >= 0
+
+
+def test_damaged_metadata_are_told(site: Path) -> None:
+    info = write_dist(site, "damaged", entry_points={"llmfw.models": {"X": "x:y"}})
+    (info / "METADATA").write_text("Metadata-Version: 2.4\n\n", "utf-8")
+    done = run("plugins", "list")
+    assert done.exit_code == 0
+    assert "warning: the metadata of" in done.stderr
+    assert "damaged" in done.stderr
+
+
+def test_kernels_list_says_why_a_pack_was_dropped(site: Path) -> None:
+    points = {"llmfw.kernels": {"sick": "pack_sick_cli:pack"}}
+    write_dist(site, "pack-sick-cli", entry_points=points, code="import no_such_module_here\n")
+    done = run("kernels", "list", "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert [problem["pack"] for problem in value["left_out"]] == ["sick"]
+    assert "No module named 'no_such_module_here'" in value["left_out"][0]["reason"]
+    assert "the kernel pack sick of pack-sick-cli 0.1.0 is left out" in done.stderr
+    assert "cpu" in value["features"]
+    assert {"op", "kernel", "pack", "priority", "dtypes", "state"} == set(value["kernels"][0])
+    assert "left out: sick of pack-sick-cli 0.1.0" in run("kernels", "list").stdout
+
+
+def test_env_is_for_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMFW_DTYPE", "float32")
+    value = json.loads(run("env", "--json").stdout)
+    assert set(value) == {"versions", "machine", "devices", "plugins", "environment"}
+    assert value["environment"]["LLMFW_DTYPE"] == "float32"
+    assert "cpu" in value["devices"]
+    assert run("env").stdout.startswith("versions\n  python")
+
+
+def test_version_names_every_distribution() -> None:
+    done = run("--version")
+    assert done.exit_code == 0
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert {"llmfw-cli", "llmfw-core", "python", "torch"} <= set(names)
+    assert len(names) == len(set(names))
