@@ -86,7 +86,7 @@ class BlockPool:
         return blocks
 
     def name(self, block: int, digest: bytes) -> None:
-        """Remember that a held, full block holds the prefix `digest`; the first of a name keeps it."""
+        """Remember that a held, full block holds the prefix `digest`; the first one counts."""
         if (
             self.enable_prefix_caching
             and digest not in self._block_of
