@@ -55,7 +55,9 @@ def meta_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parame
     return nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
 
 
-def decoder_tensors(layers: int = 2, *, seed: int = 0, head: bool = True) -> dict[str, torch.Tensor]:
+def decoder_tensors(
+    layers: int = 2, *, seed: int = 0, head: bool = True
+) -> dict[str, torch.Tensor]:
     """A checkpoint for `FakeDecoder`, with its logical names."""
     generator = torch.Generator().manual_seed(seed)
 

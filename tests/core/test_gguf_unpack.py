@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import TOKENS, decoder_tensors, to_ggml_pairs, write_gguf
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from gguf_files import TOKENS, decoder_tensors, to_ggml_pairs, write_gguf
 from llmfw.errors import CheckpointError, ConfigError, TokenizerError
 from llmfw.weights import open_checkpoint
 from llmfw.weights.gguf_config import config_of, generation_config_of
@@ -153,7 +154,7 @@ def test_metadata_that_make_no_config(tmp_path: Path) -> None:
         config_of(GGUFCheckpoint(file))
     tensors = decoder_tensors()
     del tensors["token_embd.weight"]
-    with pytest.raises(ConfigError, match="no tensor 'model.embed_tokens.weight'"):
+    with pytest.raises(ConfigError, match=r"no tensor 'model\.embed_tokens\.weight'"):
         config_of(GGUFCheckpoint(write_gguf(tmp_path / "z.gguf", tensors)))
 
 
@@ -284,7 +285,7 @@ def sentencepiece() -> dict[str, Any]:
         "<unk>": (0.0, 2),
         "<s>": (0.0, 3),
         **{f"<0x{byte:02X}>": (0.0, 6) for byte in range(256)},
-        **{letter: (-100.0, 1) for letter in f"{SPACE}abcd"},
+        **dict.fromkeys(f"{SPACE}abcd", (-100.0, 1)),
         "ab": (-3.0, 1),
         "bc": (-1.0, 1),
         "abc": (-2.0, 1),
@@ -302,13 +303,13 @@ def sentencepiece() -> dict[str, Any]:
 
 
 def merged_by_score(text: str, metadata: dict[str, Any]) -> list[str]:
-    """SentencePiece's own rule: join the neighbours whose piece has the best score, leftmost first."""
+    """SentencePiece's rule: join the neighbours whose piece has the best score, leftmost first."""
     scores = dict(
         zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True)
     )
     parts = list(SPACE + text.replace(" ", SPACE))
     while True:
-        joins = [(scores.get(a + b), -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        joins = [(scores.get(a + b), -i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
         known = [(score, place) for score, place in joins if score is not None]
         if not known:
             return parts

@@ -80,7 +80,11 @@ DAMAGED: dict[str, tuple[Any, bytes, str]] = {
     "unknown dtype": ({"w": entry(0, 4, [1], "Q9")}, b"1234", "tensor 'w': dtype 'Q9'"),
     "negative shape": ({"w": entry(0, 4, [-1])}, b"1234", "tensor 'w': shape [-1]"),
     "boolean shape": ({"w": entry(0, 4, [True])}, b"1234", "tensor 'w': shape [True]"),
-    "wrong length": ({"w": entry(0, 8, [1])}, b"12345678", "takes 4 bytes, its data_offsets give 8"),
+    "wrong length": (
+        {"w": entry(0, 8, [1])},
+        b"12345678",
+        "takes 4 bytes, its data_offsets give 8",
+    ),
     "no data": ({"w": entry(0, 0, [0])}, b"", "tensor 'w': it has no data"),
     "reversed": ({"w": entry(4, 0, [1])}, b"1234", "its data_offsets give -4"),
     "overlap": (
@@ -89,7 +93,11 @@ DAMAGED: dict[str, tuple[Any, bytes, str]] = {
         "tensor 'w': its data [4, 12) overlaps",
     ),
     "gap": ({"v": entry(0, 4, [1]), "w": entry(8, 12, [1])}, b"x" * 12, "tensor 'w'"),
-    "truncated": ({"v": entry(0, 4, [1]), "w": entry(4, 12, [2])}, b"x" * 9, "tensor 'w': its data ends"),
+    "truncated": (
+        {"v": entry(0, 4, [1]), "w": entry(4, 12, [2])},
+        b"x" * 9,
+        "tensor 'w': its data ends",
+    ),
     "excess": ({"w": entry(0, 4, [1])}, b"x" * 9, "5 bytes after the last tensor"),
     "twice": (
         b'{"w": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "w": 1}',
@@ -144,23 +152,31 @@ def test_an_index_naming_a_missing_file(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..\\x", "C:x", ""])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..\\x", "C:x", ""]
+)
 def test_an_index_reaching_outside_its_directory(tmp_path: Path, name: str) -> None:
     sharded(tmp_path, {"a": "model-00001-of-00002.safetensors", "b": name})
-    with pytest.raises(CheckpointError, match="tensor 'b': file .* lies outside"):
+    with pytest.raises(CheckpointError, match=r"tensor 'b': file .* lies outside"):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("weight_map", "text"),
     [
-        ({"a": "model-00002-of-00002.safetensors"}, "tensor 'a' is in the index but not in the file"),
+        (
+            {"a": "model-00002-of-00002.safetensors"},
+            "tensor 'a' is in the index but not in the file",
+        ),
         (
             {"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"},
             "tensor 'a': the index says model-00002-of-00002.safetensors, it is in model-00001",
         ),
         (
-            {name: f"model-0000{n}-of-00002.safetensors" for name, n in (("a", 1), ("b", 2), ("c", 2))},
+            {
+                name: f"model-0000{n}-of-00002.safetensors"
+                for name, n in (("a", 1), ("b", 2), ("c", 2))
+            },
             "tensor 'c' is in the index but not in the file",
         ),
     ],
@@ -188,7 +204,9 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["not json", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}']
+)
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     sharded(tmp_path)
     (tmp_path / INDEX).write_text(text)

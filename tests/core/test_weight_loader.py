@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from weight_modules import FakeDecoder, FakeLinear, decoder_tensors, meta_parameter, module_of
 
 from llmfw.errors import UsageError, WeightError
 from llmfw.weights import (
@@ -23,6 +22,7 @@ from llmfw.weights import (
     plan_weights,
 )
 from llmfw.weights.loader import LoadDtype
+from weight_modules import FakeDecoder, FakeLinear, decoder_tensors, meta_parameter, module_of
 
 
 def load_as(tensor: torch.Tensor, declared: torch.dtype, dtype: LoadDtype) -> torch.dtype:
@@ -56,10 +56,15 @@ def test_threads_progress_and_report(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     reports: list[LoadReport] = []
     for threads in (1, 4):
-        model, seen = FakeDecoder(layers=6), list[tuple[int, int, str]]()
+        model = FakeDecoder(layers=6)
+        seen: list[tuple[int, int, str]] = []
         plan = plan_weights(model, checkpoint)
         report = load_weights(
-            model, plan, checkpoint, threads=threads, progress=lambda *step: seen.append(step)
+            model,
+            plan,
+            checkpoint,
+            threads=threads,
+            progress=lambda *step, seen=seen: seen.append(step),
         )
         reports.append(report)
         assert torch.equal(model.layers[3].o_proj.weight, tensors["layers.3.o_proj.weight"])
@@ -132,7 +137,8 @@ checkpoint = open_checkpoint(sys.argv[1])
 model = nn.Module()
 for name in checkpoint.names():
     info = checkpoint.info(name)
-    model.register_parameter(name, nn.Parameter(torch.empty(info.shape, dtype=info.dtype, device="meta")))
+    empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
+    model.register_parameter(name, nn.Parameter(empty))
 plan = plan_weights(model, checkpoint)
 torch.zeros(8).add_(1)
 before, peak, done = resident(), 0, False
@@ -148,7 +154,8 @@ thread.start()
 report = load_weights(model, plan, checkpoint)
 done = True
 thread.join()
-print(report.nbytes, peak - before, max(checkpoint.info(name).nbytes for name in checkpoint.names()))
+largest = max(checkpoint.info(name).nbytes for name in checkpoint.names())
+print(report.nbytes, peak - before, largest)
 """
 
 

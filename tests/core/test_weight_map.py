@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weight_modules import module_of
 
 from llmfw.errors import UsageError, WeightError
 from llmfw.weights import (
@@ -24,6 +23,7 @@ from llmfw.weights import (
 )
 from llmfw.weights.expressions import reorder
 from llmfw.weights.patterns import Pattern
+from weight_modules import module_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -83,7 +83,11 @@ def test_split_by_sizes_and_equally() -> None:
 
 
 def test_stack_of_experts_then_fuse() -> None:
-    tensors = {f"e.{e}.{w}": counted(2, 3) + 10 * e + 100 * (w == "up") for e in range(3) for w in ("gate", "up")}
+    tensors = {
+        f"e.{e}.{w}": counted(2, 3) + 10 * e + 100 * (w == "up")
+        for e in range(3)
+        for w in ("gate", "up")
+    }
     rules = (
         WeightMap()
         .stack("gate", "e.{e}.gate", count=3)
@@ -148,7 +152,10 @@ def test_rotary_tables_are_ignored_without_a_rule() -> None:
     module = module_of({"a": counted(2)})
     checkpoint = MemoryCheckpoint({"a": counted(2), "layers.0.rotary_emb.inv_freq": counted(3)})
     (ignored,) = plan_weights(module, checkpoint).ignored
-    assert (ignored.name, ignored.reason) == ("layers.0.rotary_emb.inv_freq", "computed from the config")
+    assert (ignored.name, ignored.reason) == (
+        "layers.0.rotary_emb.inv_freq",
+        "computed from the config",
+    )
 
 
 def test_a_parameter_called_inv_freq_is_filled() -> None:
@@ -186,7 +193,11 @@ def test_unused_rules_are_listed() -> None:
 @pytest.mark.parametrize(
     ("tensors", "rules", "text"),
     [
-        ({"a": counted(2)}, WeightMap().fuse("w", ["a", "b"]), "missing    b: fuse(w <- a, b) needs it"),
+        (
+            {"a": counted(2)},
+            WeightMap().fuse("w", ["a", "b"]),
+            "missing    b: fuse(w <- a, b) needs it",
+        ),
         (
             {"e.0.w": counted(2)},
             WeightMap().stack("w", "e.{e}.w", count=2),
@@ -197,8 +208,16 @@ def test_unused_rules_are_listed() -> None:
             WeightMap().fuse("w", ["a", "b"]),
             "[2, 4] torch.float32 does not join a [2, 3]",
         ),
-        ({"a": counted(5)}, WeightMap().split("a", ["x", "y"]), "does not split into 2 equal parts"),
-        ({"a": counted(5)}, WeightMap().split("a", ["x", "y"], [1, 2]), "does not split into [1, 2]"),
+        (
+            {"a": counted(5)},
+            WeightMap().split("a", ["x", "y"]),
+            "does not split into 2 equal parts",
+        ),
+        (
+            {"a": counted(5)},
+            WeightMap().split("a", ["x", "y"], [1, 2]),
+            "does not split into [1, 2]",
+        ),
         ({"a": counted(5)}, WeightMap().split("a", ["x"], dim=3), "dimension 3 of [5]"),
         ({"a": counted(5)}, WeightMap().transpose("a"), "has no two dimensions"),
         ({"a": counted(5)}, WeightMap().reorder("a", (2, -1), (1, 0)), "cannot be seen as [2, -1]"),
@@ -252,7 +271,7 @@ def test_patterns_are_exact() -> None:
 
 
 class _Author:
-    """Draws rules that fit the tensors at hand, and applies them eagerly with torch as the reference."""
+    """Draws rules that fit the tensors, and applies them eagerly with torch as the reference."""
 
     def __init__(self, data: st.DataObject, tensors: Tensors) -> None:
         self.draw, self.tensors, self.map, self.count = data.draw, dict(tensors), WeightMap(), 0
@@ -280,14 +299,18 @@ class _Author:
         cut = self.draw(st.integers(1, value.shape[dim] - 1))
         sizes = [cut, value.shape[dim] - cut]
         new = [self.fresh(), self.fresh()]
-        self.map = self.map.split(name, new, sizes, dim=dim - value.dim() * self.draw(st.integers(0, 1)))
+        self.map = self.map.split(
+            name, new, sizes, dim=dim - value.dim() * self.draw(st.integers(0, 1))
+        )
         self.tensors.update(zip(new, value.split(sizes, dim), strict=True))
 
     def fuse(self) -> None:
         name = self.pick()
         assert name is not None
         dim = self.draw(st.integers(0, self.tensors[name].dim() - 1))
-        mates = [n for n, t in self.tensors.items() if _rest(t, dim) == _rest(self.tensors[name], dim)]
+        mates = [
+            n for n, t in self.tensors.items() if _rest(t, dim) == _rest(self.tensors[name], dim)
+        ]
         chosen = self.draw(st.permutations(sorted(mates)))[:3]
         new = self.fresh()
         self.map = self.map.fuse(new, chosen, dim)
@@ -319,7 +342,9 @@ class _Author:
         view = self.draw(st.sampled_from([(2, -1), (-1, 2)]))
         self.map = self.map.reorder(name, view, (1, 0), dim=dim)
         sizes = tuple(value.shape[dim] // 2 if size == -1 else size for size in view)
-        self.tensors[name] = value.unflatten(dim, sizes).transpose(dim, dim + 1).flatten(dim, dim + 1)
+        self.tensors[name] = (
+            value.unflatten(dim, sizes).transpose(dim, dim + 1).flatten(dim, dim + 1)
+        )
 
     def ignore(self) -> None:
         if len(self.tensors) > 1:

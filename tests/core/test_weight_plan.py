@@ -1,4 +1,4 @@
-"""Accounting: everything that does not fit is one error; declared shards and ranks; the plan as rows."""
+"""Accounting: one error for all that does not fit; declared shards and ranks; rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from weight_modules import FakeAttention, FakeDecoder, FakeLinear, decoder_tensors, module_of
 
 from llmfw.errors import UsageError, WeightError
 from llmfw.weights import MemoryCheckpoint, Shard, load_into, plan_weights
+from weight_modules import FakeAttention, FakeDecoder, FakeLinear, decoder_tensors, module_of
 
 
 @dataclass(frozen=True)

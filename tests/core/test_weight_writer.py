@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from weight_modules import FakeDecoder, decoder_tensors, module_of
 
 import llmfw.weights.writer
 from llmfw.errors import CheckpointError, WeightError
@@ -24,6 +23,7 @@ from llmfw.weights import (
 )
 from llmfw.weights.plan import LoadPlan
 from llmfw.weights.slots import OneRank
+from weight_modules import FakeDecoder, decoder_tensors, module_of
 
 
 def loaded(tensors: dict[str, torch.Tensor]) -> tuple[nn.Module, LoadPlan, MemoryCheckpoint]:
