@@ -83,3 +83,22 @@ def assert_same_logits(
     pieces = [ids[:cut], ids[cut:tail], *([token] for token in ids[tail:])]
     got = torch.cat([session.step({"a": piece})["a"] for piece in pieces if piece])
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
+
+
+REAL_TIE, TINY_TIE = 2e-3, 1e-4  # architecture rule: closer logits than this are a tie
+
+
+def assert_greedy(hf: torch.nn.Module, prompt: list[int], got: list[int], tie: float) -> None:
+    """Each token is transformers' greedy choice after the tokens before it, up to the first tie.
+
+    One whole forward over prompt and tokens: where all agree, transformers' own generation is the same.
+    """
+    logits = hf_logits(hf, [*prompt, *got])[len(prompt) - 1 : -1]
+    for step, (token, row) in enumerate(zip(got, logits, strict=True)):
+        gap = float(row.max() - row[token])
+        if gap > 0:
+            best = int(row.argmax())
+            assert gap < tie, (
+                f"token {step} is {token}, transformers' is {best}, {gap:.2e} above it"
+            )
+            return

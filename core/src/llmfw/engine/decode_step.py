@@ -1,0 +1,145 @@
+"""One decode step as a fixed computation on the device: what CUDA graphs capture and replay.
+
+Everything that a step of generation requests needs follows from each request's row in the table and
+the position of its last token: its token, its slot in the cache, its length, where its next token
+goes. So a step uploads two numbers a request, and all shapes depend only on the padded batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, LayerCache
+from llmfw.engine.step import Chunk
+
+Forward = Callable[[AttentionMetadata, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class BlockTableMirror:
+    """The block tables of all rows on the device, kept current by small updates.
+
+    Args:
+        num_rows: Rows of the request table, the padding row included.
+        max_blocks: Blocks of the longest sequence.
+        device: Where it lives.
+    """
+
+    def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
+        self.blocks = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
+        self._filled = np.zeros(num_rows, dtype=np.int64)
+        self._device = device
+
+    def apply(self, chunks: Iterable[Chunk], row_of: Mapping[int, int]) -> None:
+        """Note the blocks that a step's chunks bring, in one copy; nothing waits for the device."""
+        places: list[np.ndarray] = []
+        values: list[tuple[int, ...]] = []
+        width = self.blocks.shape[1]
+        for chunk in chunks:
+            if not chunk.blocks and not chunk.restart:
+                continue
+            row = row_of[chunk.seq_id]
+            start = 0 if chunk.restart else int(self._filled[row])
+            self._filled[row] = start + len(chunk.blocks)
+            places.append(np.arange(start, start + len(chunk.blocks)) + row * width)
+            values.append(chunk.blocks)
+        if not places:
+            return
+        staged = np.stack([np.concatenate(places), np.concatenate(values)]).astype(np.int64)
+        update = torch.from_numpy(staged)
+        if self._device.type == "cuda":
+            update = update.pin_memory().to(self._device, non_blocking=True)
+        self.blocks.view(-1).index_copy_(0, update[0], update[1].int())
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """What a step leaves on the device: logits [rows, vocab] and greedy tokens int64 [rows]."""
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+
+class DecodeStep:
+    """Computes one token of `size` generation requests; the same kernels and addresses every time.
+
+    Args:
+        forward: The model.
+        flat_tokens: int32 [rows * max_model_len], the token values of all rows (device).
+        max_model_len: Tokens that a row has room for.
+        blocks: int32 [rows, max_blocks], the rows' block tables (device).
+        block_size: Tokens of a cache block.
+        caches: K and V by layer index.
+        num_groups: Groups of layers that share the block table.
+        size: Requests of the padded batch.
+        padding_row: A row that no request has; its block is one that no request has.
+        max_kv_len: No request of the step is longer.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        flat_tokens: torch.Tensor,
+        max_model_len: int,
+        blocks: torch.Tensor,
+        block_size: int,
+        caches: Mapping[int, LayerCache],
+        num_groups: int,
+        size: int,
+        padding_row: int,
+        max_kv_len: int,
+    ) -> None:
+        device = flat_tokens.device
+        self._forward = forward
+        self._flat_tokens = flat_tokens
+        self._max_model_len = max_model_len
+        self._blocks = blocks[:, : -(-max_kv_len // block_size)]
+        self._block_size = block_size
+        self._caches = caches
+        self._num_groups = num_groups
+        self.size = size
+        self.max_kv_len = max_kv_len
+        self._padding_row = padding_row
+        self._cu_query_lens = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self.inputs = torch.zeros(2, size, dtype=torch.int64, device=device)  # rows, positions
+        self.inputs[0].fill_(padding_row)
+
+    def stage(self, rows: np.ndarray, positions: np.ndarray) -> None:
+        """Upload the step's rows and positions, padded; nothing waits for the device."""
+        host = torch.zeros(2, self.size, dtype=torch.int64, pin_memory=self.inputs.is_cuda)
+        array = host.numpy()
+        array[0, len(rows) :] = self._padding_row
+        array[0, : len(rows)] = rows
+        array[1, : len(rows)] = positions
+        self.inputs.copy_(host, non_blocking=True)
+
+    def compute(self) -> DecodeOutput:
+        """Run the model over the staged requests and put each greedy token in its place."""
+        rows, positions = self.inputs[0], self.inputs[1]
+        places = rows * self._max_model_len + positions  # [size], where the last tokens stand
+        tables = self._blocks.index_select(0, rows)  # [size, max_blocks]
+        block = tables.gather(1, (positions // self._block_size)[:, None])[:, 0]
+        slots = block.long() * self._block_size + positions % self._block_size
+        view = CacheGroupView(tables, slots, self._block_size)
+        metadata = AttentionMetadata(
+            query_lens=(1,) * self.size,
+            kv_lens=(self.max_kv_len,) * self.size,
+            num_contexts=0,
+            cu_query_lens=self._cu_query_lens,
+            kv_lens_device=(positions + 1).int(),
+            positions=positions,
+            groups=(view,) * self._num_groups,
+            caches=self._caches,
+            max_query_len=1,
+            max_kv_len=self.max_kv_len,
+        )
+        input_ids = self._flat_tokens.index_select(0, places).long()
+        logits = self._forward(metadata, input_ids, positions)
+        best, tokens = logits.max(dim=-1)
+        tokens = tokens.masked_fill(~best.isfinite(), -1)
+        self._flat_tokens.index_copy_(0, places + 1, tokens.clamp_min(0).int())
+        return DecodeOutput(logits, tokens)

@@ -1,0 +1,142 @@
+"""The fixed decode step equals the engine's ordinary one; run eagerly here, captured on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
+from llmfw.engine.decode_step import BlockTableMirror, DecodeStep
+from llmfw.engine.step import Chunk
+from llmfw.testing import PackedSession
+from parity import ours_from, random_prompts, tiny_hf
+
+CPU = torch.device("cpu")
+SIZE, ROWS, MAX_LEN, BLOCK = 4, 6, 64, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LEN,
+    )
+    return ours_from(tiny_hf(config, "LlamaForCausalLM"))
+
+
+def exact_lengths(model):
+    """The references read lengths on the host; a step that is captured knows only the device's."""
+
+    def forward(metadata, input_ids, positions):
+        lens = tuple(metadata.kv_lens_device.tolist())
+        return model(replace(metadata, kv_lens=lens), input_ids, positions)
+
+    return forward
+
+
+def test_padded_steps_give_the_tokens_of_single_ones(model):
+    prompts = random_prompts(3, 128, 5, 30)
+    count = 6
+    expected = []
+    for prompt in prompts:
+        session = PackedSession(model, num_blocks=32)
+        logits, tokens = session.step({"a": prompt})["a"][-1], []
+        for _ in range(count):
+            tokens.append(int(logits.argmax()))
+            logits = session.step({"a": tokens[-1:]})["a"][-1]
+        expected.append(tokens)
+
+    # The same prompts prefilled in one session, whose blocks rows 4, 0 and 2 of a table then take.
+    session = PackedSession(model, num_blocks=64)
+    first = {name: rows[-1].argmax() for name, rows in session.step(named(prompts)).items()}
+    tokens = torch.zeros(ROWS + 1, MAX_LEN, dtype=torch.int32)
+    mirror = BlockTableMirror(ROWS + 1, MAX_LEN // BLOCK, CPU)
+    rows = np.array([4, 0, 2])
+    row_of = dict(enumerate(rows.tolist()))
+    for index, (name, prompt) in enumerate(named(prompts).items()):
+        tokens[rows[index], : len(prompt)] = torch.tensor(prompt)
+        tokens[rows[index], len(prompt)] = first[name]
+        while len(session._blocks[name]) * BLOCK < MAX_LEN:
+            session._blocks[name].append(session._free.pop())
+        start = Chunk(index, 0, len(prompt), True, tuple(session._blocks[name][:3]), True)
+        more = Chunk(index, 0, 1, True, tuple(session._blocks[name][3:]))
+        mirror.apply([start, more], row_of)
+    mirror.apply([Chunk(9, 0, 1, True, (session._free.pop(),), True)], {9: ROWS})
+    step = DecodeStep(
+        exact_lengths(model),
+        flat_tokens=tokens.view(-1),
+        max_model_len=MAX_LEN,
+        blocks=mirror.blocks,
+        block_size=BLOCK,
+        caches=session.caches,
+        num_groups=1,
+        size=SIZE,
+        padding_row=ROWS,
+        max_kv_len=MAX_LEN,
+    )
+    lengths = np.array([len(prompt) for prompt in prompts])
+    got = [[int(first[name])] for name in named(prompts)]
+    with torch.inference_mode():
+        for turn in range(count - 1):
+            step.stage(rows, lengths + turn)
+            output = step.compute()
+            assert output.logits.shape == (SIZE, 128)
+            for index in range(3):
+                got[index].append(int(output.tokens[index]))
+    assert got == expected
+    for index, row in enumerate(rows):
+        kept = tokens[row, lengths[index] : lengths[index] + count].tolist()
+        assert kept == expected[index]
+
+
+def named(prompts):
+    return {str(index): prompt for index, prompt in enumerate(prompts)}
+
+
+def test_a_row_that_is_not_finite_gets_no_token():
+    tokens = torch.zeros(8, dtype=torch.int32)
+    step = DecodeStep(
+        lambda *_: torch.tensor([[1.0, 3.0], [float("nan"), 0.0]]),
+        flat_tokens=tokens,
+        max_model_len=4,
+        blocks=torch.zeros(2, 1, dtype=torch.int32),
+        block_size=4,
+        caches={},
+        num_groups=1,
+        size=2,
+        padding_row=1,
+        max_kv_len=4,
+    )
+    step.stage(np.array([0]), np.array([1]))
+    assert step.compute().tokens.tolist() == [1, -1]
+    assert tokens.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+
+
+def test_the_mirror_follows_restarts():
+    mirror = BlockTableMirror(2, 4, CPU)
+    mirror.apply([Chunk(7, 0, 8, False, (5, 6), True)], {7: 1})
+    mirror.apply([Chunk(7, 8, 1, True, (9,)), Chunk(8, 0, 1, True)], {7: 1, 8: 0})
+    assert mirror.blocks.tolist() == [[0, 0, 0, 0], [5, 6, 9, 0]]
+    mirror.apply([Chunk(7, 0, 4, False, (3,), True)], {7: 1})
+    mirror.apply([Chunk(7, 4, 1, True, (2,))], {7: 1})
+    assert mirror.blocks[1].tolist() == [3, 2, 9, 0]
+
+
+def test_sizes_and_limits_end_at_the_settings():
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(6) == [1, 2, 4, 6]
+    assert batch_sizes(256)[-3:] == [224, 240, 256]
+    assert batch_sizes(512)[-3:] == [384, 448, 512]
+    assert all(a < b for a, b in zip(batch_sizes(300), batch_sizes(300)[1:], strict=False))
+    assert kv_limits(512) == [512]
+    assert kv_limits(4096) == [1024, 4096]
+    assert kv_limits(131072) == [1024, 8192, 131072]
