@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for every architecture we name, with nvcc or with NVRTC, without a GPU."""
+"""Every CUDA source compiles for every architecture we name, with nvcc or NVRTC, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Inputs for every kernel of the CuPy pack, and the check against the reference.
 
-Shared by the tests on a GPU, by their emulation on a CPU, by the sanitizer's run and by the benchmark. A case is
-small by default; `wide` ones are for a real device.
+Shared by the tests on a GPU, by their emulation on a CPU, by the sanitizer's run and by the
+benchmark. A case is small by default; `wide` ones are for a real device.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check(case: Case, call: Callable[..., Any], device: torch.device, seed: int = 0) -> float:
-    """The greatest relative error over results and written arguments; raises where it is beyond the tolerance."""
+    """The greatest relative error over results and written arguments, within the tolerance."""
     generator = torch.Generator().manual_seed(seed)
     args, kwargs = case.draw(device, DTYPE_NAMES[case.dtype], generator)
     expected_args = copy.deepcopy(args)
@@ -179,7 +179,7 @@ def activation_cases() -> Iterator[Case]:
 
 
 def rope_cases() -> Iterator[Case]:
-    """rope_and_cache: layouts, partial rotation, q/k norm, negative slots, caches that share one allocation."""
+    """rope_and_cache: layouts, partial rotation, q/k norm, negative slots."""
     layouts = [
         (4, 2, 64, 64, 0, 0),
         (4, 1, 128, 128, 0, 1),
@@ -206,7 +206,7 @@ def rope_cases() -> Iterator[Case]:
                 }
 
                 def draw(
-                    d: torch.device, t: torch.dtype, g: torch.Generator, s=dict(shape), n=tokens
+                    d: torch.device, t: torch.dtype, g: torch.Generator, s=shape, n=tokens
                 ) -> Arguments:
                     return rope_arguments(d, t, g, s, n)
 
@@ -260,7 +260,7 @@ def rope_arguments(
 
 @dataclass(frozen=True)
 class Batch:
-    """Lengths of an attention batch: (query length, kv length) a request, context requests first."""
+    """(query length, kv length) of each request of an attention batch, context requests first."""
 
     lengths: tuple[tuple[int, int], ...]
     contexts: int = 0
@@ -308,7 +308,7 @@ def attention_cases() -> Iterator[Case]:
                 }
 
                 def draw(
-                    d: torch.device, t: torch.dtype, g: torch.Generator, s=dict(shape), b=batch
+                    d: torch.device, t: torch.dtype, g: torch.Generator, s=shape, b=batch
                 ) -> Arguments:
                     return attention_arguments(d, t, g, s, b)
 
@@ -324,7 +324,7 @@ def attention_arguments(
     shape: Mapping[str, int],
     batch: Batch,
 ) -> Arguments:
-    """Arguments of paged_attention; unused slots of the cache hold NaN, which no kernel may let through."""
+    """Arguments of paged_attention; unused slots of the cache hold NaN, which must not show."""
     kv_heads, dim, block_size = (shape[n] for n in ("num_kv_heads", "head_dim", "block_size"))
     counts = [-(-kv // block_size) for _, kv in batch.lengths]
     total = sum(counts) + 2

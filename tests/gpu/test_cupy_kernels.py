@@ -1,4 +1,4 @@
-"""Every kernel of the CuPy pack against its reference on a GPU, and its behaviour under CUDA graphs."""
+"""Every kernel of the CuPy pack against its reference on a GPU, and under CUDA graphs."""
 
 from __future__ import annotations
 

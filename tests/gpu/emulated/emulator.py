@@ -1,4 +1,4 @@
-"""Compile a `.cu` source as C++ and launch its kernels on CPU tensors: `EmulatedModule` stands in for `Module`."""
+"""Compile a `.cu` source as C++ and launch its kernels on CPU tensors, in `Module`'s place."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def build(source: str, name: str, defines: Mapping[str, int], folder: Path) -> P
         shutil.copy(path, work)
     (work / "main.cpp").write_text(
         f'#include "emulate.h"\n#include "{source}"\n'
-        f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, void** args, const char* types) '
-        f"{{ return emulated::launch({name}, grid, block, args, types); }}\n"
+        f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, void** args, '
+        f"const char* types) {{ return emulated::launch({name}, grid, block, args, types); }}\n"
     )
     command = [
         "g++",

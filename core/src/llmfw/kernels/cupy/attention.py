@@ -1,4 +1,4 @@
-"""The op `paged_attention`: decode rows by paged_decode.cu, context rows by the kernel that suits their length."""
+"""The op `paged_attention`: context and generation requests, each by the kernel that suits them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         if view.block_size != heads.block_size:
             raise KernelError(
-                f"attention was built for blocks of {heads.block_size} tokens, called with {view.block_size}"
+                f"attention was built for blocks of {heads.block_size} tokens, "
+                f"called with {view.block_size}"
             )
         if q.stride(-1) != 1 or q.stride(1) != heads.head_dim or q.data_ptr() % 16:
             q = q.contiguous()

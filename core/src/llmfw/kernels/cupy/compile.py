@@ -1,4 +1,4 @@
-"""Compile `.cu` sources with NVRTC through CuPy, keep the machine code on disk, load it into the device."""
+"""Compile `.cu` sources with NVRTC through CuPy, keep the machine code on disk, load it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def cache_dir() -> Path:
-    """Where machine code and tuning results are kept: `LLMFW_CACHE`, else the platform's cache folder."""
+    """Where machine code and timings lie: `LLMFW_CACHE`, else the platform's cache folder."""
     if named := os.environ.get("LLMFW_CACHE"):
         return Path(named).expanduser() / "kernels"
     try:
@@ -112,7 +112,7 @@ def _run_nvrtc(source: str, options: tuple[str, ...]) -> bytes:
 
 
 def _keep(path: Path, cubin: bytes) -> None:
-    """Write beside, then rename: a reader never sees half a file. A cache that cannot be written is only slower."""
+    """Write beside, then rename, so that a reader never sees half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.{id(cubin)}")
@@ -148,7 +148,7 @@ def _load(source: str, index: int, defines: tuple[tuple[str, int], ...]) -> Modu
 
 
 def load(source: str, device: torch.device, dtype: torch.dtype, **defines: int) -> Module:
-    """`source` compiled for this device, dtype and these constants; the same module on every call."""
+    """`source` compiled for this device, dtype and constants; the same module on every call."""
     constants = {"DTYPE": DTYPE_CODES[dtype], **defines}
     return _load(source, device_index(device), tuple(sorted(constants.items())))
 

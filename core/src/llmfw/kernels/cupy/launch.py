@@ -1,7 +1,8 @@
 """Launch compiled kernels on torch's current stream with little work on the host.
 
-Arguments are packed into one buffer by a single `struct` call and handed to the driver; nothing is wrapped,
-converted or looked up a launch. A launch is an ordinary stream operation, so `torch.cuda.graph` captures it.
+Arguments are packed into one buffer by a single `struct` call and handed to the driver; nothing is
+wrapped, converted or looked up a launch. A launch is an ordinary stream operation, so
+`torch.cuda.graph` captures it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def driver() -> ctypes.CDLL:
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Declare cuLaunchKernel(function, grid xyz, block xyz, shared bytes, stream, arguments, extra)."""
+    """Declare cuLaunchKernel: function, grid, block, shared bytes, stream, arguments, extra."""
     library.cuLaunchKernel.argtypes = [
         ctypes.c_void_p,
         *[ctypes.c_uint] * 7,

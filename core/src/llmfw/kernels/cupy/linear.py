@@ -1,7 +1,7 @@
 """The op `linear`: own kernels for few rows where they are faster, cuBLAS for the rest.
 
-gemv.cu serves 1 to 4 rows, skinny.cu (tensor cores) up to 64; tune.py measures which variant, if any, beats cuBLAS
-for a shape.
+gemv.cu serves 1 to 4 rows, skinny.cu (tensor cores) up to 64; tune.py measures which variant, if
+any, beats cuBLAS for a shape.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tenso
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel for one bucket of rows: its source, its name and the outputs that a block makes."""
+    """One kernel for one bucket of rows: its source, its name, and the outputs of a block."""
 
     source: str
     name: str

@@ -125,9 +125,10 @@ class PagedDecode:
         sinks: torch.Tensor | None = None,
         splits: int | None = None,
     ) -> None:
-        """Attend for `requests` requests from `first_request` on; rows of `out` [T, heads * v_dim] are theirs.
+        """Attend for `requests` requests from `first_request` on, into their rows of `out`.
 
-        max_q and max_kv bound the lengths, which the kernel reads from the device. `splits` overrides the plan.
+        out: [T, heads * v_dim]. max_q and max_kv bound the lengths, which the kernel reads from the
+        device. `splits` overrides the plan.
         """
         heads = self.heads
         if bool(softcap) != heads.softcap:

@@ -15,7 +15,7 @@ THREADS = 128
 
 
 def pack_width(head_dim: int, rotary_dim: int, itemsize: int, interleaved: bool) -> int:
-    """The widest pack of which pairs tile both the rotated and the other part of a head; 0 if none does."""
+    """The widest pack of which pairs tile the rotated and the other part of a head, or 0."""
     width = 16 // itemsize
     while width >= (2 if interleaved else 1):
         if (
@@ -118,6 +118,6 @@ def slot_stride(cache: torch.Tensor) -> int:
     block, slot, head, last = cache.stride()
     if last != 1 or head != cache.shape[3] or block != slot * cache.shape[1]:
         raise KernelError(
-            f"a paged cache with strides {cache.stride()} for shape {tuple(cache.shape)} is not served"
+            f"a cache of shape {tuple(cache.shape)} with strides {cache.stride()} is not served"
         )
     return slot

@@ -1,7 +1,7 @@
 """Which kernel serves a product of few rows: measured once a shape on the device, kept on disk.
 
-`LLMFW_TUNE=off` takes the built-in guess, `again` measures although results are kept. The file names the GPU and
-the versions; a changed source, driver library or GPU makes a new one.
+`LLMFW_TUNE=off` takes the built-in guess, `again` measures although results are kept. The file is
+of one GPU, one set of versions and one state of the sources: a change of any makes a new one.
 """
 
 from __future__ import annotations
@@ -137,20 +137,22 @@ def measure(
     _compile_all(context, known)
     compiled = time.perf_counter()
     in_features, out_features = context["in_features"], context["out_features"]
-    device = torch.device("cuda", device_index(context.info.device))
+    device = context.info.device
     size = in_features * out_features * context.dtype.itemsize
     copies = max(2, -(-COLD_BYTES // size))
     weights = torch.empty((copies, out_features, in_features), dtype=context.dtype, device=device)
     weights.normal_(0, 0.02)
+    launches = min(128, max(16, int(3e9 / size)))  # about a millisecond a replay
     times: dict[str, dict[str, float]] = {}
     for bucket in BUCKETS:
         x = torch.randn((bucket, in_features), dtype=context.dtype, device=device)
         out = torch.empty((bucket, out_features), dtype=context.dtype, device=device)
-        found = {CUBLAS: graph_time([_cublas(x, weight) for weight in weights])}
+        found = {CUBLAS: graph_time([_cublas(x, weight) for weight in weights], launches)}
         for variant in known[bucket]:
             run = product(variant, bucket, context)
             found[variant.name] = graph_time(
-                [functools.partial(run, x, weight, None, out, bucket) for weight in weights]
+                [functools.partial(run, x, weight, None, out, bucket) for weight in weights],
+                launches,
             )
         times[str(bucket)] = {name: round(value, 3) for name, value in found.items()}
     logger.info(
@@ -169,7 +171,7 @@ def _cublas(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
 
 
 def _compile_all(context: OpContext, known: dict[int, tuple[Variant, ...]]) -> None:
-    """Fill the cache of machine code, several sources at once: NVRTC runs outside the interpreter's lock."""
+    """Fill the cache of machine code, several sources at once."""
     arch = arch_of(device_index(context.info.device))
     jobs = {(variant.source, bucket) for bucket, found in known.items() for variant in found}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -185,15 +187,21 @@ def _compile_all(context: OpContext, known: dict[int, tuple[Variant, ...]]) -> N
             job.result()
 
 
-def graph_time(runs: list[Callable[[], object]], launches: int = 24, repeats: int = 4) -> float:
-    """Microseconds of one run: the least of several replays of a graph that takes `runs` in turn."""
+def graph_time(runs: list[Callable[[], object]], launches: int = 64, repeats: int = 4) -> float:
+    """Microseconds of one run: the least over replays of a graph that takes `runs` in turn."""
     for run in runs[:2]:
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(
+        torch.cuda.Stream()
+    ):  # `torch.cuda.graph` would empty the allocator each time
+        graph.capture_begin()
         for i in range(launches):
             runs[i % len(runs)]()
+        graph.capture_end()
+    torch.cuda.synchronize()
+    graph.replay()
     best = float("inf")
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
