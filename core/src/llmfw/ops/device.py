@@ -33,8 +33,8 @@ CUDA_LEVELS = (70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 def device_info(device: torch.device) -> DeviceInfo:
     """The device and its features, as `DeviceInfo` lists them.
 
-    CuPy is only looked for, never imported; CUDA is asked only for a cuda device. Features of the CPU are
-    not those of a cuda device: kernels of the other kind never match.
+    CuPy is only looked for, never imported; CUDA is asked only for a cuda device. Features of the
+    CPU are not those of a cuda device: kernels of the other kind never match.
     """
     if device.type == "cpu":
         found = {"cpu", *cpu_features(cpu_flags())}
@@ -77,7 +77,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: `CXX` if set, else the first of g++, clang++ and c++ on the path; Linux only."""
+    """The C++ compiler: `CXX` if set, else g++, clang++ or c++ on the path; Linux only."""
     if not sys.platform.startswith("linux"):
         return None
     wanted = os.environ.get("CXX")

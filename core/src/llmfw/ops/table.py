@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
 from llmfw.ops.reference import REFERENCES
 
 logger = logging.getLogger("llmfw.ops")
+
+SELECT_VARIABLE = "LLMFW_KERNELS"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class OpTable:
     Args:
         info: The device and its features.
         kernels: What the kernel packs offer.
-        select: "auto" takes the highest priority that serves; "reference" takes torch's references
+        select: "auto" is what `LLMFW_KERNELS` says, and where that is not set takes the highest
+            priority that serves; "reference" takes torch's references
             only; otherwise a comma list of "pack", "pack.kernel", "op=name" or "-name" entries that
             bisects a model: names given are preferred, names with a minus are refused.
     """
@@ -51,7 +55,8 @@ class OpTable:
             raise KernelError(
                 f"kernel names declared twice: {owners}", hint="uninstall one of the packs"
             )
-        self._selection = _Selection(self.select, self.kernels)
+        select = os.environ.get(SELECT_VARIABLE, "auto") if self.select == "auto" else self.select
+        self._selection = _Selection(select, self.kernels)
 
     def resolve(self, op: str, dtype: torch.dtype, **shape: int) -> Callable[..., Any]:
         """The callable that serves `op` for this dtype and static shape.

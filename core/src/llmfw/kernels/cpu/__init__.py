@@ -1,7 +1,8 @@
 """C++ kernels for CPUs with AVX2 or AVX-512, compiled at first use with the compiler at hand.
 
-`pack` is what the entry point `cpu` names. Nothing is compiled before a kernel is wanted for a model; where that
-cannot be done (no compiler, an older CPU), torch's references serve and one line of the log says why.
+`pack` is what the entry point `cpu` names. Nothing is compiled before a kernel is wanted for a
+model; where that cannot be done (no compiler, an older CPU), torch's references serve and one line
+of the log says why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The factories: each gives a callable with its reference's signature that passes addresses to a native function.
+"""The factories: each gives a callable with its reference's signature that passes addresses to a
+native function.
 
-A decode step makes some nine of these calls a layer, so each does only what safety asks for: inputs that are not what
-was declared (another dtype or layout) go to the reference, which handles or refuses them.
+A decode step makes some nine of these calls a layer, so each does only what safety asks for: inputs
+that are not what was declared (another dtype or layout) go to the reference, which handles or
+refuses them.
 """
 
 from __future__ import annotations
@@ -279,5 +281,5 @@ def _native(context: OpContext) -> library.NativeFunction:
 
 
 def _plain(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
-    """Whether all are what the native functions read: contiguous, of this dtype, in the CPU's memory."""
+    """Whether all are what native functions read: contiguous, of this dtype, in host memory."""
     return all(t.dtype is dtype and t.is_contiguous() and t.is_cpu for t in tensors)

@@ -1,8 +1,10 @@
-"""The compiled object: built once with the compiler at hand, kept in the user's cache, loaded once a process.
+"""The compiled object: built once with the compiler at hand, kept in the user's cache, loaded once
+a process.
 
-The cache's key is a digest of the sources, the compiler's version, the flags and the CPU's own flags, so a change of
-any of them compiles afresh. The object is written under a name of its own and renamed into place: two processes may
-build at once and neither ever loads half a file. A file that does not load is built again.
+The cache's key is a digest of the sources, the compiler's version, the flags and the CPU's own
+flags, so a change of any of them compiles afresh. The object is written under a name of its own and
+renamed into place: two processes may build at once and neither ever loads half a file. A file that
+does not load is built again.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def _load() -> dict[str, NativeFunction]:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: under `LLMFW_CACHE`, else the platform's cache directory of the user."""
+    """Where compiled kernels are kept: under `LLMFW_CACHE`, else the user's cache directory."""
     root = os.environ.get("LLMFW_CACHE") or platformdirs.user_cache_dir("llmfw")
     return Path(root).expanduser() / "kernels" / "cpu"
 

@@ -1,0 +1,243 @@
+"""Inputs for checking kernels: for each op of core the static shapes worth trying and arguments
+drawn for them.
+
+Odd sizes, one token, none, and ragged batches are among them on purpose: that is where kernels go
+wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+from llmfw.ops.kernel import OpContext
+
+Shape = Mapping[str, int]
+Arguments = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to check.
+
+    Args:
+        label: What is special about it, e.g. "tokens=7".
+        arguments: Positional arguments, as the reference takes them.
+        written: Indices of the arguments that the op writes to; they are compared as well.
+    """
+
+    label: str
+    arguments: Arguments
+    written: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpInputs:
+    """Static shapes to try for an op, and the calls to check for each of them."""
+
+    shapes: tuple[Shape, ...]
+    draw: Callable[[OpContext, torch.Generator], Iterator[Case]]
+
+
+def _normal(context: OpContext, generator: torch.Generator, *size: int) -> torch.Tensor:
+    values = torch.randn(size, generator=generator)
+    return values.to(context.info.device, context.dtype)
+
+
+def _linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    width, outs = context["in_features"], context["out_features"]
+    weight = _normal(context, generator, outs, width)
+    bias = _normal(context, generator, outs) if context["bias"] else None
+    for tokens in (0, 1, 2, 3, 4, 5, 7, 16, 33):
+        yield Case(f"tokens={tokens}", (_normal(context, generator, tokens, width), weight, bias))
+
+
+def _rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    hidden = context["hidden_size"]
+    weight = _normal(context, generator, hidden)
+    for tokens in (0, 1, 3, 65):
+        for offset in (0.0, 1.0):
+            x = _normal(context, generator, tokens, hidden)
+            yield Case(f"tokens={tokens} offset={offset}", (x, weight, 1e-5, offset))
+
+
+def _add_rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    for case in _rms_norm(context, generator):
+        x, *rest = case.arguments
+        assert isinstance(x, torch.Tensor)
+        yield Case(case.label, (x, _normal(context, generator, *x.shape), *rest))
+
+
+def _layer_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    hidden = context["hidden_size"]
+    weight, bias = _normal(context, generator, hidden), _normal(context, generator, hidden)
+    for tokens in (0, 1, 3, 65):
+        x = _normal(context, generator, tokens, hidden)
+        yield Case(f"tokens={tokens}", (x, weight, bias, 1e-5))
+        yield Case(f"tokens={tokens} no bias", (x, weight, None, 1e-5))
+
+
+def _act_and_mul(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    for tokens in (0, 1, 3, 65):
+        x = 3 * _normal(context, generator, tokens, 2 * context["intermediate_size"])
+        yield Case(f"tokens={tokens}", (x,))
+
+
+def _embedding(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    rows = context["num_embeddings"]
+    weight = _normal(context, generator, rows, context["embedding_dim"])
+    for tokens in (0, 1, 37):
+        ids = torch.randint(0, rows, (tokens,), generator=generator)
+        yield Case(f"tokens={tokens}", (ids.to(context.info.device), weight))
+
+
+def _rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    device = context.info.device
+    heads, kv_heads, head_dim = context["num_heads"], context["num_kv_heads"], context["head_dim"]
+    rotary_dim, block_size, positions = context["rotary_dim"], context["block_size"], 128
+    q_norm = _normal(context, generator, head_dim) if context["qk_norm"] else None
+    k_norm = _normal(context, generator, head_dim) if context["qk_norm"] else None
+    angles = torch.rand(positions, rotary_dim // 2, generator=generator) * 6.28
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device) if rotary_dim else None
+    for tokens in (0, 1, 5, 40):
+        blocks = tokens // block_size + 2
+        slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
+        slots[1:2] = -1  # a padded token
+        arguments = (
+            _normal(context, generator, tokens, (heads + 2 * kv_heads) * head_dim),
+            torch.randint(0, positions, (tokens,), generator=generator).to(device),
+            cos_sin,
+            _normal(context, generator, blocks, block_size, kv_heads, head_dim),
+            _normal(context, generator, blocks, block_size, kv_heads, head_dim),
+            slots.to(device),
+            heads,
+            kv_heads,
+            head_dim,
+            bool(context["interleaved"]),
+            q_norm,
+            k_norm,
+            1e-5,
+            0.0,
+        )
+        yield Case(f"tokens={tokens}", arguments, written=(3, 4))
+
+
+# (new tokens, tokens in all) of each request; how many of them are context requests
+BATCHES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
+    "decode one": (((1, 1),), 0),
+    "decode long": (((1, 403),), 0),
+    "decode many": (tuple((1, 1 + 13 * i) for i in range(9)), 0),
+    "whole prompt": (((37, 37),), 1),
+    "chunk": (((21, 90),), 1),
+    "mixed": (((20, 20), (33, 70), (1, 65), (1, 130)), 2),
+    "speculation": (((4, 50), (1, 17), (3, 3)), 0),
+}
+
+
+def paged_batch(
+    requests: tuple[tuple[int, int], ...],
+    num_contexts: int,
+    block_size: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> tuple[AttentionMetadata, CacheGroupView, int]:
+    """Metadata of a batch whose requests have (new tokens, tokens in all), in blocks dealt at
+    random.
+
+    Returns the metadata, the view of the one cache group, and how many blocks the cache must have.
+    """
+    counts = [-(-kv_len // block_size) for _, kv_len in requests]
+    blocks = sum(counts) + 1
+    order = torch.randperm(blocks, generator=generator).to(torch.int32)
+    tables = torch.zeros(len(requests), max(counts), dtype=torch.int32)
+    positions, slots = [], []
+    for row, (new, kv_len) in enumerate(requests):
+        first = sum(counts[:row])
+        tables[row, : counts[row]] = order[first : first + counts[row]]
+        own = torch.arange(kv_len - new, kv_len)
+        positions.append(own)
+        slots.append(tables[row].long()[own // block_size] * block_size + own % block_size)
+    new_lens, kv_lens = tuple(n for n, _ in requests), tuple(k for _, k in requests)
+    cumulative = torch.tensor((0, *new_lens)).cumsum(0, dtype=torch.int32)
+    view = CacheGroupView(tables.to(device), torch.cat(slots).to(device), block_size)
+    metadata = AttentionMetadata(
+        query_lens=new_lens,
+        kv_lens=kv_lens,
+        num_contexts=num_contexts,
+        cu_query_lens=cumulative.to(device),
+        kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32).to(device),
+        positions=torch.cat(positions).to(device),
+        groups=(view,),
+        caches={},
+        max_query_len=max(new_lens),
+        max_kv_len=max(kv_lens),
+    )
+    return metadata, view, blocks
+
+
+def _paged_attention(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    heads, kv_heads, head_dim = context["num_heads"], context["num_kv_heads"], context["head_dim"]
+    block_size, device = context["block_size"], context.info.device
+    sinks = torch.randn(heads, generator=generator).to(device) if context["sinks"] else None
+    for label, (requests, num_contexts) in BATCHES.items():
+        metadata, view, blocks = paged_batch(requests, num_contexts, block_size, generator, device)
+        arguments = (
+            _normal(context, generator, sum(metadata.query_lens), heads, head_dim),
+            _normal(context, generator, blocks, block_size, kv_heads, head_dim),
+            _normal(context, generator, blocks, block_size, kv_heads, context["v_head_dim"]),
+            metadata,
+            view,
+            head_dim**-0.5,
+            context["window"] or None,
+            5.0 if context["softcap"] else None,
+            sinks,
+        )
+        yield Case(label, arguments)
+
+
+def _shapes(names: str, *rows: tuple[int, ...]) -> tuple[Shape, ...]:
+    return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
+
+
+_HIDDEN = _shapes("hidden_size", (1,), (64,), (577,), (2048,))
+_GATED = _shapes("intermediate_size", (1,), (77,), (1536,))
+
+INPUTS: dict[str, OpInputs] = {
+    "linear": OpInputs(
+        _shapes("in_features out_features bias", (1, 1, 1), (33, 5, 0), (64, 96, 0), (577, 131, 1)),
+        _linear,
+    ),
+    "embedding": OpInputs(_shapes("num_embeddings embedding_dim", (11, 33), (50, 64)), _embedding),
+    "rms_norm": OpInputs(_HIDDEN, _rms_norm),
+    "add_rms_norm": OpInputs(_HIDDEN, _add_rms_norm),
+    "layer_norm": OpInputs(_HIDDEN, _layer_norm),
+    "silu_and_mul": OpInputs(_GATED, _act_and_mul),
+    "gelu_and_mul": OpInputs(_GATED, _act_and_mul),
+    "gelu_tanh_and_mul": OpInputs(_GATED, _act_and_mul),
+    "rope_and_cache": OpInputs(
+        _shapes(
+            "num_heads num_kv_heads head_dim rotary_dim interleaved qk_norm block_size",
+            (9, 3, 64, 64, 0, 0, 16),
+            (4, 4, 80, 40, 0, 1, 8),
+            (3, 1, 34, 34, 1, 1, 16),
+            (2, 2, 128, 64, 1, 0, 16),
+            (2, 1, 33, 0, 0, 0, 4),
+        ),
+        _rope_and_cache,
+    ),
+    "paged_attention": OpInputs(
+        _shapes(
+            "num_heads num_kv_heads head_dim v_head_dim window softcap sinks block_size",
+            (9, 3, 64, 64, 0, 0, 0, 16),
+            (4, 4, 80, 80, 0, 0, 0, 8),
+            (7, 1, 128, 128, 24, 0, 0, 16),
+            (4, 2, 33, 17, 0, 1, 0, 4),
+            (6, 2, 40, 40, 16, 1, 1, 16),
+            (5, 5, 16, 16, 0, 0, 1, 32),
+        ),
+        _paged_attention,
+    ),
+}
