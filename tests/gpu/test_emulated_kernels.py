@@ -49,12 +49,17 @@ def small(cases: list[Case], every: int) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("case", small(list(attention_cases()), 5))
+@pytest.mark.parametrize("case", small([*norm_cases(), *activation_cases(), *rope_cases()], 7))
+def test_elementwise_kernels_match_their_references(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+@pytest.mark.parametrize("case", small(list(attention_cases()), 7))
 def test_paged_attention_matches_its_reference(case: Case, device: torch.device) -> None:
     run(case, device)
 
 
-@pytest.mark.parametrize("case", small(list(linear_cases()), 23))
+@pytest.mark.parametrize("case", small(list(linear_cases()), 25))
 def test_every_product_variant_matches_its_reference(case: Case, device: torch.device) -> None:
     context = case.context(device)
     rows = int(case.label.split("x")[0])
