@@ -150,6 +150,21 @@ def test_truncated_data_names_the_tensor(whole: bytes, tmp_path: Path) -> None:
         GGUFCheckpoint(tmp_path / "x.gguf")
 
 
+def test_a_file_that_changes_after_it_was_opened(whole: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(whole)
+    checkpoint = GGUFCheckpoint(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    file.write_bytes(whole[:-4096])
+    with pytest.raises(
+        CheckpointError, match=r"'blk.1.ffn_down.weight': cannot be read: .*shorter"
+    ):
+        checkpoint.tensor(name)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        checkpoint.slice(name, 0, 1, 2)
+
+
 def test_an_announced_size_beyond_the_file_ends_at_once(tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60))

@@ -197,6 +197,15 @@ def test_unpacked_once_and_anew_when_the_file_changes(tmp_path: Path) -> None:
     assert sorted(second.parent.iterdir()) == [second]  # the older one is gone, nothing half made
 
 
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    old, new = tmp_path / "cache" / "gguf" / ".new-old", tmp_path / "cache" / "gguf" / ".new-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (1, 1))
+    unpack_gguf(write_gguf(tmp_path / "x.gguf", decoder_tensors()))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 def test_several_processes_at_once(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", decoder_tensors())
     code = (

@@ -123,9 +123,10 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_a_hub_id(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert name == "organisation/model-1.5"
         assert "*.safetensors" in allow_patterns
+        assert "consolidated*" in ignore_patterns
         assert not any("bin" in pattern for pattern in allow_patterns)
         return str(model_dir)
 

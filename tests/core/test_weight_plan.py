@@ -144,6 +144,14 @@ def test_a_rank_takes_its_slice_of_every_shard(rank: int) -> None:
     assert torch.equal(attention.o_proj.bias, bias)
 
 
+def test_a_rank_cuts_a_tensor_that_the_checkpoint_has_fused() -> None:
+    q, k, v = torch.randn(8, 8), torch.randn(4, 8), torch.randn(4, 8)
+    tensors = {"qkv_proj.weight": torch.cat([q, k, v]), "o_proj.weight": torch.randn(8, 8)}
+    attention = FakeAttention(tp_size=2)
+    load_into(attention, tensors, mapping=Rank(2, 1))
+    assert torch.equal(attention.qkv_proj.weight, torch.cat([q[4:], k[2:], v[2:]]))
+
+
 def test_heads_fewer_than_ranks_are_shared_by_neighbours() -> None:
     shard = Shard("k_proj", 4, replicas=2)
     assert [shard.rows(4, rank) for rank in range(4)] == [(0, 2), (0, 2), (2, 4), (2, 4)]

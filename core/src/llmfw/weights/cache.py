@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 from llmfw.errors import ConfigError
+
+_STAGING = ".new-"
+_STALE_SECONDS = 24 * 3600
 
 
 def cache_dir() -> Path:
@@ -34,7 +38,8 @@ def cached_folder(group: str, stem: str, key: str, fill: Callable[[Path], None])
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+        _sweep(target.parent)
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target.parent))
     except OSError as exc:
         raise _unwritable(target.parent, exc) from exc
     try:
@@ -49,6 +54,13 @@ def cached_folder(group: str, stem: str, key: str, fill: Callable[[Path], None])
         if older != target and len(older.name) == len(target.name):
             shutil.rmtree(older, ignore_errors=True)
     return target
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed process has left half made, a day later."""
+    for left in folder.glob(f"{_STAGING}*"):
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _move(staging: Path, target: Path) -> None:

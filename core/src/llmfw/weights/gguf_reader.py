@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llmfw.errors import CheckpointError
@@ -63,7 +64,6 @@ class GGUFCheckpoint:
             for name, entry in self.header.tensors.items()
             if name != ROPE_FACTORS
         }
-        self._data = np.memmap(path, mode="r")
 
     def names(self) -> Sequence[str]:
         """All HF names, in the order of the file."""
@@ -131,13 +131,13 @@ class GGUFCheckpoint:
         from gguf.quants import dequantize
 
         row_bytes = entry.nbytes // entry.shape[0]
-        raw = self._data[entry.offset + start * row_bytes : entry.offset + stop * row_bytes]
+        raw = self._bytes(entry, start * row_bytes, stop * row_bytes)
         shape = (stop - start, *entry.shape[1:])
         if entry.type_name in _PLAIN:
-            plain = torch.from_numpy(raw.copy()).view(_PLAIN[entry.type_name]).reshape(shape)
+            plain = torch.from_numpy(raw).view(_PLAIN[entry.type_name]).reshape(shape)
             return plain.float() - self.family.norm_offset if self._shifted(entry) else plain
         if entry.type_name == "F32":
-            value = torch.from_numpy(raw.copy()).view(torch.float32).reshape(shape)
+            value = torch.from_numpy(raw).view(torch.float32).reshape(shape)
         else:
             kind = GGMLQuantizationType[entry.type_name]
             try:
@@ -150,6 +150,24 @@ class GGUFCheckpoint:
                     tensor=entry.name,
                 ) from exc
         return value - self.family.norm_offset if self._shifted(entry) else value
+
+    def _bytes(self, entry: GGUFEntry, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Bytes [start, stop) of a tensor's data: read, not mapped, so that they can be let go."""
+        try:
+            raw = np.fromfile(self.path, np.uint8, stop - start, offset=entry.offset + start)
+        except OSError as exc:
+            raise self._unreadable(entry, exc.strerror or str(exc)) from exc
+        if raw.size != stop - start:
+            raise self._unreadable(entry, "the file has become shorter")
+        return raw
+
+    def _unreadable(self, entry: GGUFEntry, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: tensor '{entry.name}': cannot be read: {why}",
+            hint="leave the file alone while it is loaded",
+            tensor=entry.name,
+            file=str(self.path),
+        )
 
     def _shifted(self, entry: GGUFEntry) -> bool:
         return self._is_norm(entry.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from llmfw.weights.gguf_config import config_of, generation_config_of
 from llmfw.weights.gguf_reader import GGUFCheckpoint
 from llmfw.weights.gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from llmfw.weights.safetensors_reader import SINGLE_NAME
+
+logger = logging.getLogger("llmfw.weights")
 
 # Written into the key: raise it when the unpacked files change.
 _LAYOUT = 1
@@ -63,6 +66,7 @@ def unpack_gguf(file: Path, *, unpack_below: int = _UNPACK_BELOW) -> UnpackedGGU
 
 
 def _fill(file: Path, folder: Path, unpack_below: int) -> None:
+    logger.info("unpacking %s into the cache", file)
     checkpoint = GGUFCheckpoint(file)
     metadata = checkpoint.header.metadata
     config = config_of(checkpoint)

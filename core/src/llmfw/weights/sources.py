@@ -17,6 +17,7 @@ logger = logging.getLogger("llmfw.weights")
 ALIAS_GROUP = "llmfw.aliases"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+_HUB_COPIES = ("consolidated*", "original/*", "onnx/*")  # the same weights once more
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,11 @@ def _hub(name: str) -> ModelSource:
     try:
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        path = Path(
+            snapshot_download(
+                name, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_COPIES)
+            )
+        )
     except Exception as exc:
         raise ConfigError(
             f"model '{name}' is no directory here, and the hub does not give it: "
