@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,14 @@ register_local("TinyForCausalLM", object(), __file__)
 
 
 def run(*arguments: str, **more: Any) -> Result:
-    """Run `llmfw` in this process."""
-    return CliRunner().invoke(app, list(arguments), **more)
+    """Run `llmfw` in this process, which keeps its logging as it was."""
+    logger = logging.getLogger("llmfw")
+    level, handlers = logger.level, list(logger.handlers)
+    try:
+        return CliRunner().invoke(app, list(arguments), **more)
+    finally:
+        logger.setLevel(level)
+        logger.handlers = handlers
 
 
 def write_tiny_model(folder: Path) -> Path:

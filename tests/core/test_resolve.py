@@ -117,8 +117,9 @@ def test_two_owners_of_an_extension(site: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("ext-a", "ext-b"):
         points = {"llmfw.extensions": {"int8": f"{name.replace('-', '_')}:extension"}}
         write_dist(site, name, entry_points=points, code=f"extension = {name!r}\n")
+    register_local("FooForCausalLM", object(), "foo.py")
     with pytest.raises(PluginConflictError) as caught:
-        resolve_plugin("X", extensions=["int8"], catalog=scan(site))
+        resolve_plugin("FooForCausalLM", extensions=["int8"], catalog=scan(site))
     check_golden("two_owners_of_an_extension", caught.value)
 
 

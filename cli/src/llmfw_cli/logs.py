@@ -35,7 +35,6 @@ def set_up(level: Level, *, debug: bool, quiet: bool) -> None:
     logger.setLevel(level.value.upper())
     logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _ToStderr)]
     logger.addHandler(_ToStderr())
-    logger.propagate = False
 
 
 class _ToStderr(logging.Handler):

@@ -198,11 +198,21 @@ class EngineOptions(OptionGroup):
             rich_help_panel=ENGINE,
         ),
     ] = None
-    pipeline_depth: Annotated[
-        int | None,
+    cuda_graphs: Annotated[
+        bool,
         typer.Option(
-            envvar="LLMFW_PIPELINE_DEPTH",
-            help="Steps submitted before the one before them is read.",
+            "--cuda-graphs/--no-cuda-graphs",
+            envvar="LLMFW_CUDA_GRAPHS",
+            help="Capture decode steps on a GPU and replay them.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = True
+    overlap_scheduling: Annotated[
+        bool | None,
+        typer.Option(
+            "--overlap/--no-overlap",
+            envvar="LLMFW_OVERLAP",
+            help="Prepare a step while the one before it runs. [default: on a GPU]",
             rich_help_panel=ENGINE,
         ),
     ] = None

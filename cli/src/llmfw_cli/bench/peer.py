@@ -32,7 +32,9 @@ class Transformers:
                 hint="compare on a checkpoint directory with safetensors",
             )
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(model_dir), dtype=dtype, local_files_only=True, trust_remote_code=False
         )

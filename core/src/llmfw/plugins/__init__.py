@@ -10,6 +10,7 @@
 | `host` | one pluggy manager for one model |
 | `local` | plugins of the running script and of `--plugin-module` |
 | `resolve` | all of the above in order: from an architecture to a loaded plugin |
+| `reference` | what a worker process needs to load the very same plugin |
 | `kernel_packs` | kernel packs; a broken one is left out and named |
 | `foreign` | the unrelated PyPI distribution that is called `llmfw` |
 | `switches` | the environment variables, validated |
@@ -30,6 +31,7 @@ from llmfw.plugins.local import (
     register_local,
     unregister_local,
 )
+from llmfw.plugins.reference import PluginReference, load_reference, reference_to
 from llmfw.plugins.resolve import ResolvedPlugin, resolve_plugin
 
 __all__ = [
@@ -40,6 +42,9 @@ __all__ = [
     "PluginHost",
     "ResolvedPlugin",
     "resolve_plugin",
+    "PluginReference",
+    "reference_to",
+    "load_reference",
     "LocalPlugin",
     "register_local",
     "unregister_local",

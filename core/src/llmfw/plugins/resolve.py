@@ -25,6 +25,7 @@ class ResolvedPlugin:
         entry: Where it is installed; None for a local one.
         local: Where it was registered; None for an installed one.
         extensions: Label and object of each named extension.
+        extension_entries: Where these are installed, in the same order.
     """
 
     architecture: str
@@ -32,6 +33,7 @@ class ResolvedPlugin:
     entry: PluginEntry | None = None
     local: LocalPlugin | None = None
     extensions: tuple[tuple[str, object], ...] = ()
+    extension_entries: tuple[PluginEntry, ...] = ()
 
     @property
     def label(self) -> str:
@@ -68,14 +70,34 @@ def resolve_plugin(
     """
     load_plugin_modules()
     catalog = catalog or Catalog.scan()
-    loaded = tuple(_load_extension(catalog, name) for name in extensions)
     local = find_local(architecture) if prefer is None else None
+    entry = catalog.find(architecture, prefer) if local is None else None
+    named = tuple(_find_extension(catalog, name) for name in extensions)
     if local is not None:
         _tell_what_it_hides(local, catalog)
-        return ResolvedPlugin(architecture, local.plugin, local=local, extensions=loaded)
-    entry = catalog.find(architecture, prefer)
+    return load_resolved(architecture, entry or local, named, catalog)
+
+
+def load_resolved(
+    architecture: str,
+    owner: PluginEntry | LocalPlugin | None,
+    extensions: tuple[PluginEntry, ...],
+    catalog: Catalog,
+) -> ResolvedPlugin:
+    """Import what has been chosen: the owner, then the extensions."""
+    assert owner is not None
+    entry = owner if isinstance(owner, PluginEntry) else None
+    local = owner if isinstance(owner, LocalPlugin) else None
     return ResolvedPlugin(
-        architecture, load_checked(entry, catalog), entry=entry, extensions=loaded
+        architecture,
+        owner.plugin if isinstance(owner, LocalPlugin) else load_checked(owner, catalog),
+        entry=entry,
+        local=local,
+        extensions=tuple(
+            (f"extension {each.name} of {each.label}", load_checked(each, catalog))
+            for each in extensions
+        ),
+        extension_entries=extensions,
     )
 
 
@@ -87,10 +109,9 @@ def load_checked(entry: PluginEntry, catalog: Catalog) -> object:
     return plugin
 
 
-def _load_extension(catalog: Catalog, name: str) -> tuple[str, object]:
+def _find_extension(catalog: Catalog, name: str) -> PluginEntry:
     switches = PluginSwitches.from_environment(catalog.distributions)
-    entry = find_named(catalog.extensions, name, switches, "extension")
-    return f"extension {name} of {entry.label}", load_checked(entry, catalog)
+    return find_named(catalog.extensions, name, switches, "extension")
 
 
 def _tell_what_it_hides(local: LocalPlugin, catalog: Catalog) -> None:
