@@ -94,7 +94,7 @@ class SafetensorsCheckpoint:
     def _handle(self, file: Path, nbytes: int) -> Any:
         """This thread's one open file, opened anew now and then: see `_REMAP_BYTES`."""
         local = self._local
-        if getattr(local, "file", None) != file or local.nbytes > _REMAP_BYTES:
+        if getattr(local, "file", None) != file or local.nbytes >= _REMAP_BYTES:
             local.handle = None
             local.handle = safe_open(file, framework="pt", device="cpu")
             local.file, local.nbytes = file, 0
