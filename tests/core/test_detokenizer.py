@@ -14,7 +14,9 @@ class Bytes:
 
     def decode(self, token_ids, *, skip_special_tokens=True):
         special = b"" if skip_special_tokens else b"<s>"
-        return b"".join(bytes([t]) if t < 256 else special for t in token_ids).decode("utf-8", "replace")
+        return b"".join(bytes([t]) if t < 256 else special for t in token_ids).decode(
+            "utf-8", "replace"
+        )
 
 
 class Words:
@@ -142,7 +144,10 @@ def test_stop_strings_are_found_whatever_the_tokens(pieces, stops, include):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text("ab", max_size=10), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@given(
+    text=st.text("ab", max_size=10),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
 def test_no_more_is_held_back_than_needed(text, stops):
     finder = StopFinder(stops)
     if finder.push(text):
@@ -153,7 +158,9 @@ def test_no_more_is_held_back_than_needed(text, stops):
 
 def test_stop_string_over_tokens_with_and_without_it():
     for include, text in ((False, "one two "), (True, "one two STOP")):
-        made = Detokenizer(Pieces(["one ", "two S", "TO", "Pping"]), stops=["STOP"], include_stop=include)
+        made = Detokenizer(
+            Pieces(["one ", "two S", "TO", "Pping"]), stops=["STOP"], include_stop=include
+        )
         assert [made.push(i) for i in range(3)] == [None, None, None]
         assert made.text[: made.visible] == "one two "
         assert made.push(3) == "STOP"
@@ -181,7 +188,12 @@ def test_no_stop_string_counts_before_min_tokens():
 
 @pytest.mark.parametrize("text", ["Hello world", "日本語 text", "🎉🎊 emoji 👩‍👩‍👧", "tabs\t\nnew"])
 def test_byte_level_tokenizer(text):
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+            merges=[],
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     stream = TextStream(backend)

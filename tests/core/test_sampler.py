@@ -97,7 +97,11 @@ def test_greedy_is_argmax_and_takes_the_first_of_equals():
 
 
 def test_greedy_rows_among_random_ones(logits):
-    requests = [(SamplingParams(temperature=0), 1), (SamplingParams(), 2), (SamplingParams(temperature=0), 3)]
+    requests = [
+        (SamplingParams(temperature=0), 1),
+        (SamplingParams(), 2),
+        (SamplingParams(temperature=0), 3),
+    ]
     tokens = sample(logits.expand(3, -1), plan_for(requests))
     best = int(logits.argmax())
     assert tokens[0] == tokens[2] == best
@@ -188,7 +192,9 @@ def test_bad_words_of_one_and_several_tokens():
 def test_logits_that_are_not_finite_give_no_token(value, params):
     logits = torch.zeros(2, VOCAB)
     logits[1, 5] = value
-    tokens = sample(logits, plan_for([(SamplingParams(**params), 0), (SamplingParams(**params), 1)]))
+    tokens = sample(
+        logits, plan_for([(SamplingParams(**params), 0), (SamplingParams(**params), 1)])
+    )
     assert tokens[0] >= 0
     assert tokens[1] == -1
 

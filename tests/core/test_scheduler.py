@@ -95,7 +95,11 @@ def test_steps_can_be_made_before_tokens_are_known():
     made = scheduler()
     made.add(sequence(1, 4, max_tokens=3))
     steps = [made.schedule() for _ in range(4)]
-    assert [shape(step) for step in steps[:3]] == [[(1, 0, 4, True)], [(1, 4, 1, True)], [(1, 5, 1, True)]]
+    assert [shape(step) for step in steps[:3]] == [
+        [(1, 0, 4, True)],
+        [(1, 4, 1, True)],
+        [(1, 5, 1, True)],
+    ]
     assert steps[3] is None  # all three tokens are promised
     made.finish(1)
     assert made.pool.num_used == 0
@@ -229,7 +233,9 @@ class Worker:
             end = self.computed[chunk.seq_id] = chunk.start + chunk.num_tokens
             assert end <= len(table) * self.size
             for position in range(chunk.start, end):
-                self.holds[table[position // self.size], position % self.size] = tuple(text[: position + 1])
+                self.holds[table[position // self.size], position % self.size] = tuple(
+                    text[: position + 1]
+                )
         for chunk in step.chunks:  # after all writes, as layers do
             text, table = self.texts[chunk.seq_id], self.tables[chunk.seq_id]
             for position in range(chunk.start + chunk.num_tokens):

@@ -37,18 +37,25 @@ def test_chat_template(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     assert tokenizer.has_chat_template
     assert tokenizer.apply_chat_template(MESSAGES) == "<|user|>Hi</s>\n<|assistant|>"
-    assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False) == "<|user|>Hi</s>\n"
+    assert (
+        tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False) == "<|user|>Hi</s>\n"
+    )
     own = "{{ bos_token }}{{ messages[0].content }}{{ mood }}"
     text = tokenizer.apply_chat_template(MESSAGES, chat_template_text=own, mood="!")
     assert text == "<s>Hi!"
 
 
 def test_templates_in_files_and_lists(tmp_path):
-    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T{{ tools|length }}"}]
+    named = [
+        {"name": "default", "template": "D"},
+        {"name": "tool_use", "template": "T{{ tools|length }}"},
+    ]
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, chat_template=named))
     assert tokenizer.apply_chat_template(MESSAGES) == "D"
     assert tokenizer.apply_chat_template(MESSAGES, tools=[{"name": "f"}]) == "T1"
-    (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].content }}", encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text(
+        "file {{ messages[0].content }}", encoding="utf-8"
+    )
     assert load_tokenizer(tmp_path).apply_chat_template(MESSAGES) == "file Hi"
 
 
@@ -88,7 +95,9 @@ def test_templates_against_transformers():
         "{{- m.role ~ ns.n }} {{ m['content'] | trim }}\n{%- endfor -%}\n{{ messages | tojson }}",
     ]
     for template in templates:
-        theirs, _ = render_jinja_template([MESSAGES], chat_template=template, add_generation_prompt=True)
+        theirs, _ = render_jinja_template(
+            [MESSAGES], chat_template=template, add_generation_prompt=True
+        )
         assert render(template, MESSAGES) == theirs[0]
 
 
@@ -127,14 +136,18 @@ def test_missing_and_broken_files(tmp_path):
 
 def test_special_tokens_map_fills_what_the_config_leaves_out(tmp_path):
     write_tokenizer(tmp_path, eos_token=None)
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}), encoding="utf-8")
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "</s>"}), encoding="utf-8"
+    )
     assert load_tokenizer(tmp_path).eos_token_id == 96
     assert Tokenizer(tiny_backend()).eos_token_id is None
 
 
 def test_older_files_are_converted_by_transformers(tmp_path):
     vocab = {symbol: i for symbol, i in tiny_backend().get_vocab(with_added_tokens=False).items()}
-    (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "<|endoftext|>": 95}), encoding="utf-8")
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({**vocab, "<|endoftext|>": 95}), encoding="utf-8"
+    )
     (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -54,7 +54,8 @@ class LLM:
         load_format: "auto" reads the checkpoint, "dummy" makes random weights from its config.
         seed: Where requests without a seed get theirs from, and dummy weights.
         progress: Called with (tensors done, tensors in all, name) while weights load.
-        pipeline_depth: Steps submitted before the one before them is read; for experiments.
+        cuda_graphs: Whether decode steps are captured on a GPU and replayed.
+        overlap_scheduling: Whether a step is prepared while the one before it runs; None: on a GPU.
         **unknown: Refused, with the nearest name.
 
     Raises:
@@ -86,7 +87,8 @@ class LLM:
         load_format: str = "auto",
         seed: int = 0,
         progress: Callable[[int, int, str], None] | None = None,
-        pipeline_depth: int | None = None,
+        cuda_graphs: bool = True,
+        overlap_scheduling: bool | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -108,7 +110,8 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
-            pipeline_depth=pipeline_depth,
+            cuda_graphs=cuda_graphs,
+            pipeline_depth=None if overlap_scheduling is None else int(overlap_scheduling),
         )
         self.loaded: LoadedModel = load_model(
             model,
@@ -311,6 +314,8 @@ class LLM:
     ) -> Sequence[SamplingParams | None]:
         if params is None or isinstance(params, SamplingParams):
             return [params] * count
+        if not isinstance(params, (list, tuple)):
+            raise _not_sampling(params)
         if len(params) != count:
             raise UsageError(
                 f"{len(params)} sampling_params for {count} prompts",
@@ -339,10 +344,7 @@ class LLM:
     ) -> Generation:
         arrival = time.perf_counter()
         if params is not None and not isinstance(params, SamplingParams):
-            raise UsageError(
-                f"sampling_params is a {type(params).__name__}",
-                hint="give SamplingParams(temperature=0.7, ...)",
-            )
+            raise _not_sampling(params)
         sampling = (
             params.resolved(self._sampling_defaults) if params else self.default_sampling_params
         )
@@ -365,6 +367,13 @@ _KEYWORDS = [
     for name, parameter in inspect.signature(LLM.__init__).parameters.items()
     if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
 ]
+
+
+def _not_sampling(params: object) -> UsageError:
+    return UsageError(
+        f"sampling_params is a {type(params).__name__}",
+        hint="give SamplingParams(temperature=0.7, ...)",
+    )
 
 
 def _close(engine: LLMEngine) -> None:

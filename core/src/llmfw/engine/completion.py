@@ -85,7 +85,7 @@ class Completion:
     def finish(self, reason: FinishReason) -> None:
         """End it for a reason other than a stop string, and let out text that was held back."""
         self.finish_reason = reason
-        if self._text is not None:
+        if self._text is not None and reason is not FinishReason.ERROR:  # it may be the tokenizer's
             stop = self._text.finish()
             if stop is not None and reason is FinishReason.LENGTH:
                 self.finish_reason, self.stop_reason = FinishReason.STOP, stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import itertools
 import logging
 import threading
 import time
@@ -70,9 +71,9 @@ class LLMEngine:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._names: set[str] = set()  # ids of live requests, those in the inbox included
-        self._next_seq = 0
-        self._next_name = 0
-        self._next_draw = 0
+        self._seq_numbers = itertools.count(1)  # `next` of these is safe in any thread
+        self._name_numbers = itertools.count()
+        self._draw_numbers = itertools.count(1)
         self._closing = False
         self._failure: BaseException | None = None
         self._in_flight: deque[Future[StepOutput]] = deque()
@@ -91,44 +92,23 @@ class LLMEngine:
         """
         sampling = request.sampling.resolved()
         self._check(request, sampling)
-        bad_words = self._bad_word_ids(sampling)
+        generation, sequences = self._prepare(request, sampling, streaming)
         with self._wake:
-            self._refuse_when_stopped()
+            if self._closing:
+                raise self._stopped_error()
             if request.request_id in self._names:
                 raise RequestError(
                     f"a request {request.request_id!r} is already under way",
                     hint="choose another request_id",
                 )
             self._names.add(request.request_id)
-            base_seed = self._seed_of(sampling)
-            eos = frozenset() if sampling.ignore_eos else self._eos_ids
-            room = self.facts.max_model_len - len(request.prompt_token_ids)
-            rules = EndRules(
-                eos,
-                frozenset(sampling.stop_token_ids or ()),
-                sampling.min_tokens,
-                room if sampling.max_tokens is None else min(room, sampling.max_tokens),
-            )
-            completions = []
-            sequences = []
-            for index in range(sampling.n):
-                self._next_seq += 1
-                completions.append(
-                    Completion(request, index, self._next_seq, rules, self._tokenizer)
-                )
-                sequences.append(
-                    _sequence(request, sampling, index, self._next_seq, rules, base_seed, bad_words)
-                )
-            generation = Generation(request, completions, self.abort, streamed=streaming)
             self._inbox.append(lambda: self._start(generation, sequences))
             self._wake.notify()
         return generation
 
     def new_request_id(self) -> str:
         """An id that no other request of this engine has had from here."""
-        with self._wake:
-            self._next_name += 1
-            return str(self._next_name - 1)
+        return str(next(self._name_numbers))
 
     def abort(self, request_id: str) -> None:
         """End a request as it stands; one that is finished or unknown is left alone."""
@@ -279,18 +259,16 @@ class LLMEngine:
         if generation is not None:
             self._counters.aborted += 1
             self._release(generation)
-            generation.end(FinishReason.ABORT)
+            try:
+                generation.end(FinishReason.ABORT)
+            except Exception as exc:  # the tokenizer's, at the last piece of text
+                generation.end(FinishReason.ERROR, _as_request_error(generation, exc))
 
     def _fail(self, generation: Generation, exc: Exception) -> None:
         """End one request with an error; the others go on."""
         self._counters.failed += 1
         self._release(generation)
-        error = exc
-        if not isinstance(error, RequestError):
-            logger.error("request %s failed", generation.request_id, exc_info=exc)
-            error = RequestError(f"request {generation.request_id} failed: {exc!r}")
-            error.__cause__ = exc
-        generation.end(FinishReason.ERROR, error)
+        generation.end(FinishReason.ERROR, _as_request_error(generation, exc))
 
     def _release(self, generation: Generation) -> None:
         for completion in generation.completions:
@@ -329,9 +307,31 @@ class LLMEngine:
 
     # Checks and parts of a request.
 
-    def _refuse_when_stopped(self) -> None:
-        if self._closing:
-            raise self._stopped_error()
+    def _prepare(
+        self, request: Request, sampling: SamplingParams, streaming: bool
+    ) -> tuple[Generation, list[Sequence]]:
+        room = self.facts.max_model_len - len(request.prompt_token_ids)
+        rules = EndRules(
+            frozenset() if sampling.ignore_eos else self._eos_ids,
+            frozenset(sampling.stop_token_ids or ()),
+            sampling.min_tokens,
+            room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+        )
+        numbers = [next(self._seq_numbers) for _ in range(sampling.n)]
+        try:
+            bad_words = self._bad_word_ids(sampling)
+            completions = [
+                Completion(request, index, seq_id, rules, self._tokenizer)
+                for index, seq_id in enumerate(numbers)
+            ]
+        except Exception as exc:
+            raise RequestError(f"the tokenizer failed: {exc!r}") from exc
+        base_seed = self._seed_of(sampling)
+        sequences = [
+            _sequence(request, sampling, index, seq_id, rules, base_seed, bad_words)
+            for index, seq_id in enumerate(numbers)
+        ]
+        return Generation(request, completions, self.abort, streamed=streaming), sequences
 
     def _check(self, request: Request, sampling: SamplingParams) -> None:
         self._scheduler.check_length(len(request.prompt_token_ids))
@@ -367,8 +367,7 @@ class LLMEngine:
     def _seed_of(self, sampling: SamplingParams) -> int:
         if sampling.seed is not None:
             return sampling.seed
-        self._next_draw += 1
-        return _mix_seed(self.settings.seed, self._next_draw)
+        return _mix_seed(self.settings.seed, next(self._draw_numbers))
 
 
 def _scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerConfig:
@@ -407,6 +406,15 @@ def _sequence(
     )
     limit = len(request.prompt_token_ids) + rules.max_new_tokens
     return Sequence(new, limit, read_prefix=sampling.prompt_logprobs is None)
+
+
+def _as_request_error(generation: Generation, exc: Exception) -> RequestError:
+    if isinstance(exc, RequestError):
+        return exc
+    logger.error("request %s failed", generation.request_id, exc_info=exc)
+    error = RequestError(f"request {generation.request_id} failed: {exc!r}")
+    error.__cause__ = exc
+    return error
 
 
 def _mix_seed(seed: int, index: int) -> int:

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from llmfw.attention.backend import get_attention_backend
 from llmfw.attention.metadata import AttentionMetadata, CacheSpec
 from llmfw.engine import kv_cache
-from llmfw.engine.batch import Batch, BatchBuilder
+from llmfw.engine.batch import Batch, BatchBuilder, upload
+from llmfw.engine.cuda_graphs import DecodeGraphs
+from llmfw.engine.decode_step import BlockTableMirror, DecodeStep
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.sampler import LogprobTensors, logprobs, sample
 from llmfw.engine.sampling_plan import SamplingPlan, plan_sampling
@@ -22,6 +25,8 @@ from llmfw.errors import ConfigError, DeviceError
 from llmfw.sampling_params import SamplingParams
 
 logger = logging.getLogger("llmfw.engine")
+
+_DEVICE_SIDE_OPS = ("rope_and_cache", "paged_attention")
 
 
 class Model(Protocol):
@@ -89,10 +94,14 @@ class ModelRunner:
         self.table = RequestTable(
             settings.max_num_seqs, self.max_model_len, settings.block_size, device
         )
-        self.caches = kv_cache.allocate(
-            self.specs, num_blocks, settings.block_size, device, self._backend
+        self.caches = kv_cache.allocate(  # one block more, for padded batches
+            self.specs, num_blocks + 1, settings.block_size, device, self._backend
         )
         self.builder = BatchBuilder(self.table, self.caches, self._num_groups, device)
+        self.mirror: BlockTableMirror | None = None
+        self.graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and settings.cuda_graphs and self._capturable():
+            self._capture_graphs()
 
     @property
     def _num_groups(self) -> int:
@@ -112,14 +121,81 @@ class ModelRunner:
     def launch(self, step: StepInput) -> PendingStep:
         """Start a step; on a GPU this returns before it is done, and nothing here waits for it."""
         self.table.apply(step)
-        batch = self.builder.build(step)
         with torch.inference_mode():
+            if self.mirror is not None:
+                self.mirror.apply(step.chunks, self.table.row_of)
+            if self.graphs is not None and self._is_plain_decode(step):
+                return self._replay(step, self.graphs)
+            batch = self.builder.build(step)
             logits = self.model(batch.metadata, batch.input_ids, batch.position_ids)
             return self._sample(step.step_id, batch, logits)
 
     def reset(self) -> None:
         """Forget all sequences."""
         self.table.clear()
+
+    def _replay(self, step: StepInput, graphs: DecodeGraphs) -> PendingStep:
+        rows = np.array([self.table.row_of[chunk.seq_id] for chunk in step.chunks])
+        positions = np.array([chunk.start for chunk in step.chunks])
+        plan = plan_sampling(self.table, rows, positions + 1)
+        output = graphs.run(rows, positions)
+        logits, tokens = output.logits[: len(rows)], output.tokens[: len(rows)]
+        best = None
+        if plan.features:
+            tokens = sample(logits, plan)
+            places = rows * self.table.max_model_len + positions + 1
+            (targets,) = upload([places], torch.int64, self.device)
+            self.table.flat_tokens.index_copy_(0, targets, tokens.clamp_min(0).int())
+            if plan.logprobs is not None:
+                best = logprobs(logits, tokens, _widest(plan.logprobs, logits.shape[-1]))
+        seq_ids = tuple(chunk.seq_id for chunk in step.chunks)
+        return PendingStep(step.step_id, seq_ids, (), plan, tokens, best, ())
+
+    def _is_plain_decode(self, step: StepInput) -> bool:
+        """Whether each chunk is one token that gets a successor: what the graphs are made for."""
+        if step.num_generations != len(step.chunks):
+            return False
+        extras, row_of = self.table.extras, self.table.row_of
+        for chunk in step.chunks:
+            extra = extras[row_of[chunk.seq_id]]
+            if not chunk.samples or (extra and extra.new.sampling.prompt_logprobs is not None):
+                return False
+        return True
+
+    def _capturable(self) -> bool:
+        """Whether attention runs by kernels that read lengths from the device."""
+        config = getattr(self.model, "model_config", None)
+        if config is None or self._backend.reference_only:
+            return False
+        for choice in config.ops.choices.values():
+            if choice.chosen == "reference" and choice.context.op in _DEVICE_SIDE_OPS:
+                logger.info("no CUDA graphs: %s runs by its reference", choice.context.op)
+                return False
+        return True
+
+    def _capture_graphs(self) -> None:
+        table, settings = self.table, self.settings
+        assert settings.max_num_seqs is not None
+        mirror = BlockTableMirror(settings.max_num_seqs + 1, table.blocks.shape[1], self.device)
+        mirror.blocks[table.padding_row] = self.num_blocks
+
+        def make_step(size: int, max_kv_len: int) -> DecodeStep:
+            return DecodeStep(
+                self.model,
+                flat_tokens=table.flat_tokens,
+                max_model_len=self.max_model_len,
+                blocks=mirror.blocks,
+                block_size=settings.block_size,
+                caches=self.caches,
+                num_groups=self._num_groups,
+                size=size,
+                padding_row=table.padding_row,
+                max_kv_len=max_kv_len,
+            )
+
+        graphs = DecodeGraphs(make_step, settings.max_num_seqs, self.max_model_len)
+        graphs.capture_all()
+        self.mirror, self.graphs = mirror, graphs
 
     def _sample(self, step_id: int, batch: Batch, logits: torch.Tensor) -> PendingStep:
         plan = plan_sampling(self.table, batch.sample_rows, batch.sample_positions)
@@ -132,7 +208,9 @@ class ModelRunner:
         best = None
         if plan.logprobs is not None:
             best = logprobs(logits, tokens, _widest(plan.logprobs, logits.shape[-1]))
-        return PendingStep(step_id, batch, plan, tokens, best, prompt)
+        return PendingStep(
+            step_id, batch.sample_seq_ids, batch.prompt_rows, plan, tokens, best, prompt
+        )
 
     def _prompt_logprobs(self, batch: Batch, logits: torch.Tensor) -> tuple[LogprobTensors, ...]:
         """Log probabilities of the prompt tokens that follow the rows of `logits`."""
@@ -215,14 +293,16 @@ class PendingStep:
     def __init__(
         self,
         step_id: int,
-        batch: Batch,
+        seq_ids: tuple[int, ...],
+        prompt_rows: tuple[tuple[int, int, int], ...],
         plan: SamplingPlan,
         tokens: torch.Tensor,
         best: LogprobTensors | None,
         prompt: tuple[LogprobTensors, ...],
     ) -> None:
         self._step_id = step_id
-        self._batch = batch
+        self._seq_ids = seq_ids
+        self._prompt_rows = prompt_rows
         self._plan = plan
         self._best = best
         self._prompt = prompt
@@ -238,14 +318,14 @@ class PendingStep:
         """The step's tokens and log probabilities."""
         if self._copied is not None:
             self._copied.synchronize()
-        seq_ids = self._batch.sample_seq_ids
+        seq_ids = self._seq_ids
         output = StepOutput(self._step_id, seq_ids, self._tokens.tolist())
         if self._best is not None and self._plan.logprobs is not None:
             lines = _lines(self._best)
             for seq_id, count, line in zip(seq_ids, self._plan.logprobs, lines, strict=True):
                 if count is not None:
                     output.logprobs[seq_id] = _narrow(line, count)
-        for (seq_id, start, _), best in zip(self._batch.prompt_rows, self._prompt, strict=True):
+        for (seq_id, start, _), best in zip(self._prompt_rows, self._prompt, strict=True):
             output.prompt_logprobs[seq_id] = (start + 1, _lines(best))
         return output
 

@@ -28,7 +28,7 @@ def as_batch(prompts: Any) -> tuple[list[Any], bool]:
     listed = _listed(prompts)
     if listed is None:
         raise RequestError(f"a prompt is a {type(prompts).__name__}", hint=_HINT)
-    if not listed or any(isinstance(item, (str, list, tuple, Mapping)) for item in listed):
+    if not listed or any(_is_whole_prompt(item) for item in listed):
         return listed, False
     return [listed], True
 
@@ -102,6 +102,11 @@ def _listed(value: Any) -> list[Any] | None:
     if hasattr(value, "tolist"):
         value = value.tolist()
     return list(value) if isinstance(value, (list, tuple, range)) else None
+
+
+def _is_whole_prompt(item: Any) -> bool:
+    """Whether an item is text, a mapping or list-like, and not a number."""
+    return isinstance(item, (str, bytes, Mapping, list, tuple)) or bool(getattr(item, "shape", ()))
 
 
 def _token_id(item: Any) -> int:

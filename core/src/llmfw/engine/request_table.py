@@ -55,7 +55,8 @@ class RequestTable:
     ) -> None:
         self.max_model_len = max_model_len
         self.block_size = block_size
-        self.tokens = torch.empty(max_num_seqs, max_model_len, dtype=torch.int32, device=device)
+        self.padding_row = max_num_seqs  # of tokens alone: what padded batches read and write
+        self.tokens = torch.zeros(max_num_seqs + 1, max_model_len, dtype=torch.int32, device=device)
         self.flat_tokens = self.tokens.view(-1)
         max_blocks = -(-max_model_len // block_size)
         self.blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)

@@ -27,7 +27,9 @@ class EngineSettings:
         max_num_seqs: Most sequences in flight.
         max_num_batched_tokens: Most tokens of a step.
         seed: Where requests without a seed of their own get it from.
-        pipeline_depth: Steps submitted before the one before them is read; None: none on a CPU.
+        cuda_graphs: Whether decode steps are captured on a GPU and replayed.
+        pipeline_depth: Steps submitted before the one before them is read; None: one on a GPU, so
+            that the next step is prepared while a step runs, and none on a CPU.
     """
 
     block_size: int = 16
@@ -38,6 +40,7 @@ class EngineSettings:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     seed: int = 0
+    cuda_graphs: bool = True
     pipeline_depth: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,7 +52,7 @@ class EngineSettings:
                 raise UsageError(
                     f"{name}={value!r} is out of range", hint=f"{name} must be a whole number >= 1"
                 )
-        for name in ("enable_prefix_caching", "enable_chunked_prefill"):
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(
                     f"{name}={getattr(self, name)!r} is not a switch", hint="give True or False"
@@ -63,10 +66,11 @@ class EngineSettings:
     def on(self, device_type: str) -> EngineSettings:
         """A copy whose limits of sequences and tokens are settled for a kind of device."""
         small = device_type == "cpu"
+        depth = 0 if small else 1
         changes = {
             "max_num_seqs": self.max_num_seqs or (64 if small else 256),
             "max_num_batched_tokens": self.max_num_batched_tokens or (2048 if small else 8192),
-            "pipeline_depth": 0 if self.pipeline_depth is None else self.pipeline_depth,
+            "pipeline_depth": depth if self.pipeline_depth is None else self.pipeline_depth,
         }
         return EngineSettings(**{**self.__dict__, **changes})
 

@@ -1,0 +1,501 @@
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+from engine_models import (
+    VOCAB,
+    HistoryModel,
+    StatelessModel,
+    TinyAttentionModel,
+    make_engine,
+    memory_for,
+    run,
+    tokens_of,
+)
+from tiny_tokenizer import tiny_backend
+
+from llmfw.engine.tokenizer import Tokenizer
+from llmfw.errors import EngineError, RequestError
+from llmfw.request import FinishReason, Request
+from llmfw.sampling_params import SamplingParams
+
+PROMPTS = [
+    [random.Random(seed).randrange(VOCAB) for _ in range(random.Random(seed).randrange(1, 40))]
+    for seed in range(16)
+]
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+SEEDED = [SamplingParams(seed=i, top_p=0.9, max_tokens=20) for i in range(len(PROMPTS))]
+SMALL = {"kv_cache_memory": memory_for(HistoryModel(), 20), "max_model_len": 64}
+
+VARIANTS = {
+    "plain": {},
+    "chunked": {"max_num_batched_tokens": 7},
+    "unchunked": {"enable_chunked_prefill": False, "max_num_batched_tokens": 64},
+    "overlapped": {"pipeline_depth": 1},
+    "deep and chunked": {"pipeline_depth": 3, "max_num_batched_tokens": 9},
+    "preempted": SMALL,
+    "preempted and overlapped": {**SMALL, "pipeline_depth": 2},
+    "preempted and chunked": {**SMALL, "max_num_batched_tokens": 11},
+    "without prefix cache": {**SMALL, "enable_prefix_caching": False},
+    "blocks of one": {"block_size": 1},
+    "one at a time": {"max_num_seqs": 1},
+}
+
+
+@pytest.fixture
+def engines():
+    made = []
+
+    def make(model=None, **settings):
+        engine = make_engine(model or HistoryModel(), **settings)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tokens_are_the_same_however_they_are_computed(engines, variant, groups):
+    settings = dict(VARIANTS[variant])
+    if "kv_cache_memory" in settings:
+        settings["kv_cache_memory"] *= groups
+    model = HistoryModel(groups=groups)
+    engine = engines(model, **settings)
+    outputs = run(engine, PROMPTS, GREEDY)
+    assert tokens_of(outputs) == [model.expected(prompt, 20) for prompt in PROMPTS]
+    assert all(output.outputs[0].finish_reason == "length" for output in outputs)
+    assert bool(engine.stats().preemptions) == variant.startswith(("preempted", "without"))
+    engine._scheduler.check()
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_attention_ragged_equals_singles_and_seeds_hold_in_any_batch(engines):
+    engine = engines(TinyAttentionModel())
+    for params in ([GREEDY] * len(PROMPTS), SEEDED):
+        together = tokens_of(run(engine, PROMPTS, params))
+        for settings in (
+            {"max_num_seqs": 1},
+            VARIANTS["chunked"],
+            VARIANTS["preempted and chunked"],
+        ):
+            settings = {**settings, "kv_cache_memory": "40KiB", "max_model_len": 64}
+            assert (
+                tokens_of(run(engines(TinyAttentionModel(), **settings), PROMPTS, params))
+                == together
+            )
+
+
+def test_seeds_make_the_draws(engines):
+    engine = engines()
+    prompt = [[1, 2, 3]]
+    draws = [
+        tokens_of(run(engine, prompt, SamplingParams(seed=s, max_tokens=12)))[0]
+        for s in (1, 1, 2, None, None)
+    ]
+    assert draws[0] == draws[1]
+    assert len({tuple(draw) for draw in draws}) == 4
+    again = engines(seed=0)
+    repeat = [tokens_of(run(again, prompt, SamplingParams(max_tokens=12)))[0] for _ in range(2)]
+    assert repeat == draws[3:]  # the engine's seed makes the others
+
+
+def test_prefix_hit_equals_miss(engines):
+    model = HistoryModel()
+    engine = engines(model)
+    prompt = list(range(30))
+    first, second = (run(engine, [prompt], GREEDY)[0] for _ in range(2))
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == 28
+    assert tokens_of([first]) == tokens_of([second]) == [model.expected(prompt, 20)]
+    longer = prompt + first.outputs[0].token_ids[:10]
+    third = run(engine, [longer], GREEDY)[0]
+    assert third.num_cached_tokens == 36
+    assert third.outputs[0].token_ids == model.expected(longer, 20)
+    assert engine.stats().prefix_hits == 64
+
+
+def test_completions_of_one_prompt_share_it(engines):
+    engine = engines()
+    prompt = list(range(17))
+    output = run(engine, [prompt], SamplingParams(n=4, seed=5, max_tokens=10))[0]
+    assert [completion.index for completion in output.outputs] == [0, 1, 2, 3]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 4
+    assert engine.stats().prefix_hits == 3 * 16
+    alone = run(engine, [prompt], SamplingParams(seed=5, max_tokens=10))[0]
+    assert alone.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_a_model_without_cache(engines):
+    assert tokens_of(run(engines(StatelessModel()), [[5], [7, 8]], SamplingParams(temperature=0, max_tokens=2)))[0] == [
+        15, 46
+    ]  # fmt: skip
+
+
+def test_more_requests_than_places(engines):
+    model = HistoryModel()
+    prompts = [[i % VOCAB, i // VOCAB] for i in range(150)]
+    outputs = run(
+        engines(model, max_num_seqs=3), prompts, SamplingParams(temperature=0, max_tokens=2)
+    )
+    assert tokens_of(outputs) == [model.expected(prompt, 2) for prompt in prompts]
+
+
+# When it ends.
+
+
+def test_ends(engines):
+    model = HistoryModel()
+    expected = model.expected([1, 2, 3], 60)
+    eos, stop = expected[4], expected[9]
+    engine = engines(model, eos_ids=frozenset({eos}))
+
+    def end(**params):
+        completion = run(engine, [[1, 2, 3]], SamplingParams(temperature=0, **params))[0].outputs[0]
+        made = len(completion.token_ids)
+        if not params.get("min_tokens"):
+            assert completion.token_ids == expected[:made]
+        return made, completion.finish_reason, completion.stop_reason
+
+    assert end(max_tokens=50) == (5, "stop", None)
+    assert end(max_tokens=5) == (5, "stop", None)
+    assert end(max_tokens=4) == (4, "length", None)
+    assert end(max_tokens=50, ignore_eos=True) == (50, "length", None)
+    assert end(max_tokens=50, ignore_eos=True, stop_token_ids=[stop]) == (
+        expected.index(stop) + 1,
+        "stop",
+        stop,
+    )
+    made, reason, _ = end(max_tokens=50, min_tokens=20)
+    assert made > 20 or (made, reason) == (50, "length")
+    made, reason, _ = end(max_tokens=30, min_tokens=30)
+    assert (made, reason) == (30, "length")
+
+
+def test_no_stop_token_before_min_tokens(engines):
+    model = HistoryModel()
+    stop = model.expected([1, 2, 3], 1)[0]
+    engine = engines(model, eos_ids=frozenset({stop}))
+    for params in ({}, {"seed": 3, "temperature": 5.0}):
+        params = SamplingParams(**{"temperature": 0, **params}, min_tokens=8, max_tokens=40)
+        tokens = run(engine, [[1, 2, 3]], params)[0].outputs[0].token_ids
+        assert stop not in tokens[:8]
+        assert len(tokens) >= 8
+
+
+def test_the_models_length_ends_it(engines):
+    engine = engines(max_model_len=32)
+    for limit in (None, 1000):
+        output = run(engine, [list(range(20))], SamplingParams(temperature=0, max_tokens=limit))[0]
+        assert len(output.outputs[0].token_ids) == 12
+        assert output.outputs[0].finish_reason == "length"
+    assert len(run(engine, [list(range(31))], GREEDY)[0].outputs[0].token_ids) == 1
+
+
+def test_text_and_stop_strings(engines):
+    tokenizer = Tokenizer(tiny_backend())
+    engine = engines(tokenizer=tokenizer)
+    free = run(engine, [[1, 2, 3]], SamplingParams(temperature=0, max_tokens=40))[0].outputs[0]
+    assert free.text == tokenizer.decode(free.token_ids)
+    stop = free.text[7:10]
+    cut = free.text[: free.text.index(stop)]
+    for include in (False, True):
+        params = SamplingParams(
+            temperature=0, max_tokens=40, stop=["\x00", stop], include_stop_str_in_output=include
+        )
+        completion = run(engine, [[1, 2, 3]], params)[0].outputs[0]
+        assert completion.text == cut + (stop if include else "")
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+        assert completion.token_ids == free.token_ids[: len(completion.token_ids)]
+    silent = run(engine, [[1, 2, 3]], SamplingParams(temperature=0, detokenize=False))[0].outputs[0]
+    assert (silent.text, len(silent.token_ids)) == ("", 32)
+
+
+def test_text_of_the_stop_token(engines):
+    tokenizer = Tokenizer(tiny_backend())
+    model = HistoryModel()
+    tokens = model.expected([1, 2, 3], 5)
+    engine = engines(model, tokenizer=tokenizer)
+    for include in (False, True):
+        params = SamplingParams(
+            temperature=0, stop_token_ids=[tokens[4]], include_stop_str_in_output=include,
+            skip_special_tokens=False,
+        )  # fmt: skip
+        completion = run(engine, [[1, 2, 3]], params)[0].outputs[0]
+        assert completion.token_ids == tokens
+        shown = tokens if include else tokens[:4]
+        assert completion.text == tokenizer.decode(shown, skip_special_tokens=False)
+
+
+def test_bad_words_never_come(engines):
+    tokenizer = Tokenizer(tiny_backend())
+    engine = engines(tokenizer=tokenizer)
+    free = run(engine, [[1, 2, 3]], GREEDY)[0].outputs[0].text
+    words = [free[0], free[3:5]]
+    text = (
+        run(engine, [[1, 2, 3]], GREEDY.replace(bad_words=words, max_tokens=100))[0].outputs[0].text
+    )
+    assert len(text) > 90
+    assert not any(word in text for word in words)
+
+
+def test_logprobs_match_the_model(engines):
+    tokenizer = Tokenizer(tiny_backend())
+    model = TinyAttentionModel()
+    for settings in ({}, {"max_num_batched_tokens": 3}, {"pipeline_depth": 1}):
+        engine = engines(model, tokenizer=tokenizer, **settings)
+        params = SamplingParams(temperature=0, logprobs=2, prompt_logprobs=0, max_tokens=6)
+        prompt = list(range(10))
+        output = run(engine, [prompt], params)[0]
+        completion = output.outputs[0]
+        assert len(completion.logprobs) == 6
+        for token, entry in zip(completion.token_ids, completion.logprobs, strict=True):
+            assert (len(entry), entry[token].rank) == (2, 1)
+            assert entry[token].decoded_token == tokenizer.decode(
+                [token], skip_special_tokens=False
+            )
+        total = sum(
+            entry[t].logprob
+            for t, entry in zip(completion.token_ids, completion.logprobs, strict=True)
+        )
+        assert completion.cumulative_logprob == pytest.approx(total)
+        assert output.prompt_logprobs[0] is None
+        assert [list(entry) for entry in output.prompt_logprobs[1:]] == [
+            [token] for token in prompt[1:]
+        ]
+        # The whole text as a prompt says the same of its last tokens.
+        whole = run(engine, [prompt + completion.token_ids], params)[0]
+        for token, ours, theirs in zip(
+            completion.token_ids, completion.logprobs, whole.prompt_logprobs[10:], strict=True
+        ):
+            assert theirs[token].logprob == pytest.approx(ours[token].logprob, abs=1e-5)
+            assert theirs[token].rank == 1
+
+
+def test_prompt_logprobs_do_not_use_the_prefix_cache_but_fill_it(engines):
+    engine = engines(TinyAttentionModel())
+    params = SamplingParams(temperature=0, prompt_logprobs=0)
+    for _ in range(2):
+        output = run(engine, [list(range(20))], params)[0]
+        assert output.num_cached_tokens == 0
+        assert all(output.prompt_logprobs[1:])
+    assert run(engine, [list(range(20))], GREEDY)[0].num_cached_tokens == 16
+
+
+def test_prompt_logprobs_with_several_completions(engines):
+    params = SamplingParams(n=2, seed=1, prompt_logprobs=1)
+    output = run(engines(TinyAttentionModel()), [[1, 2, 3]], params)[0]
+    assert [entry is None for entry in output.prompt_logprobs] == [True, False, False]
+
+
+def test_timings_are_in_order(engines):
+    timings = run(engines(), [[1, 2, 3]], GREEDY)[0].timings
+    assert timings.arrival <= timings.scheduled or timings.arrival == 0.0
+    assert timings.scheduled <= timings.first_token <= timings.finished
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "text"),
+    [
+        ([], {}, "empty"),
+        ([VOCAB], {}, f"token id {VOCAB} in prompt_token_ids is out of range"),
+        ([-1], {}, "token id -1"),
+        ([1] * 256, {}, "the prompt has 256 tokens"),
+        ([1], {"stop_token_ids": [500]}, "token id 500 in stop_token_ids"),
+        ([1], {"logit_bias": {500: 1.0}}, "token id 500 in logit_bias"),
+        ([1], {"stop": "x"}, "need a tokenizer"),
+        ([1], {"bad_words": ["x"]}, "need a tokenizer"),
+    ],
+)
+def test_bad_requests_are_refused_and_the_engine_lives(engines, prompt, params, text):
+    engine = engines()
+    with pytest.raises(RequestError, match=text) as caught:
+        engine.add_request(Request("x", tuple(prompt), SamplingParams(**params)))
+    assert caught.value.hint
+    assert len(tokens_of(run(engine, [[1]], GREEDY))[0]) == 20
+
+
+def test_one_request_with_broken_logits_fails_alone(engines):
+    model = HistoryModel()
+    plain = model.logits_of
+    model.logits_of = lambda tokens, positions: (
+        [float("nan")] * VOCAB if tokens[0] == 9 else plain(tokens, positions)
+    )
+    for depth in (0, 2):
+        engine = engines(model, pipeline_depth=depth)
+        prompts = [[1, 2], [9, 9], [3, 4]]
+        outputs = run(engine, prompts, GREEDY)
+        assert [output.outputs[0].finish_reason for output in outputs] == [
+            "length",
+            "error",
+            "length",
+        ]
+        assert "not finite" in str(outputs[1].error)
+        assert engine.stats().failed == 1
+        assert len(tokens_of(run(engine, [[1]], GREEDY))[0]) == 20
+
+
+def test_a_tokenizer_that_fails_ends_its_request_alone(engines):
+    class Broken(Tokenizer):
+        def decode(self, token_ids, *, skip_special_tokens=True):
+            if 5 in token_ids[:1]:
+                raise RuntimeError("no such token")
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    engine = engines(tokenizer=Broken(tiny_backend()))
+    with pytest.raises(RequestError, match="no such token"):
+        engine.add_request(Request("x", (5,), GREEDY))
+    good, bad = run(engine, [[1, 2], [3]], [GREEDY, GREEDY.replace(logit_bias={5: 1000.0})])
+    assert good.outputs[0].finish_reason == "length"
+    assert bad.outputs[0].finish_reason == "error"
+    assert isinstance(bad.error, RequestError)
+    assert isinstance(bad.error.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_failing_step_tells_all_that_wait_with_the_cause(engines, depth):
+    model = HistoryModel()
+
+    def fail(metadata):
+        if max(metadata.kv_lens) > 10:
+            raise ZeroDivisionError("boom")
+
+    model.before_step = fail
+    engine = engines(model, pipeline_depth=depth)
+    waiting = [engine.add_request(Request(str(i), (1, 2), GREEDY)) for i in range(3)]
+    for generation in waiting:
+        with pytest.raises(EngineError, match="boom") as caught:
+            generation.result(timeout=30)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(EngineError, match="boom"):
+        engine.add_request(Request("later", (1,), GREEDY))
+
+
+def test_ids_of_live_requests_are_unique(engines):
+    engine = engines()
+    first = engine.add_request(Request("a", (1,), SamplingParams(max_tokens=200)))
+    with pytest.raises(RequestError, match="already under way"):
+        engine.add_request(Request("a", (1,), GREEDY))
+    first.abort()
+    first.result(timeout=30)
+    engine.add_request(Request("a", (1,), GREEDY)).result(timeout=30)
+
+
+def slow(model: HistoryModel) -> HistoryModel:
+    model.before_step = lambda metadata: time.sleep(0.002)
+    return model
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_abort_running_and_waiting(engines, depth):
+    model = slow(HistoryModel())
+    engine = engines(model, max_num_seqs=1, pipeline_depth=depth)
+    long = SamplingParams(temperature=0, max_tokens=200)
+    running, waiting, last = (engine.add_request(Request(str(i), (1, i), long)) for i in range(3))
+    while running.timings.first_token is None:
+        time.sleep(0.001)
+    waiting.abort()
+    running.abort()
+    for generation in (running, waiting):
+        assert generation.result(timeout=30).outputs[0].finish_reason == FinishReason.ABORT
+    made = running.result().outputs[0].token_ids
+    assert made == model.expected([1, 0], len(made))
+    assert 0 < len(made) < 200
+    assert last.result(timeout=30).outputs[0].token_ids == model.expected([1, 2], 200)
+    engine.abort("unknown")
+    stats = engine.stats()
+    assert (stats.aborted, stats.finished, stats.kv_blocks_used) == (2, 1, 0)
+
+
+def test_aborts_at_random_from_many_threads(engines):
+    model = HistoryModel()
+    engine = engines(model, **SMALL, pipeline_depth=1, max_num_batched_tokens=16)
+    wrong = []
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(6):
+            prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 30))]
+            count = rng.randrange(1, 25)
+            params = SamplingParams(temperature=0, max_tokens=count)
+            generation = engine.add_request(Request(engine.new_request_id(), tuple(prompt), params))
+            if rng.random() < 0.4:
+                time.sleep(rng.random() * 0.01)
+                generation.abort()
+            completion = generation.result(timeout=60).outputs[0]
+            made = completion.token_ids
+            if made != model.expected(prompt, len(made)) or (
+                completion.finish_reason == "length" and len(made) != count
+            ):
+                wrong.append((prompt, completion))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    stats = engine.stats()
+    assert stats.finished + stats.aborted == 48
+    assert stats.kv_blocks_used == 0
+    engine._scheduler.check()
+
+
+def test_stats(engines):
+    engine = engines()
+    run(engine, [list(range(10)), list(range(10))], GREEDY)
+    stats = engine.stats()
+    assert (stats.requests, stats.finished, stats.prompt_tokens, stats.generated_tokens) == (
+        2,
+        2,
+        20,
+        40,
+    )
+    assert (stats.waiting, stats.running, stats.kv_usage) == (0, 0, 0.0)
+    assert stats.prefix_hit_rate == 0.4
+    assert stats.as_dict()["steps"] == stats.steps > 0
+
+
+def test_streams_give_every_token_once(engines):
+    tokenizer = Tokenizer(tiny_backend())
+    model = slow(HistoryModel())
+    engine = engines(model, tokenizer=tokenizer)
+    generation = engine.add_request(Request("s", (1, 2), GREEDY), streaming=True)
+    outputs = list(generation)
+    assert len(outputs) > 5
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    joined = "".join(output.outputs[0].text_diff for output in outputs)
+    tokens = [token for output in outputs for token in output.outputs[0].token_ids_diff]
+    assert tokens == outputs[-1].outputs[0].token_ids == model.expected([1, 2], 20)
+    assert joined == outputs[-1].outputs[0].text == tokenizer.decode(tokens)
+
+
+def test_leaving_a_stream_aborts(engines):
+    engine = engines(slow(HistoryModel()))
+    generation = engine.add_request(
+        Request("s", (1, 2), SamplingParams(max_tokens=200)), streaming=True
+    )
+    stream = iter(generation)
+    next(stream)
+    stream.close()
+    assert generation.result(timeout=30).outputs[0].finish_reason == "abort"
+
+
+def test_shutdown_ends_what_is_under_way(engines):
+    engine = engines(slow(HistoryModel()))
+    generation = engine.add_request(Request("s", (1, 2), SamplingParams(max_tokens=200)))
+    engine.shutdown()
+    engine.shutdown()
+    with pytest.raises(EngineError, match="shut down"):
+        generation.result(timeout=30)
+    with pytest.raises(EngineError, match="shut down"):
+        engine.add_request(Request("t", (1,), GREEDY))
+    assert not engine._thread.is_alive()
