@@ -38,7 +38,8 @@ wheels: setup-dev ## build every package's wheel into dist/, from what is instal
 	rm -rf dist
 	for package in core cli builtin_models/*/; do \
 	    rm -rf "$$package/build"; \
-	    $(VENV)/python -m build --wheel --no-isolation --outdir dist "$$package" >/dev/null || exit 1; \
+	    $(VENV)/python -m build --quiet --wheel --no-isolation --outdir dist "$$package" || exit 1; \
+	    rm -rf "$$package/build"; \
 	done
 	@ls dist
 
