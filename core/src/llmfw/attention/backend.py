@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from llmfw.attention.metadata import CacheSpec, LayerCache
@@ -15,6 +17,7 @@ from llmfw.ops.table import reference_of
 if TYPE_CHECKING:
     from llmfw.config import ModelConfig
 
+_CACHE_LINE = 64  # bytes; kernels read aligned rows
 AttentionOps = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
 
 
@@ -39,17 +42,9 @@ class AttentionBackend:
     ) -> LayerCache:
         """A layer's cache of `num_blocks` blocks, zeroed."""
         v_dim = spec.head_dim if spec.v_head_dim is None else spec.v_head_dim
-        k = torch.zeros(
-            num_blocks,
-            block_size,
-            spec.num_kv_heads,
-            spec.head_dim,
-            dtype=spec.dtype,
-            device=device,
-        )
-        v = torch.zeros(
-            num_blocks, block_size, spec.num_kv_heads, v_dim, dtype=spec.dtype, device=device
-        )
+        shape = (num_blocks, block_size, spec.num_kv_heads)
+        k = _zeros((*shape, spec.head_dim), spec.dtype, device)
+        v = _zeros((*shape, v_dim), spec.dtype, device)
         return LayerCache(k, v, group)
 
     def resolve(
@@ -82,3 +77,13 @@ def get_attention_backend(name: str) -> AttentionBackend:
             f"attention backend {name!r} is not known", hint=f"known: auto, {', '.join(BACKENDS)}"
         )
     return BACKENDS[name]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU the pages are touched only when first written (torch.zeros: 1 s a GiB)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = prod(shape) * dtype.itemsize
+    raw = np.zeros(nbytes + _CACHE_LINE, dtype=np.uint8)
+    skip = -raw.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(raw[skip : skip + nbytes]).view(dtype).view(shape)
