@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -26,6 +26,7 @@ from llmfw.request import Request, RequestOutput
 from llmfw.sampling_params import SamplingParams, unknown_name
 
 Message = Mapping[str, Any]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -148,11 +149,19 @@ class LLM:
         """What a request without parameters gets."""
         return SamplingParams.from_generation_config(self._sampling_defaults)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a string is not meant as a list of strings
+        self, prompts: Prompt, sampling_params: Params = None
+    ) -> RequestOutput: ...
+
+    @overload
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Any:
+        self, prompts: Sequence[Prompt], sampling_params: Params = None
+    ) -> list[RequestOutput]: ...
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+    ) -> RequestOutput | list[RequestOutput]:
         """Complete one prompt or many and wait for all.
 
         Args:
@@ -186,25 +195,29 @@ class LLM:
             raise outputs[0].error
         return outputs[0]
 
+    @overload
+    def chat(
+        self, messages: Sequence[Message], sampling_params: Params = None, **template: Any
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Sequence[Message]], sampling_params: Params = None, **template: Any
+    ) -> list[RequestOutput]: ...
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **template_variables: Any,
-    ) -> Any:
+        sampling_params: Params = None,
+        **template: Any,
+    ) -> RequestOutput | list[RequestOutput]:
         """Answer a conversation, or a list of them, through the checkpoint's chat template.
 
         Args:
             messages: Mappings with "role" and "content"; or a list of such lists.
             sampling_params: As in `generate`.
-            chat_template: A jinja2 template in place of the checkpoint's.
-            add_generation_prompt: End with the opening of the assistant's turn.
-            tools: JSON schemas of functions, for templates that know them.
-            **template_variables: Handed to the template.
+            **template: `chat_template`, `add_generation_prompt`, `tools` and variables of the
+                template, as `chat_token_ids` takes them.
 
         Returns and raises what `generate` does.
         """
@@ -214,19 +227,12 @@ class LLM:
             and not isinstance(messages, str)
         )
         conversations: Sequence[Any] = messages if many else [messages]
-        prompts = [
-            {
-                "prompt_token_ids": self.chat_token_ids(
-                    conversation,
-                    chat_template=chat_template,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=tools,
-                    **template_variables,
-                )
-            }
-            for conversation in conversations
-        ]
-        return self.generate(prompts if many else prompts[0], sampling_params)
+        prompts: list[Prompt] = [self.chat_token_ids(each, **template) for each in conversations]
+        return (
+            self.generate(prompts, sampling_params)
+            if many
+            else self.generate(prompts[0], sampling_params)
+        )
 
     def chat_token_ids(
         self,
@@ -309,9 +315,7 @@ class LLM:
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
 
-    def _each(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> Sequence[SamplingParams | None]:
+    def _each(self, params: Params, count: int) -> Sequence[SamplingParams | None]:
         if params is None or isinstance(params, SamplingParams):
             return [params] * count
         if not isinstance(params, (list, tuple)):

@@ -72,7 +72,7 @@ class BatchBuilder:
         owner = np.repeat(np.arange(len(chunks)), lens)  # [tokens], the chunk of each token
         positions = np.arange(ends[-1]) + (starts - ends + lens)[owner]
         samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
-        prompt_rows, prompt_indices = self._prompt_rows(chunks, ends - lens)
+        prompt_rows, prompt_indices = self._prompt_rows(chunks, rows, ends - lens)
         logits_indices = np.concatenate([ends[samples] - 1, *prompt_indices])
         kv_lens = starts + lens
         return self._finish(
@@ -100,7 +100,7 @@ class BatchBuilder:
         logits_indices = None
         sample_rows, kv_lens = rows, starts + 1
         sample_positions = kv_lens
-        wanted, prompt_indices = self._prompt_rows(chunks, np.arange(len(chunks)))
+        wanted, prompt_indices = self._prompt_rows(chunks, rows, np.arange(len(chunks)))
         if wanted or not all(chunk.samples for chunk in chunks):
             samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
             prompt_rows = wanted
@@ -185,17 +185,16 @@ class BatchBuilder:
         )
 
     def _prompt_rows(
-        self, chunks: tuple[Chunk, ...], offsets: np.ndarray
+        self, chunks: tuple[Chunk, ...], rows: np.ndarray, offsets: np.ndarray
     ) -> tuple[tuple[tuple[int, int, int], ...], list[np.ndarray]]:
         """Which packed tokens predict a token of a prompt whose log probabilities are wanted."""
         table = self.table
         wanted = []
         indices = []
-        for chunk, offset in zip(chunks, offsets, strict=True):
-            extras = table.extras[table.row_of[chunk.seq_id]]
-            if extras is None or extras.new.sampling.prompt_logprobs is None:
-                continue
-            count = min(chunk.num_tokens, len(extras.new.prompt_token_ids) - 1 - chunk.start)
+        for index in np.flatnonzero(table.wants_prompt[rows]):
+            chunk, offset = chunks[index], offsets[index]
+            last = int(table.prompt_lens[rows[index]]) - 1
+            count = min(chunk.num_tokens, last - chunk.start)
             if count > 0:
                 wanted.append((chunk.seq_id, chunk.start, count))
                 indices.append(np.arange(offset, offset + count))

@@ -64,6 +64,7 @@ class RequestTable:
         self.prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self.seeds = np.zeros(max_num_seqs, dtype=np.uint64)
         self.features = np.zeros(max_num_seqs, dtype=np.int64)
+        self.wants_prompt = np.zeros(max_num_seqs, dtype=bool)  # prompt_logprobs
         self.numbers = np.zeros((max_num_seqs, len(NUMBERS)), dtype=np.float32)
         self.top_k = np.zeros(max_num_seqs, dtype=np.int64)
         self.extras: list[RowExtras | None] = [None] * max_num_seqs
@@ -96,6 +97,7 @@ class RequestTable:
         self.prompt_lens[row] = len(prompt)
         self.seeds[row] = new.seed
         self.numbers[row] = [getattr(sampling, name) for name in NUMBERS]
+        self.wants_prompt[row] = sampling.prompt_logprobs is not None
         self.top_k[row] = sampling.top_k or 0
         extras = _extras(new)
         self.extras[row] = extras
