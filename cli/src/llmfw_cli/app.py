@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from typing import Annotated, Any
@@ -72,6 +73,8 @@ def root(
 
 def warn_of_environment() -> None:
     """Say what is wrong around us before a command runs: unknown variables, the foreign package."""
+    if "_LLMFW_COMPLETE" in os.environ:
+        return
     from llmfw.plugins.foreign import CURE, find_foreign
     from llmfw_cli.environment import unknown_variables
 

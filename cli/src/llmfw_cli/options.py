@@ -212,7 +212,7 @@ class EngineOptions(OptionGroup):
         typer.Option(
             "--overlap/--no-overlap",
             envvar="LLMFW_OVERLAP",
-            help="Prepare a step while the one before it runs. [default: on a GPU]",
+            help="Prepare a step while the one before it runs; left out, on a GPU.",
             rich_help_panel=ENGINE,
         ),
     ] = None
@@ -267,7 +267,7 @@ class SamplingOptions(OptionGroup):
         float | None,
         typer.Option(
             envvar="LLMFW_TEMPERATURE",
-            help="0 takes the most probable token. [default: the model's]",
+            help="0 takes the most probable token; left out, the model's own.",
             rich_help_panel=SAMPLING,
         ),
     ] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,11 +67,23 @@ def _converse(session: Session, params: SamplingParams, system: str | None) -> N
 
 def _read(interactive: bool) -> str | None:
     """The next message; None at the end of input."""
+    if interactive and sys.stdout.isatty():
+        return _edited()
     if interactive:
-        sys.stderr.write("> ")
-        sys.stderr.flush()
+        note("> ")
     line = sys.stdin.readline()
     return line.rstrip("\r\n") if line else None
+
+
+def _edited() -> str | None:
+    """A line from the terminal, with editing and history where Python has them."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    try:
+        return input("> ")
+    except EOFError:
+        write("\n")
+        return None
 
 
 def _turn(
