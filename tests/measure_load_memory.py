@@ -1,4 +1,4 @@
-"""How much memory loading takes: `python tests/measure_load_memory.py [CHECKPOINT] [--threads N]`.
+"""How much memory loading takes: `python tests/measure_load_memory.py [CHECKPOINT] [options]`.
 
 Without a checkpoint it makes one of 200 MB in a temporary directory. Prints one line of JSON: bytes
 of the model and of its largest tensor, and the peak of this process's resident memory (anonymous
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llmfw.weights import Checkpoint, load_weights, open_checkpoint, plan_weights
+from llmfw.weights.loader import LoadDtype
 
 
 def resident() -> int:
@@ -59,7 +60,7 @@ class PeakWatch(threading.Thread):
             time.sleep(0.001)
 
 
-def measure(path: Path, threads: int) -> dict[str, float]:
+def measure(path: Path, threads: int, dtype: LoadDtype) -> dict[str, float]:
     """Loads the checkpoint and watches."""
     checkpoint = open_checkpoint(path)
     model = meta_model(checkpoint)
@@ -67,7 +68,7 @@ def measure(path: Path, threads: int) -> dict[str, float]:
     torch.zeros(1 << 20).add_(1)  # what torch itself takes at first use
     watch = PeakWatch()
     watch.start()
-    report = load_weights(model, plan, checkpoint, threads=threads)
+    report = load_weights(model, plan, checkpoint, threads=threads, dtype=dtype)
     watch.done = True
     watch.join()
     largest = max(checkpoint.info(name).nbytes for name in checkpoint.names())
@@ -85,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     args = parser.parse_args()
+    dtype: LoadDtype = getattr(torch, args.dtype) if args.dtype else "declared"
     with tempfile.TemporaryDirectory() as folder:
         path = args.checkpoint or Path(folder)
         if args.checkpoint is None:
@@ -93,7 +96,7 @@ def main() -> None:
                 {f"layers.{index}.weight": torch.ones(2 << 20) for index in range(25)},
                 path / "model.safetensors",
             )
-        sys.stdout.write(json.dumps(measure(path, args.threads)) + "\n")
+        sys.stdout.write(json.dumps(measure(path, args.threads, dtype)) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from llmfw.errors import CheckpointError
 from llmfw.weights import open_checkpoint
+from llmfw.weights.checkpoint import ReadsInto
 from llmfw.weights.safetensors_header import read_header
 
 A, B = torch.arange(12.0).reshape(3, 4), torch.arange(5, dtype=torch.bfloat16)
@@ -219,8 +220,23 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
     save_file({"a": A, "b": B}, file)
     checkpoint = open_checkpoint(tmp_path)
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="tensor 'b': cannot be read"):
-        checkpoint.tensor("b")
+    last = checkpoint.names()[-1]
+    with pytest.raises(CheckpointError, match=f"tensor '{last}': cannot be read"):
+        checkpoint.tensor(last)
+    with pytest.raises(CheckpointError, match=f"tensor '{last}': cannot be read: .*shorter"):
+        checkpoint.read_into(last, torch.empty_like({"a": A, "b": B}[last]))
+
+
+def test_reading_straight_into_a_tensor(tmp_path: Path) -> None:
+    save_file({"a": A, "b": B, "c": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert isinstance(checkpoint, ReadsInto)
+    out = torch.zeros(5, 4)
+    checkpoint.read_into("a", out[1:3], start=1)
+    assert torch.equal(out, torch.cat([torch.zeros(1, 4), A[1:], torch.zeros(2, 4)]))
+    scalar = torch.zeros(())
+    checkpoint.read_into("c", scalar)
+    assert scalar == 3
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])

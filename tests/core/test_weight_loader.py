@@ -124,11 +124,13 @@ def test_values_given_are_copied() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_peak_memory_is_the_model_and_two_tensors() -> None:
-    """200 MB in tensors of 8 MB; mapped pages of the file count."""
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 25 << 23), ("bfloat16", 25 << 22)])
+def test_peak_memory_is_the_model_and_two_tensors(dtype: str, size: int) -> None:
+    """200 MB in tensors of 8 MB, as they are and converted; mapped pages of the file count."""
     script = Path(__file__).parent.parent / "measure_load_memory.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(script), "--dtype", dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout)
-    assert figures["model_bytes"] == 25 * figures["largest_tensor_bytes"] == 25 << 23
-    allowed = figures["model_bytes"] + 2 * figures["largest_tensor_bytes"]
+    assert figures["model_bytes"] == size
+    allowed = size + 2 * figures["largest_tensor_bytes"]
     assert figures["peak_bytes"] <= allowed + (4 << 20)  # Python's own

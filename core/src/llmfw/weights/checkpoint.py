@@ -21,6 +21,7 @@ class TensorInfo:
         file: Name of the file that holds it ("" for a checkpoint in memory).
         nbytes: Bytes it takes in that file.
         stored: How it is stored, for display: "BF16", "Q4_1", ...
+        offset: Where its data begin in the file, in bytes.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +29,7 @@ class TensorInfo:
     file: str
     nbytes: int
     stored: str = ""
+    offset: int = 0
 
 
 @runtime_checkable
@@ -58,3 +60,11 @@ class Checkpoint(Protocol):
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of it along `dim`, read as sparingly as the format allows."""
+
+
+@runtime_checkable
+class ReadsInto(Protocol):
+    """A checkpoint that can also read straight into a tensor, without a copy in between."""
+
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> None:
+        """Fills `out` (CPU, contiguous, the stored dtype) with rows `start` and on of a tensor."""

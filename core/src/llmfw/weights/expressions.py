@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from llmfw.weights.checkpoint import Checkpoint, TensorInfo
+from llmfw.weights.checkpoint import Checkpoint, ReadsInto, TensorInfo
 
 
 class Sink(Protocol):
@@ -81,6 +81,12 @@ class Source(Expr):
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         return checkpoint.tensor(self.name)
 
+    def write(self, out: torch.Tensor, checkpoint: Checkpoint) -> None:
+        if isinstance(checkpoint, ReadsInto) and _is_plain(out, self.dtype):
+            checkpoint.read_into(self.name, out)
+        else:
+            super().write(out, checkpoint)
+
     def scatter(self, value: torch.Tensor, sink: Sink) -> None:
         sink.put(self, 0, 0, value)
 
@@ -110,6 +116,18 @@ class Narrow(Expr):
         if isinstance(self.of, Source):
             return checkpoint.slice(self.of.name, self.dim, self.start, self.stop)
         return self.of.read(checkpoint).narrow(self.dim, self.start, self.stop - self.start)
+
+    def write(self, out: torch.Tensor, checkpoint: Checkpoint) -> None:
+        whole = self.of
+        if (
+            isinstance(whole, Source)
+            and self.dim == 0
+            and isinstance(checkpoint, ReadsInto)
+            and _is_plain(out, self.dtype)
+        ):
+            checkpoint.read_into(whole.name, out, self.start)
+        else:
+            super().write(out, checkpoint)
 
     def scatter(self, value: torch.Tensor, sink: Sink) -> None:
         sink.put(self.of, self.dim, self.start, value)
@@ -266,6 +284,11 @@ class Reorder(Expr):
         if dim != self.dim:
             return Reorder(self.of.narrow(dim, start, stop), self.dim, self.view, self.permutation)
         return super().narrow(dim, start, stop)
+
+
+def _is_plain(out: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of a tensor of this dtype can be read into `out` as they are."""
+    return out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
 
 
 def reorder(

@@ -76,7 +76,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     ranges: list[_Range] = []
     for name, entry in entries.items():
-        infos[name], span = _tensor_info(file, name, entry)
+        infos[name], span = _tensor_info(file, name, entry, 8 + length)
         ranges.append(span)
     ranges.sort(key=lambda span: (span.begin, span.end))
     _check_ranges(file, ranges, size - 8 - length)
@@ -102,7 +102,7 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _tensor_info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, _Range]:
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> tuple[TensorInfo, _Range]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         _refuse(file, "its header entry lacks dtype, shape or data_offsets", name)
     stored, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -121,7 +121,8 @@ def _tensor_info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, _Range]
             f"shape {shape} {stored} takes {wanted} bytes, its data_offsets give {end - begin}",
             name,
         )
-    return TensorInfo(tuple(shape), dtype, file.name, wanted, stored), _Range(begin, end, name)
+    info = TensorInfo(tuple(shape), dtype, file.name, wanted, stored, data_start + begin)
+    return info, _Range(begin, end, name)
 
 
 def _are_sizes(value: Any) -> bool:

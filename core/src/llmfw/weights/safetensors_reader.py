@@ -79,17 +79,29 @@ class SafetensorsCheckpoint:
         nbytes = info.nbytes * (stop - start) // max(info.shape[dim], 1)
         return self._read(name, nbytes, lambda handle: handle.get_slice(name)[index])
 
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> None:
+        """Rows `start` and on of a tensor, from the file into `out` without a copy in between."""
+        info, file = self.info(name), self._files[name]
+        row = info.nbytes // info.shape[0] if info.shape else 0
+        flat = torch.as_strided(out.detach(), (out.numel(),), (1,))
+        left = flat.view(torch.uint8).numpy().data
+        try:
+            with file.open("rb", buffering=0) as stream:
+                stream.seek(info.offset + start * row)
+                while left:
+                    count = stream.readinto(left)
+                    if not count:
+                        raise OSError("the file has become shorter")
+                    left = left[count:]
+        except OSError as exc:
+            raise _unreadable(file, name, exc) from exc
+
     def _read(self, name: str, nbytes: int, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         file = self._files[name]
         try:
             return read(self._handle(file, nbytes))
         except (SafetensorError, OSError, RuntimeError) as exc:
-            raise CheckpointError(
-                f"{file}: tensor '{name}': cannot be read: {exc}",
-                hint="the file is damaged or was changed while it was read: download it again",
-                file=str(file),
-                tensor=name,
-            ) from exc
+            raise _unreadable(file, name, exc) from exc
 
     def _handle(self, file: Path, nbytes: int) -> Any:
         """This thread's one open file, opened anew now and then: see `_REMAP_BYTES`."""
@@ -100,6 +112,15 @@ class SafetensorsCheckpoint:
             local.file, local.nbytes = file, 0
         local.nbytes += nbytes
         return local.handle
+
+
+def _unreadable(file: Path, name: str, exc: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: tensor '{name}': cannot be read: {exc}",
+        hint="the file is damaged or was changed while it was read: download it again",
+        file=str(file),
+        tensor=name,
+    )
 
 
 def open_safetensors(path: Path) -> SafetensorsCheckpoint:
