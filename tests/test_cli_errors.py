@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_broken_plugin_module_is_exit_code_8(tmp_path: Path) -> None:
 
 
 def test_the_foreign_distribution_is_told_of(tmp_path: Path) -> None:
-    """Hidden altogether, the command still says why; installed beside ours, it warns."""
+    """Hidden in whole or in part, the command says why; installed beside ours, it warns."""
     site = tmp_path / "site"
     info = site / "llmfw-0.1.1.dist-info"
     info.mkdir(parents=True)
@@ -118,8 +119,14 @@ def test_the_foreign_distribution_is_told_of(tmp_path: Path) -> None:
     assert hidden.stdout == ""
     assert "pip uninstall llmfw" in hidden.stderr
 
-    (site / "llmfw" / "__init__.py").unlink()
-    (site / "llmfw").rmdir()
+    shutil.rmtree(site / "llmfw")
+    shutil.copytree(Path(errors.__file__).parent, site / "llmfw")
+    (site / "llmfw" / "__init__.py").write_text("")
+    written_over = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert written_over.returncode == 11, written_over.stderr
+    assert "it hides the package `llmfw`" in written_over.stderr
+
+    shutil.rmtree(site / "llmfw")
     beside = subprocess.run(command, capture_output=True, text=True, check=False)
     assert beside.returncode == 0, beside.stderr
     assert "it hides nothing of ours yet" in beside.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -75,12 +76,17 @@ def warn_of_environment() -> None:
     """Say what is wrong around us before a command runs: unknown variables, the foreign package."""
     if "_LLMFW_COMPLETE" in os.environ:
         return
-    from llmfw.plugins.foreign import CURE, find_foreign
     from llmfw_cli.environment import unknown_variables
 
     for line in unknown_variables():
         sys.stderr.write(f"warning: {line}\n")
+    if not _is_installed("llmfw"):
+        return
+    from llmfw.plugins.foreign import CURE, find_foreign
+
     foreign = find_foreign()
+    if foreign is not None and foreign.hides_package:
+        raise foreign.error()
     if foreign is not None:
         sys.stderr.write(f"warning: {foreign.message}\n")
         for line in CURE.splitlines():
@@ -89,13 +95,10 @@ def warn_of_environment() -> None:
 
 def main() -> None:
     """The console script `llmfw`."""
-    try:
-        from llmfw.plugins import foreign
-    except ImportError:
-        if not _is_installed("llmfw"):
-            raise
-        sys.exit(_tell_of_foreign())
-    del foreign
+    if find_spec("llmfw") is None or find_spec("llmfw.plugins") is None:
+        if _is_installed("llmfw"):
+            sys.exit(_tell_of_foreign())
+        sys.exit("error: llmfw-core is not installed\n  pip install llmfw-core")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

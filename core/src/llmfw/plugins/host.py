@@ -79,8 +79,7 @@ class PluginHost:
             raise_attributed(exc, hook, caller.get_hookimpls())
 
     def implementers(self, hook: str) -> list[str]:
-        """The names of those that implement `hook`, in the order in which they are asked, wrappers
-        first."""
+        """Who implements `hook`, in the order in which they are asked, wrappers first."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         return [implementation.plugin_name for implementation in reversed(caller.get_hookimpls())]
 
