@@ -105,21 +105,21 @@ class TinyAttentionModel(nn.Module):
     max_positions: int | None = 256
     heads, kv_heads, head_dim, hidden, layers = 4, 2, 8, 32, 2
 
-    def __init__(self, vocab: int = VOCAB, seed: int = 0) -> None:
+    def __init__(self, vocab: int = VOCAB, *, seed: int = 0, device: torch.device = CPU) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
 
         def weight(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+            return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(device)
 
         self.vocab_size = vocab
-        self.embed = torch.randn(vocab, self.hidden, generator=generator)
+        self.embed = torch.randn(vocab, self.hidden, generator=generator).to(device)
         self.qkv = [weight(width, self.hidden) for _ in range(self.layers)]
         self.out = [weight(self.hidden, self.heads * self.head_dim) for _ in range(self.layers)]
         self.head = weight(vocab, self.hidden) * 3
         angles = torch.arange(256)[:, None] * 100.0 ** -(torch.arange(4) / 4)
-        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
 
     def cache_specs(self) -> dict[int, CacheSpec]:
         return {
@@ -164,11 +164,13 @@ class StatelessModel(nn.Module):
         return logits if rows is None else logits[rows]
 
 
-def make_engine(model: nn.Module, *, tokenizer=None, eos_ids=frozenset(), **settings) -> LLMEngine:
+def make_engine(
+    model: nn.Module, *, tokenizer=None, eos_ids=frozenset(), device: torch.device = CPU, **settings
+) -> LLMEngine:
     """An engine on a test model; block size 4 and 8 sequences unless told."""
     settings = {"block_size": 4, "max_num_seqs": 8, **settings}
-    settled = EngineSettings(**settings).on("cpu")
-    runner = ModelRunner(model, settled, CPU)
+    settled = EngineSettings(**settings).on(device.type)
+    runner = ModelRunner(model, settled, device)
     return LLMEngine(
         InProcessExecutor(runner),
         settled,

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from engine_models import CPU, HistoryModel
 
+from engine_models import CPU, HistoryModel
 from llmfw.attention.backend import get_attention_backend
 from llmfw.engine import kv_cache
 from llmfw.engine.batch import BatchBuilder, upload

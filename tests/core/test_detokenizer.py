@@ -20,7 +20,7 @@ class Bytes:
 
 
 class Words:
-    """Like sentencepiece: a token is a word with a space before it, the text's first space is dropped."""
+    """Like sentencepiece: a token is a space and a word, the text's first space is dropped."""
 
     def __init__(self, *words: str) -> None:
         self.words = words

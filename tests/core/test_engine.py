@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+
 from engine_models import (
     VOCAB,
     HistoryModel,
@@ -15,12 +16,11 @@ from engine_models import (
     run,
     tokens_of,
 )
-from tiny_tokenizer import tiny_backend
-
 from llmfw.engine.tokenizer import Tokenizer
 from llmfw.errors import EngineError, RequestError
 from llmfw.request import FinishReason, Request
 from llmfw.sampling_params import SamplingParams
+from tiny_tokenizer import tiny_backend
 
 PROMPTS = [
     [random.Random(seed).randrange(VOCAB) for _ in range(random.Random(seed).randrange(1, 40))]
@@ -132,9 +132,8 @@ def test_completions_of_one_prompt_share_it(engines):
 
 
 def test_a_model_without_cache(engines):
-    assert tokens_of(run(engines(StatelessModel()), [[5], [7, 8]], SamplingParams(temperature=0, max_tokens=2)))[0] == [
-        15, 46
-    ]  # fmt: skip
+    two = SamplingParams(temperature=0, max_tokens=2)
+    assert tokens_of(run(engines(StatelessModel()), [[5], [7, 8]], two)) == [[15, 46], [25, 77]]
 
 
 def test_more_requests_than_places(engines):

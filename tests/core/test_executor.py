@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from engine_models import CPU, HistoryModel
 
+from engine_models import CPU, HistoryModel
 from llmfw.engine.executor import InProcessExecutor, LazyFuture
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.settings import EngineSettings

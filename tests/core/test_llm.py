@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engine_models import HistoryModel, TinyAttentionModel
-from tiny_tokenizer import write_tokenizer
 
 import llmfw.llm
+from engine_models import HistoryModel, TinyAttentionModel
 from llmfw import LLM, SamplingParams
 from llmfw.errors import EngineError, RequestError, TokenizerError, UsageError
+from tiny_tokenizer import write_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture
 def make(tmp_path, monkeypatch, model):
-    """A factory of LLMs around the test model; the arguments of load_model are kept in `make.asked`."""
+    """A factory of LLMs around the test model; `make.asked` keeps what load_model was asked."""
     made = []
     write_tokenizer(tmp_path)
     generation_config: dict[str, object] = {}
@@ -378,18 +378,20 @@ SCRIPT = """
     model = HistoryModel()
     model.before_step = lambda metadata: time.sleep(0.005)
     config = SimpleNamespace(
-        pretrained_config=SimpleNamespace(), device=torch.device("cpu"), attn_backend="auto", max_model_len=256
+        pretrained_config=SimpleNamespace(), device=torch.device("cpu"), attn_backend="auto",
+        max_model_len=256,
     )
     llmfw.llm.load_model = lambda name, **settings: SimpleNamespace(
         model=model, model_config=config, generation_config={{}}
     )
     llm = LLM("x", skip_tokenizer_init=True)
+    long = SamplingParams(max_tokens=200)
     {body}
 """
 
 EXITS = {
-    "with work under way": "g = llm.generate_async([1, 2], SamplingParams(max_tokens=200)); print(True)",
-    "in the middle of a stream": "print(not next(llm.stream([1, 2], SamplingParams(max_tokens=200))).finished)",
+    "with work under way": "handle = llm.generate_async([1, 2], long); print(not handle.finished)",
+    "in the middle of a stream": "print(not next(llm.stream([1, 2], long)).finished)",
 }
 
 

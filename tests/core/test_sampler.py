@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine_models import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_models import CPU
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.sampler import edited, logprobs, sample
 from llmfw.engine.sampling_plan import GREEDY, plan_sampling, uniform
@@ -17,7 +17,7 @@ VOCAB = 40
 
 
 def plan_for(requests, *, history=(), rows=None):
-    """A plan for requests given as (SamplingParams, seed), each with prompt [1, 2] and a history."""
+    """A plan for (SamplingParams, seed, *bad words), each with prompt [1, 2] and a history."""
     table = RequestTable(max(len(requests), 1), 64, 4, CPU)
     news = []
     for index, (params, seed, *words) in enumerate(requests):

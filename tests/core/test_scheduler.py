@@ -171,7 +171,7 @@ def test_the_latest_is_preempted_and_comes_back_first():
             break
     assert preempted is not None
     assert [chunk.seq_id for chunk in preempted.chunks] == [1]
-    assert [waiting.seq_id for waiting in made.waiting][0] == 2
+    assert made.waiting[0].seq_id == 2
     made.finish(1)
     again = made.schedule()
     assert again.chunks[0].seq_id == 2

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from tiny_tokenizer import TEMPLATE, tiny_backend, write_tokenizer
 
 from llmfw.engine.chat_template import render
 from llmfw.engine.tokenizer import Tokenizer, load_tokenizer
 from llmfw.errors import RequestError, TokenizerError
+from tiny_tokenizer import TEMPLATE, tiny_backend, write_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -144,7 +144,7 @@ def test_special_tokens_map_fills_what_the_config_leaves_out(tmp_path):
 
 
 def test_older_files_are_converted_by_transformers(tmp_path):
-    vocab = {symbol: i for symbol, i in tiny_backend().get_vocab(with_added_tokens=False).items()}
+    vocab = tiny_backend().get_vocab(with_added_tokens=False)
     (tmp_path / "vocab.json").write_text(
         json.dumps({**vocab, "<|endoftext|>": 95}), encoding="utf-8"
     )
@@ -161,7 +161,8 @@ def test_needs_no_transformers(tmp_path):
     write_tokenizer(tmp_path)
     code = (
         "import sys; from llmfw.engine.tokenizer import load_tokenizer\n"
-        f"t = load_tokenizer({str(tmp_path)!r}); t.apply_chat_template([{{'role': 'user', 'content': 'x'}}])\n"
+        f"t = load_tokenizer({str(tmp_path)!r})\n"
+        "t.apply_chat_template([{'role': 'user', 'content': 'x'}])\n"
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -64,7 +64,7 @@ class LLMEngine:
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
-        self._scheduler = Scheduler(_scheduler_config(self.facts, settings))
+        self._scheduler = Scheduler(scheduler_config(self.facts, settings))
         self._counters = Counters()
         self._generations: dict[str, Generation] = {}
         self._by_seq: dict[int, tuple[Generation, Completion]] = {}
@@ -370,7 +370,8 @@ class LLMEngine:
         return _mix_seed(self.settings.seed, next(self._draw_numbers))
 
 
-def _scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerConfig:
+def scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerConfig:
+    """What the scheduler may do, from the worker's facts and the settings."""
     assert settings.max_num_seqs is not None
     assert settings.max_num_batched_tokens is not None
     return SchedulerConfig(
