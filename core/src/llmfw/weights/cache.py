@@ -1,4 +1,4 @@
-"""The user's cache directory, and folders in it that appear whole or not at all."""
+"""Folders of the cache that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
+from llmfw.cache import cache_dir
 from llmfw.errors import ConfigError
 
 _STAGING = ".new-"
 _STALE_SECONDS = 24 * 3600
-
-
-def cache_dir() -> Path:
-    """`LLMFW_CACHE`, or the platform's cache directory for llmfw."""
-    named = os.environ.get("LLMFW_CACHE")
-    return Path(named).expanduser() if named else user_cache_path("llmfw", appauthor=False)
 
 
 def cached_folder(group: str, stem: str, key: str, fill: Callable[[Path], None]) -> Path:

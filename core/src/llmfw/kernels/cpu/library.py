@@ -19,9 +19,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import platformdirs
 import torch  # noqa: F401  torch brings the OpenMP runtime whose symbols the object needs
 
+from llmfw.cache import cache_dir as user_cache
 from llmfw.errors import KernelError
 from llmfw.ops.device import cpu_flags, find_compiler
 
@@ -86,9 +86,8 @@ def _load() -> dict[str, NativeFunction]:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: under `LLMFW_CACHE`, else the user's cache directory."""
-    root = os.environ.get("LLMFW_CACHE") or platformdirs.user_cache_dir("llmfw")
-    return Path(root).expanduser() / "kernels" / "cpu"
+    """Where compiled kernels are kept."""
+    return user_cache() / "kernels" / "cpu"
 
 
 def _digest(compiler: str) -> str:

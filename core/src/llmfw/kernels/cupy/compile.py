@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmfw.cache import cache_dir as user_cache
 from llmfw.errors import KernelError
 
 if TYPE_CHECKING:
@@ -26,14 +27,8 @@ DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def cache_dir() -> Path:
-    """Where machine code and timings lie: `LLMFW_CACHE`, else the platform's cache folder."""
-    if named := os.environ.get("LLMFW_CACHE"):
-        return Path(named).expanduser() / "kernels"
-    try:
-        import platformdirs
-    except ImportError:
-        return Path.home() / ".cache" / "llmfw" / "kernels"
-    return Path(platformdirs.user_cache_dir("llmfw", appauthor=False)) / "kernels"
+    """Where machine code and timings lie."""
+    return user_cache() / "kernels"
 
 
 def options_for(arch: str, defines: Mapping[str, int]) -> tuple[str, ...]:
