@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmfw_cli.errors import INTERRUPTED, report, report_usage
+from llmfw_cli.errors import INTERNAL, INTERRUPTED, report, report_usage
 
 
 class Program(TyperGroup):
@@ -24,7 +24,7 @@ class Program(TyperGroup):
 
     def _run(self, *args: Any, **extra: Any) -> int:
         try:
-            warn_of_environment()
+            look_around()
             code = super().main(*args, **extra)
         except typer.TyperException as error:
             return report_usage(error)
@@ -72,7 +72,7 @@ def root(
     """Run language models through plugins."""
 
 
-def warn_of_environment() -> None:
+def look_around() -> None:
     """Say what is wrong around us before a command runs: unknown variables, the foreign package."""
     if "_LLMFW_COMPLETE" in os.environ:
         return
@@ -98,7 +98,8 @@ def main() -> None:
     if find_spec("llmfw") is None or find_spec("llmfw.plugins") is None:
         if _is_installed("llmfw"):
             sys.exit(_tell_of_foreign())
-        sys.exit("error: llmfw-core is not installed\n  pip install llmfw-core")
+        sys.stderr.write("error: llmfw-core is not installed\n  pip install llmfw-core\n")
+        sys.exit(INTERNAL)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

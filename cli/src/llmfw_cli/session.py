@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmfw_cli.options import EngineOptions, ServingOptions
+from llmfw_cli.engine_options import EngineOptions
+from llmfw_cli.options import ServingOptions
 from llmfw_cli.output import progress
 from llmfw_cli.versions import versions
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmfw_cli.engine_options import EngineOptions
 from llmfw_cli.groups import OptionGroup, takes_groups
-from llmfw_cli.options import CommonOptions, EngineOptions, JsonOption, ModelOption, ServingOptions
+from llmfw_cli.options import CommonOptions, JsonOption, ModelOption, ServingOptions
 from llmfw_cli.output import note, write_json, write_table
 from llmfw_cli.session import open_session
 

@@ -8,17 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmfw_cli.engine_options import EngineOptions
 from llmfw_cli.groups import takes_groups
 from llmfw_cli.inputs import read_prompts
-from llmfw_cli.options import (
-    CommonOptions,
-    EngineOptions,
-    JsonOption,
-    ModelOption,
-    SamplingOptions,
-    ServingOptions,
-)
+from llmfw_cli.options import CommonOptions, JsonOption, ModelOption, ServingOptions
 from llmfw_cli.output import write, write_json
+from llmfw_cli.sampling_options import SamplingOptions
 from llmfw_cli.session import Session, open_session
 
 if TYPE_CHECKING:
