@@ -279,7 +279,7 @@ class Scheduler:
         for victim in victims:
             if missing <= self.pool.num_free:
                 break
-            plan.drop(victim)
+            assert victim not in plan.counts  # those planned before are earlier ones
             del self.running[victim.seq_id]
             self._free(victim)
             self.waiting.appendleft(victim)
@@ -289,8 +289,6 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
-        sequence.num_computed = 0
-        sequence.num_named = 0
 
     def _shared_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of its prefix; at least one token stays to be computed, for its logits."""
@@ -328,8 +326,3 @@ class _Plan:
     def take(self, sequence: Sequence, count: int) -> None:
         self.counts[sequence] = count
         self.budget -= count
-
-    def drop(self, sequence: Sequence) -> None:
-        """Take back what a sequence was given, for it is preempted."""
-        self.budget += self.counts.pop(sequence, 0)
-        self.blocks.pop(sequence, None)
