@@ -96,7 +96,10 @@ def test_unset_fields_come_from_the_generation_config():
     resolved = SamplingParams(top_p=0.5).resolved(raw)
     assert (resolved.temperature, resolved.top_p, resolved.top_k) == (0.6, 0.5, 0)
     assert resolved.min_p == 0.0
-    assert SamplingParams().resolved().temperature == 1.0
+    assert SamplingParams().resolved().temperature == 0.0
+    assert SamplingParams(top_p=0.9).resolved().temperature == 1.0
+    assert SamplingParams(seed=1).resolved({"do_sample": False}).temperature == 0.0
+    assert SamplingParams().resolved({"do_sample": True}).temperature == 1.0
     assert resolved.resolved({"temperature": 9.0}) == resolved
 
 

@@ -33,7 +33,9 @@ class SamplingParams:
 
     Args:
         n: Completions for the prompt, which they share; each has its own random numbers.
-        temperature: Logits are divided by it; 0 takes the most probable token. Default 1.
+        temperature: Logits are divided by it; 0 takes the most probable token. Where neither the
+            request nor the checkpoint says anything of sampling the default is 0, as in
+            TensorRT-LLM and transformers; once top_k, top_p, min_p, seed or n ask for it, 1.
         top_k: Only the k most probable tokens are kept; 0 or -1 keeps all. Default 0.
         top_p: Only the most probable tokens whose probabilities reach top_p are kept, in (0, 1].
             Default 1.
@@ -107,6 +109,12 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def _asks_for_sampling(self) -> bool:
+        """Whether a field is set that has a meaning only with random draws."""
+        drawn = (self.top_k, self.top_p, self.min_p, self.seed)
+        return self.n > 1 or any(value is not None for value in drawn)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return tuple(self.stop or ())
@@ -118,7 +126,9 @@ class SamplingParams:
 
     def resolved(self, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
         """A copy with unset fields filled from a generation_config, else neutral."""
-        defaults = {**NEUTRAL, **_from_generation_config(generation_config or {})}
+        temperature = 1.0 if self._asks_for_sampling else 0.0
+        told = _from_generation_config(generation_config or {})
+        defaults = {**NEUTRAL, "temperature": temperature, **told}
         unset = {name: defaults[name] for name in NEUTRAL if getattr(self, name) is None}
         return self.replace(**unset) if unset else self
 
@@ -139,6 +149,8 @@ def _from_generation_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: raw[name] for name in NEUTRAL if raw.get(name) is not None}
     if raw.get("do_sample") is False:
         fields["temperature"] = 0.0
+    elif raw.get("do_sample"):
+        fields.setdefault("temperature", 1.0)
     return fields
 
 
