@@ -91,7 +91,8 @@ REAL_TIE, TINY_TIE = 2e-3, 1e-4  # architecture rule: closer logits than this ar
 def assert_greedy(hf: torch.nn.Module, prompt: list[int], got: list[int], tie: float) -> None:
     """Each token is transformers' greedy choice after the tokens before it, up to the first tie.
 
-    One whole forward over prompt and tokens: where all agree, transformers' own generation is the same.
+    One whole forward over prompt and tokens: where all agree, transformers' own generation is the
+    same.
     """
     logits = hf_logits(hf, [*prompt, *got])[len(prompt) - 1 : -1]
     for step, (token, row) in enumerate(zip(got, logits, strict=True)):
