@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -13,7 +15,11 @@ from pathlib import Path
 import pytest
 
 from cli_helpers import run, tiny_arguments, tiny_model  # noqa: F401
+from llmfw import LLM, SamplingParams
 from llmfw.plugins import unregister_local
+from llmfw_cli.engine_options import EngineOptions
+from llmfw_cli.options import ServingOptions
+from llmfw_cli.sampling_options import SamplingOptions
 
 GREEDY = ["--temperature", "0", "--max-tokens", "5", "--ignore-eos"]
 
@@ -124,6 +130,32 @@ def test_log_probabilities_are_in_the_object(tiny: list[str]) -> None:
     chosen = [str(token) for token in value["token_ids"]]
     steps = zip(chosen, value["logprobs"], strict=True)
     assert all(token in step and max(step.values()) <= 0 for token, step in steps)
+
+
+def test_the_prompt_and_the_logits_can_be_asked_and_moved(tiny: list[str]) -> None:
+    more = ["--prompt-logprobs", "1", "--logit-bias", "5=1000", "--json"]
+    value = json.loads(run(*tiny, "--prompt", "hello world", *more).stdout)
+    assert value["token_ids"] == [5] * 5
+    first, second = value["prompt_logprobs"]
+    assert first is None
+    assert "4" in second, "the token that came"
+    wrong = run(*tiny, "--prompt", "hello", "--logit-bias", "5")
+    assert wrong.exit_code == 2
+    assert "--logit-bias '5' is not a token id and a number" in wrong.stderr
+
+
+def test_every_setting_of_python_has_an_option() -> None:
+    made = SamplingOptions().params()
+    assert isinstance(made, SamplingParams)
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    source = inspect.getsource(SamplingOptions.params)
+    assert {name for name in fields if f" {name}=" not in source} == {"n", "detokenize"}
+    keywords = set(inspect.signature(LLM.__init__).parameters) - {"self", "model", "unknown"}
+    given = set(dataclasses.asdict(EngineOptions())) | set(ServingOptions().arguments())
+    given = given - {"attn_backend", "engine_seed"} | {"attention_backend", "seed"}
+    own = {"generation_config", "progress", "skip_tokenizer_init"}
+    assert keywords - given == own
+    assert given - keywords == set()
 
 
 @pytest.mark.parametrize(

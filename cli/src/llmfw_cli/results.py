@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmfw_cli.session import Session
 
 if TYPE_CHECKING:
     from llmfw import CompletionOutput, RequestOutput
+    from llmfw.request import Logprob
 
 
 def completion_json(output: CompletionOutput) -> dict[str, Any]:
@@ -19,10 +21,19 @@ def completion_json(output: CompletionOutput) -> dict[str, Any]:
         "stop_reason": output.stop_reason,
     }
     if output.logprobs is not None:
-        value["logprobs"] = [
-            {str(token): entry.logprob for token, entry in step.items()} for step in output.logprobs
-        ]
+        value["logprobs"] = [_by_token(step) for step in output.logprobs]
     return value
+
+
+def _by_token(step: Mapping[int, Logprob] | None) -> dict[str, float] | None:
+    """Log probabilities by token id; None for a prompt's first token, which nothing precedes."""
+    return None if step is None else {str(token): each.logprob for token, each in step.items()}
+
+
+def _prompt_json(request: RequestOutput) -> dict[str, Any]:
+    if request.prompt_logprobs is None:
+        return {}
+    return {"prompt_logprobs": [_by_token(step) for step in request.prompt_logprobs]}
 
 
 def one_result(request: RequestOutput, session: Session) -> dict[str, Any]:
@@ -30,6 +41,7 @@ def one_result(request: RequestOutput, session: Session) -> dict[str, Any]:
     return {
         **completion_json(request.outputs[0]),
         "prompt_tokens": len(request.prompt_token_ids),
+        **_prompt_json(request),
         "timings": timings([request], session),
         **session.about(),
     }
@@ -41,6 +53,7 @@ def all_results(requests: list[RequestOutput], session: Session) -> dict[str, An
     for number, request in enumerate(requests):
         for output in request.outputs:
             value = {"prompt_index": number, "index": output.index, **completion_json(output)}
+            value |= _prompt_json(request)
             if request.error is not None:
                 value["error"] = request.error.message
             outputs.append(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,6 +125,21 @@ class SamplingOptions(OptionGroup):
             help="Log probabilities of so many best tokens, in --json.", rich_help_panel=SAMPLING
         ),
     ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="The same for the tokens of the prompt.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=BIAS",
+            help="Added to the logits of a token; may be given several times.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
     include_stop: Annotated[
         bool,
         typer.Option(
@@ -172,7 +188,26 @@ class SamplingOptions(OptionGroup):
             bad_words=self.bad_word,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            logit_bias=_biases(self.logit_bias or ()),
             include_stop_str_in_output=self.include_stop,
             skip_special_tokens=self.skip_special_tokens,
             **more,
         )
+
+
+def _biases(texts: Sequence[str]) -> dict[int, float]:
+    """Token id -> bias, from "id=bias"."""
+    biases: dict[int, float] = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError as exc:
+            from llmfw.errors import UsageError
+
+            raise UsageError(
+                f"--logit-bias {text!r} is not a token id and a number",
+                hint="for example --logit-bias 42=-1.5",
+            ) from exc
+    return biases

@@ -20,7 +20,7 @@ class Timing:
     """One run of a workload.
 
     Args:
-        first_token_s: Seconds until the first token of all prompts' first tokens was there.
+        first_token_s: Seconds until the earliest first token.
         total_s: Seconds until everything was done.
     """
 
