@@ -65,7 +65,7 @@ def logits():
 @pytest.mark.parametrize(
     "params",
     [
-        {},
+        {"temperature": 1.0},
         {"temperature": 0.5},
         {"temperature": 3.0},
         {"top_k": 1},
@@ -99,7 +99,7 @@ def test_greedy_is_argmax_and_takes_the_first_of_equals():
 def test_greedy_rows_among_random_ones(logits):
     requests = [
         (SamplingParams(temperature=0), 1),
-        (SamplingParams(), 2),
+        (SamplingParams(temperature=1.0), 2),
         (SamplingParams(temperature=0), 3),
     ]
     tokens = sample(logits.expand(3, -1), plan_for(requests))
@@ -108,7 +108,10 @@ def test_greedy_rows_among_random_ones(logits):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 1 << 63), st.sampled_from([{}, {"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.3}]))
+@given(
+    st.integers(0, 1 << 63),
+    st.sampled_from([{"temperature": 1.0}, {"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.3}]),
+)
 def test_a_draw_does_not_depend_on_the_batch(seed, filters):
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(seed % 1000))
     mine = (SamplingParams(**filters), seed)
@@ -188,7 +191,9 @@ def test_bad_words_of_one_and_several_tokens():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_p": 0.5, "top_k": 3}])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {"temperature": 1}, {"top_p": 0.5, "top_k": 3}]
+)
 def test_logits_that_are_not_finite_give_no_token(value, params):
     logits = torch.zeros(2, VOCAB)
     logits[1, 5] = value

@@ -38,11 +38,16 @@ def test_tokens_are_those_of_the_cpu(settings, params):
 @pytest.mark.parametrize(
     "params",
     [
-        {},
+        {"temperature": 1.0},
         {"top_k": 7},
         {"top_p": 0.7},
         {"min_p": 0.1, "top_p": 0.9, "top_k": 20, "temperature": 1.4},
-        {"repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+        {
+            "temperature": 1.0,
+            "repetition_penalty": 1.4,
+            "presence_penalty": 0.3,
+            "frequency_penalty": 0.2,
+        },
         {"logit_bias": {3: 4.0}, "min_tokens": 5, "temperature": 0},
     ],
 )
