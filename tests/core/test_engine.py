@@ -35,6 +35,11 @@ VARIANTS = {
     "chunked": {"max_num_batched_tokens": 7},
     "unchunked": {"enable_chunked_prefill": False, "max_num_batched_tokens": 64},
     "overlapped": {"pipeline_depth": 1},
+    "preempted and unchunked": {
+        **SMALL,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 40,
+    },
     "deep and chunked": {"pipeline_depth": 3, "max_num_batched_tokens": 9},
     "preempted": SMALL,
     "preempted and overlapped": {**SMALL, "pipeline_depth": 2},

@@ -259,6 +259,7 @@ class Worker:
         max_num_seqs=st.integers(1, 5),
         max_num_batched_tokens=st.integers(2, 24),
         enable_prefix_caching=st.booleans(),
+        enable_chunked_prefill=st.booleans(),
     ),
     depth=st.integers(0, 2),
     count=st.integers(1, 9),
@@ -269,6 +270,8 @@ def test_everything_finishes_nothing_leaks_nothing_is_shared_wrongly(config, dep
     made = Scheduler(config)
     worker = Worker(config)
     longest = min(config.max_model_len, made.capacity) - 1
+    if not config.enable_chunked_prefill:
+        longest = min(longest, config.max_num_batched_tokens)
     waiting = deque(
         sequence(
             seq_id,

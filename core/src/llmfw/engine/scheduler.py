@@ -205,7 +205,7 @@ class Scheduler:
             if sequence.seq_id not in self.running:
                 continue  # preempted by one before it
             count = min(sequence.pending, plan.budget)
-            if count == 0 or (count < sequence.pending and not self.config.enable_chunked_prefill):
+            if count == 0:
                 continue
             missing = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
             if missing > 0:
@@ -228,7 +228,7 @@ class Scheduler:
             cached = len(shared) * self.config.block_size
             remaining = sequence.num_tokens - cached
             count = min(remaining, plan.budget)
-            if count < remaining and not self.config.enable_chunked_prefill:
+            if count < remaining and not self._may_split(remaining):
                 return
             fresh = self._blocks_for(cached + count) - len(shared)
             # One block for each running sequence stays free, lest it be preempted at once.
@@ -310,6 +310,13 @@ class Scheduler:
         for start in range(len(digests) * size, len(sequence.tokens) - size + 1, size):
             parent = digests[-1] if digests else ROOT
             digests.append(chain(parent, sequence.tokens[start : start + size]))
+
+    def _may_split(self, tokens: int) -> bool:
+        """Whether a sequence may start with a part of its tokens.
+
+        Without chunked prefill only one that no step could hold: prompt and output of a preempted.
+        """
+        return self.config.enable_chunked_prefill or tokens > self.config.max_num_batched_tokens
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.config.block_size)
