@@ -7,9 +7,12 @@ head).
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, MistralConfig
+from typing import TYPE_CHECKING
 
 from llmfw import DecoderSpec, ModelConfig, StockDecoderForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, MistralConfig
 
 
 class LlamaForCausalLM(StockDecoderForCausalLM):

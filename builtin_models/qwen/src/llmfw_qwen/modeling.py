@@ -6,9 +6,12 @@ and k a head.
 
 from __future__ import annotations
 
-from transformers import Qwen2Config, Qwen3Config
+from typing import TYPE_CHECKING
 
 from llmfw import DecoderSpec, ModelConfig, StockDecoderForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config, Qwen3Config
 
 
 class QwenForCausalLM(StockDecoderForCausalLM):

@@ -58,28 +58,6 @@ def architecture_of(raw: dict[str, Any], where: str = "config.json") -> str:
     return names[0]
 
 
-def pretrained_config_from(raw: dict[str, Any]) -> Any:
-    """The transformers configuration object for a raw configuration.
-
-    Old fields (rope_theta, rope_scaling, torch_dtype) are upgraded by transformers.
-
-    Raises:
-        ConfigError: If transformers does not know the model_type, or refuses the values.
-    """
-    from transformers import CONFIG_MAPPING
-
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"transformers knows no configuration for model_type {model_type!r}",
-            hint="the plugin can give its own: implement the llmfw_config hook",
-        )
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(raw)
-    except Exception as exc:
-        raise ConfigError(f"config.json is not a valid {model_type} configuration: {exc}") from exc
-
-
 def text_config(config: Any) -> Any:
     """The text part of a configuration that wraps one (multimodal models), else the whole."""
     return getattr(config, "text_config", None) or config

@@ -57,7 +57,8 @@ def llmfw_config(raw: Mapping[str, Any], model_dir: Path) -> Any | None:
 
     :param raw: The parsed `config.json`, as it stands in the file. Do not change it.
     :param model_dir: The directory it was read from. Python files found there must not be run.
-    :returns: A transformers config object (`PreTrainedConfig`), or None to leave it to the next
+    :returns: An object with the fields as attributes and `to_dict()`: a transformers
+        configuration, or one of the plugin's own; or None to leave it to the next
         one.
 
     Core's default makes the class that transformers knows for `model_type`.
