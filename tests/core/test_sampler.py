@@ -230,3 +230,14 @@ def test_logprobs_and_ranks(logits):
 
 def test_no_rows():
     assert sample(torch.zeros(0, VOCAB), GREEDY).tolist() == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 31), st.integers(1, 30), st.floats(0.05, 0.99))
+def test_a_nucleus_of_the_top_k_does_not_depend_on_the_batch_even_with_equal_logits(seed, k, p):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 6, (3, VOCAB), generator=generator).float()
+    mine = (SamplingParams(top_k=k, top_p=p), seed)
+    alone = sample(logits[1:2], plan_for([mine]))[0]
+    for other in (SamplingParams(top_k=VOCAB), SamplingParams(top_p=0.5), SamplingParams(top_k=1)):
+        assert sample(logits, plan_for([(other, 1), mine, (other, 2)]))[1] == alone

@@ -132,16 +132,17 @@ def _penalised(x: torch.Tensor, penalties: Penalties) -> torch.Tensor:
 
 def _threshold(x: torch.Tensor, plan: SamplingPlan) -> torch.Tensor | None:
     """The logit below which tokens go, [rows, 1]; x [rows, vocab] has its maximum at 0."""
-    if plan.top_p is not None:
+    width = min(plan.max_top_k, x.shape[-1])
+    if plan.top_k is not None and (plan.top_p is None or plan.top_k_everywhere):
+        best = x.topk(width, dim=-1).values
+    elif plan.top_p is not None:
         best = _descending(x)
-    elif plan.top_k is not None:
-        best = x.topk(min(plan.max_top_k, x.shape[-1]), dim=-1).values
     threshold = None
     if plan.top_k is not None:
         kth = best.gather(1, (plan.top_k.clamp_max(best.shape[-1]) - 1).clamp_min_(0))
         threshold = kth.masked_fill_(plan.top_k == 0, float("-inf"))
     if plan.top_p is not None:
-        nucleus = _nucleus_threshold(best, plan.top_p, threshold)
+        nucleus = _nucleus_threshold(best, plan.top_p, plan.top_k)
         threshold = nucleus if threshold is None else torch.maximum(threshold, nucleus)
     if plan.min_p is not None:
         least = plan.min_p.log()  # of 0: -inf
@@ -150,12 +151,13 @@ def _threshold(x: torch.Tensor, plan: SamplingPlan) -> torch.Tensor | None:
 
 
 def _nucleus_threshold(
-    best: torch.Tensor, top_p: torch.Tensor, floor: torch.Tensor | None
+    best: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor | None
 ) -> torch.Tensor:
-    """The last value that top_p keeps of sorted rows, among those at or above `floor`."""
+    """The last value that top_p keeps of sorted rows, of whose mass only top_k's part counts."""
     weights = best.exp()
-    if floor is not None:
-        weights.mul_(best >= floor)
+    if top_k is not None:
+        index = torch.arange(best.shape[-1], device=best.device)
+        weights.mul_((index < top_k) | (top_k == 0))
     reached = weights.cumsum(dim=-1, dtype=torch.float64)
     index = torch.searchsorted(reached, reached[:, -1:] * top_p)
     last = best.gather(1, index.clamp_max_(best.shape[-1] - 1))

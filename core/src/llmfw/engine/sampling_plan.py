@@ -60,8 +60,8 @@ class SamplingPlan:
     """Parameters of a batch's rows; a part that no row needs is None.
 
     random: bool [rows, 1], False for greedy rows. uniform: float64 [rows, 1] in [0, 1).
-    temperature, top_p, min_p: float32 [rows, 1]. top_k: int64 [rows, 1], 0 for none; max_top_k: the
-        largest (host).
+    temperature, top_p, min_p: float32 [rows, 1]. top_k: int64 [rows, 1], 0 for none.
+    max_top_k, top_k_everywhere: the largest, and whether all random rows have one (host).
     logprobs: for each row how many best ones are wanted, -1 for none at all, or None when no row
         wants any.
     """
@@ -72,6 +72,7 @@ class SamplingPlan:
     temperature: torch.Tensor | None = None
     top_k: torch.Tensor | None = None
     max_top_k: int = 0
+    top_k_everywhere: bool = False
     top_p: torch.Tensor | None = None
     min_p: torch.Tensor | None = None
     edits: Edits | None = None
@@ -151,6 +152,7 @@ def _random_parts(
         "temperature": floats[0][:, None],
         "top_k": top_k_[:, None] if features & Feature.TOP_K else None,
         "max_top_k": int(top_k.max()),
+        "top_k_everywhere": bool((top_k[random] > 0).all()),
         "top_p": floats[1][:, None] if features & Feature.TOP_P else None,
         "min_p": floats[2][:, None] if features & Feature.MIN_P else None,
     }
