@@ -1,0 +1,163 @@
+"""Whole models on a GPU: parity with transformers, graphs and overlap against neither, a long mix."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config
+
+from llmfw import LLM, SamplingParams
+from parity import random_prompts, tiny_hf
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+VOCAB = 512
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+MODELS = {
+    "LlamaForCausalLM": LlamaConfig(**BASE, head_dim=64),
+    "Qwen3ForCausalLM": Qwen3Config(**BASE, head_dim=128, tie_word_embeddings=True),
+}
+TIES = {"bfloat16": 0.5, "float16": 0.1, "float32": 1e-3}  # logits here have a spread of about 10
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request, tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    hf = tiny_hf(MODELS[request.param], request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    hf.save_pretrained(folder)
+    return folder, hf.cuda()
+
+
+def engine(folder: Path, **settings: Any) -> LLM:
+    return LLM(folder, skip_tokenizer_init=True, device="cuda", max_num_seqs=32, **settings)
+
+
+def tokens(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> list[list[int]]:
+    with llm:
+        return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params)]
+
+
+def reference_logits(hf: torch.nn.Module, ids: list[int], dtype: torch.dtype) -> torch.Tensor:
+    with torch.no_grad():
+        return hf.to(dtype)(torch.tensor([ids], device="cuda")).logits[0].float()
+
+
+def assert_within(hf: Any, prompt: list[int], got: list[int], dtype: str) -> None:
+    """Each token is the reference's best up to the first one within the dtype's tolerance."""
+    logits = reference_logits(hf, [*prompt, *got], getattr(torch, dtype))[len(prompt) - 1 : -1]
+    for step, (token, row) in enumerate(zip(got, logits, strict=True)):
+        gap = float(row.max() - row[token])
+        if gap > 0:
+            assert gap < TIES[dtype], f"token {step} is {gap:.3f} below transformers' best"
+            return
+
+
+@pytest.mark.parametrize("dtype", TIES)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_greedy_tokens_are_transformers(checkpoint, dtype: str, kernels: str):
+    folder, hf = checkpoint
+    torch.backends.cuda.matmul.allow_tf32 = False
+    prompts = random_prompts(12, VOCAB, 1, 200)
+    llm = engine(folder, dtype=dtype, kernels=kernels)
+    assert (llm._engine._executor.runner.graphs is not None) == (
+        kernels == "auto" and dtype != "float32"
+    )
+    for prompt, got in zip(prompts, tokens(llm, prompts), strict=True):
+        assert_within(hf, prompt, got, dtype)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cuda_graphs": False},
+        {"overlap_scheduling": False},
+        {"max_num_batched_tokens": 64},
+        {"enable_prefix_caching": False},
+        {"attention_backend": "vanilla"},
+    ],
+)
+def test_each_switch_alone_changes_no_token(checkpoint, settings: dict[str, Any]):
+    folder, hf = checkpoint
+    prompts = random_prompts(12, VOCAB, 1, 200, seed=1)
+    plain = tokens(engine(folder, dtype="bfloat16"), prompts)
+    switched = tokens(engine(folder, dtype="bfloat16", **settings), prompts)
+    for prompt, one, other in zip(prompts, plain, switched, strict=True):
+        if one != other:  # then both are the reference's up to a tie
+            assert_within(hf, prompt, one, "bfloat16")
+            assert_within(hf, prompt, other, "bfloat16")
+
+
+def test_graphs_replay_the_same_bits(checkpoint):
+    folder, _ = checkpoint
+    prompts = random_prompts(7, VOCAB, 5, 50, seed=2)
+    with engine(folder, dtype="bfloat16") as llm:
+        runs = [
+            [list(out.outputs[0].token_ids) for out in llm.generate(prompts, GREEDY)]
+            for _ in range(3)
+        ]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_seeded_sampling_is_the_same_alone_and_in_a_batch(checkpoint):
+    folder, _ = checkpoint
+    prompts = random_prompts(8, VOCAB, 5, 50, seed=3)
+    params = [SamplingParams(seed=i, temperature=0.8, top_p=0.9, max_tokens=24) for i in range(8)]
+    with engine(folder, dtype="float32") as llm:
+        together = llm.generate(prompts, params)
+        alone = [llm.generate(p, s) for p, s in zip(prompts, params, strict=True)]
+    same = [
+        list(a.outputs[0].token_ids) == list(b.outputs[0].token_ids)
+        for a, b in zip(together, alone, strict=True)
+    ]
+    assert sum(same) >= 7  # a draw may lie on a border within rounding
+
+
+def test_a_thousand_requests_with_aborts_and_preemptions(checkpoint):
+    folder, hf = checkpoint
+    rng = random.Random(0)
+    count = 1000
+    prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 120))] for _ in range(count)]
+    for index in range(0, count, 10):  # some share a prefix
+        prompts[index] = prompts[0][:64] + prompts[index][:20]
+    lengths = [rng.randint(1, 60) for _ in range(count)]
+    llm = engine(folder, dtype="bfloat16", kv_cache_memory="6MiB")
+    with llm:
+        handles = [
+            llm.generate_async(
+                prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+            )
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        for index in range(5, count, 37):
+            llm.abort(handles[index])
+        outputs = [handle.result() for handle in handles]
+        stats = llm.stats()
+        llm._engine._scheduler.check()
+    assert stats.kv_blocks_used == 0
+    assert stats.preemptions > 0
+    assert stats.waiting == stats.running == 0
+    for index, (output, length) in enumerate(zip(outputs, lengths, strict=True)):
+        made = list(output.outputs[0].token_ids)
+        if index >= 5 and (index - 5) % 37 == 0:
+            assert len(made) <= length
+            continue
+        assert len(made) == length
+        if index % 12 == 0:
+            assert_within(hf, prompts[index], made, "bfloat16")
