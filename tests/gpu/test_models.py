@@ -1,7 +1,8 @@
-"""Whole models on a GPU: parity with transformers, graphs and overlap against neither, a long mix."""
+"""Whole models on a GPU: parity with transformers, each switch alone, a long mix of requests."""
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,11 @@ GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def checkpoint(request, tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+def checkpoint(request, tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
     hf = tiny_hf(MODELS[request.param], request.param)
     folder = tmp_path_factory.mktemp(request.param)
     hf.save_pretrained(folder)
-    return folder, hf.cuda()
+    return folder, {name: copy.deepcopy(hf).to("cuda", getattr(torch, name)) for name in TIES}
 
 
 def engine(folder: Path, **settings: Any) -> LLM:
@@ -54,14 +55,11 @@ def tokens(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> list[lis
         return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params)]
 
 
-def reference_logits(hf: torch.nn.Module, ids: list[int], dtype: torch.dtype) -> torch.Tensor:
-    with torch.no_grad():
-        return hf.to(dtype)(torch.tensor([ids], device="cuda")).logits[0].float()
-
-
 def assert_within(hf: Any, prompt: list[int], got: list[int], dtype: str) -> None:
     """Each token is the reference's best up to the first one within the dtype's tolerance."""
-    logits = reference_logits(hf, [*prompt, *got], getattr(torch, dtype))[len(prompt) - 1 : -1]
+    with torch.no_grad():
+        logits = hf[dtype](torch.tensor([[*prompt, *got]], device="cuda")).logits[0].float()
+    logits = logits[len(prompt) - 1 : -1]
     for step, (token, row) in enumerate(zip(got, logits, strict=True)):
         gap = float(row.max() - row[token])
         if gap > 0:
