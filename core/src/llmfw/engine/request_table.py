@@ -92,7 +92,8 @@ class RequestTable:
         row = self._free.pop()
         self.row_of[new.seq_id] = row
         prompt = new.prompt_token_ids
-        self.tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+        staged = torch.tensor(prompt, dtype=torch.int32, pin_memory=self.tokens.is_cuda)
+        self.tokens[row, : len(prompt)].copy_(staged, non_blocking=True)
         sampling = new.sampling
         self.prompt_lens[row] = len(prompt)
         self.seeds[row] = new.seed
