@@ -1,0 +1,31 @@
+"""The family held to the model contract."""
+
+from __future__ import annotations
+
+from llmfw.testing import ModelContract
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+class TestQwen2(ModelContract):
+    architecture = "Qwen2ForCausalLM"
+    tiny_config = {
+        **TINY,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    }
+
+
+class TestQwen3(ModelContract):
+    architecture = "Qwen3ForCausalLM"
+    tiny_config = {**TINY, "head_dim": 32}
