@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmfw.config import ModelConfig
+from llmfw.config import ModelConfig, text_config
 from llmfw.models import DecoderModelForCausalLM, build
 from llmfw.models.build import CoreDefaults
 from llmfw.plugins import PluginHost, resolve_plugin
 from llmfw.testing import PackedSession
-from llmfw.weights import MemoryCheckpoint, load_weights, plan_weights
+from llmfw.weights import (
+    Checkpoint,
+    MemoryCheckpoint,
+    load_weights,
+    open_checkpoint,
+    plan_weights,
+)
 
 ATOL = 1e-4  # architecture rule: float32, tiny models
 
 
-def tiny_hf(config: Any, architecture: str) -> torch.nn.Module:
-    """A random transformers model of `config`, float32, with weights large enough to tell."""
+def tiny_hf(config: Any, architecture: str, attention: str = "sdpa") -> torch.nn.Module:
+    """A random transformers model of `config`, float32, with weights large enough to tell.
+
+    `attention` is transformers' implementation; "eager" for what its "sdpa" cannot do (soft caps).
+    """
     config.architectures = [architecture]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa"
+        config, dtype=torch.float32, attn_implementation=attention
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,24 +46,38 @@ def tiny_hf(config: Any, architecture: str) -> torch.nn.Module:
 
 
 def ours_from(
-    hf: torch.nn.Module, *, max_model_len: int | None = None, **settings: Any
+    hf: torch.nn.Module,
+    *,
+    checkpoint: Checkpoint | None = None,
+    max_model_len: int | None = None,
+    **settings: Any,
 ) -> DecoderModelForCausalLM[Any, Any]:
-    """Our model of the same architecture, through its plugin, filled from the state dict."""
+    """Our model of the same architecture, through its plugin, filled from the state dict.
+
+    `checkpoint` is what it is filled from instead, such as a `published` one.
+    """
     config = hf.config
     resolved = resolve_plugin(config.architectures[0])
     host = PluginHost(resolved.plugin, name=resolved.label, defaults=CoreDefaults())
     model_config: ModelConfig[Any] = ModelConfig(
         pretrained_config=config,
-        max_model_len=max_model_len or config.max_position_embeddings,
+        max_model_len=max_model_len or text_config(config).max_position_embeddings,
         block_size=4,
         **settings,
     )
     model = build(model_config, host)
-    checkpoint = MemoryCheckpoint({k: v.clone() for k, v in hf.state_dict().items()})
+    if checkpoint is None:
+        checkpoint = MemoryCheckpoint({k: v.clone() for k, v in hf.state_dict().items()})
     weight_map = host.hook.llmfw_weight_map(model_config=model_config, checkpoint=checkpoint)
     plan = plan_weights(model, checkpoint, weight_map, model_config.mapping)
     load_weights(model, plan, checkpoint)
     return model
+
+
+def published(hf: torch.nn.Module, folder: Path) -> Checkpoint:
+    """The model as transformers publishes it: its names on disk can differ from those in memory."""
+    hf.save_pretrained(folder)
+    return open_checkpoint(folder)
 
 
 def hf_logits(hf: torch.nn.Module, ids: list[int]) -> torch.Tensor:

@@ -27,7 +27,7 @@ from llmfw.errors import (
 )
 from llmfw.models.build import CoreDefaults
 from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
-from llmfw.models.spec import windows_of
+from llmfw.models.spec import BLOCKS, windows_of
 from llmfw.models.weights import load_by_author, load_dummy
 from llmfw.plugins import PluginHost
 from llmfw.testing import PackedSession
@@ -135,6 +135,22 @@ def test_spec_is_derived_and_adjusted_in_one_expression():
         spec.replace(windows=(1, 2, 3))
 
 
+def test_spec_has_two_ropes_where_the_configuration_has_one_for_each_layer_type():
+    rope = {"rope_type": "default", "rope_theta": 1000.0}
+    config = SimpleNamespace(
+        **TINY,
+        rms_norm_eps=1e-6,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"full_attention": rope, "sliding_attention": {**rope, "rope_theta": 9.0}},
+    )
+    spec = DecoderSpec.from_config(config)
+    assert [spec.rope_of(layer).theta for layer in range(2)] == [9.0, 1000.0]
+    config.rope_parameters = rope
+    spec = DecoderSpec.from_config(config)
+    assert [spec.rope_of(layer).theta for layer in range(2)] == [1000.0, 1000.0]
+
+
 def test_windows_by_layer_type():
     cfg = SimpleNamespace(
         sliding_window=8,
@@ -148,7 +164,7 @@ def test_windows_by_layer_type():
     assert windows_of(cfg) == ()
 
 
-@pytest.mark.parametrize("block", ["sequential", "parallel", "sandwich", "post_norm"])
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_every_block_runs_the_same_in_one_piece_and_in_steps(block: str, norm: str):
     class Plugin:
@@ -159,6 +175,7 @@ def test_every_block_runs_the_same_in_one_piece_and_in_steps(block: str, norm: s
                 block=block,
                 norm=norm,
                 gated=norm == "rms",
+                qk_norm=True,
                 learned_positions=64,
                 position_offset=2,
                 embed_scale=2.0,

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmfw.config.mapping import Mapping
 from llmfw.config.quant_config import QuantConfig
+from llmfw.config.reading import text_config
 from llmfw.errors import ConfigError
 from llmfw.ops.kernel import DeviceInfo
 from llmfw.ops.table import OpTable
@@ -78,5 +79,5 @@ class ModelConfig(Generic[TConfig]):
     @property
     def max_positions(self) -> int | None:
         """Longest sequence the checkpoint's configuration allows, if it says so."""
-        value = getattr(self.pretrained_config, "max_position_embeddings", None)
+        value = getattr(text_config(self.pretrained_config), "max_position_embeddings", None)
         return int(value) if value else None

@@ -42,8 +42,8 @@ class Attention(Layer):
         q_scaling: The scale is divided by it.
         sliding_window: How many of the last keys a query sees, itself included; None for all.
         softcap: Scores become softcap * tanh(scores / softcap).
-        qk_norm: Whether q and k are RMS-normalised a head before rotation.
-        norm_eps, norm_offset: Of those norms.
+        qk_norm: Whether q and k are normalised a head before rotation.
+        norm_kind, norm_eps, norm_offset: Of those norms; the kind is "rms" or "layer".
         sinks: Whether there is a learned extra logit a head (`sinks` [heads]).
         out_name: Name of the output projection in the checkpoint.
         dtype: Accepted for porting; the configuration's dtype is used.
@@ -71,6 +71,7 @@ class Attention(Layer):
         sliding_window: int | None = None,
         softcap: float | None = None,
         qk_norm: bool = False,
+        norm_kind: str = "rms",
         norm_eps: float = 1e-6,
         norm_offset: float = 0.0,
         sinks: bool = False,
@@ -120,7 +121,12 @@ class Attention(Layer):
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if qk_norm:
-            norm = {"hidden_size": self.head_dim, "eps": norm_eps, "offset": norm_offset}
+            norm = {
+                "hidden_size": self.head_dim,
+                "eps": norm_eps,
+                "norm_kind": norm_kind,
+                "offset": norm_offset,
+            }
             self.q_norm = config.make("norm", "q_norm", layer_idx=layer_idx, **norm)
             self.k_norm = config.make("norm", "k_norm", layer_idx=layer_idx, **norm)
         rope = pos_embd_params.rope if pos_embd_params is not None else rope

@@ -1,4 +1,4 @@
-"""The decoder: its layers, the stack of them, and the stock layer in its four shapes."""
+"""The decoder: its layers, the stack of them, and the stock layer in its five shapes."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class StockDecoderLayer(DecoderLayer):
             sliding_window=spec.window(layer_idx),
             softcap=spec.attn_softcap,
             qk_norm=spec.qk_norm,
+            norm_kind=spec.norm,
             norm_eps=spec.norm_eps,
             norm_offset=spec.norm_offset,
         )
@@ -81,6 +82,7 @@ class StockDecoderLayer(DecoderLayer):
         step = {
             "sequential": self._sequential,
             "parallel": self._parallel,
+            "parallel_norms": self._parallel,
             "sandwich": self._sandwich,
             "post_norm": self._post_norm,
         }[self.block]
@@ -112,6 +114,8 @@ class StockDecoderLayer(DecoderLayer):
     ) -> LayerOutput:
         hidden, residual = _enter(self.input_layernorm, hidden, residual)
         attended = self.self_attn(position_ids, hidden, metadata, **kwargs)
+        if self.block == "parallel_norms":
+            hidden = self.post_attention_layernorm(residual)
         return self._scaled(attended + self.mlp(hidden, **kwargs)), residual
 
     def _sandwich(
@@ -146,6 +150,7 @@ class StockDecoderLayer(DecoderLayer):
 _NORMS = {
     "sequential": ("input_layernorm", "post_attention_layernorm"),
     "parallel": ("input_layernorm",),
+    "parallel_norms": ("input_layernorm", "post_attention_layernorm"),
     "sandwich": (
         "input_layernorm",
         "post_attention_layernorm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from llmfw.config import text_config
 from llmfw.errors import ConfigError
 from llmfw.layers.rope import RopeParams
 
-BLOCKS = ("sequential", "parallel", "sandwich", "post_norm")
+BLOCKS = ("sequential", "parallel", "parallel_norms", "sandwich", "post_norm")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class DecoderSpec:
     norm: "rms" or "layer"; norm_offset is added to an RMS norm's weight; norm_bias: layer norms
         have a bias.
     qkv_bias, o_bias, mlp_bias, lm_head_bias: which linear layers have one.
-    qk_norm: q and k are RMS-normalised a head.
+    qk_norm: q and k are normalised a head, by the decoder's kind of norm.
     gated: the MLP is act(gate) * up instead of plain.
     rope: rotary embedding of every layer, None for none; local_rope: of the layers with a window,
         where it differs.
@@ -30,7 +31,8 @@ class DecoderSpec:
     embed_scale, residual_scale, logit_scale: factors of embeddings, of each block's output, of the
         logits.
     block: "sequential" (norm, attention, add, norm, MLP, add), "parallel" (one norm, attention and
-        MLP side by side), "sandwich" (norms before and after both), "post_norm" (norms after only).
+        MLP side by side), "parallel_norms" (the same with a norm for each), "sandwich" (norms
+        before and after both), "post_norm" (norms after only).
     tied: the head shares the embedding's table.
     """
 
@@ -116,7 +118,7 @@ class DecoderSpec:
             **_norm_of(config),
         }
         if "rope" not in changes and _has_rope(config):
-            spec["rope"] = RopeParams.from_config(config)
+            spec |= _ropes_of(config)
         return cls(**{**spec, **changes})
 
 
@@ -143,6 +145,16 @@ def _has_rope(config: Any) -> bool:
     return any(
         getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")
     )
+
+
+def _ropes_of(config: Any) -> dict[str, RopeParams]:
+    """The rotary embedding; two where `rope_parameters` has an entry for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    local = "sliding_attention"
+    ropes = {"rope": RopeParams.from_config(config, "full_attention")}
+    if isinstance(parameters.get(local), Mapping):
+        ropes["local_rope"] = RopeParams.from_config(config, local)
+    return ropes
 
 
 def _first(config: Any, *names: str) -> Any:
