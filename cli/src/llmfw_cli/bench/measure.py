@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,29 +113,28 @@ class Figures:
         }
 
 
-def measure(
-    runner: Runner,
-    workloads: list[Workload],
-    *,
-    warmups: int = 1,
-    wait: Callable[[], None] | None = None,
-) -> Figures:
+def measure(runner: Runner, workloads: list[Workload], *, warmups: int = 1) -> Figures:
     """Run `warmups` of the workloads untimed, then the rest; the median of each figure.
 
     Args:
         runner: What runs them.
         workloads: Equal in shape, different in tokens, so that no cache of prompts helps.
         warmups: How many of them are not counted.
-        wait: Called before each run.
     """
-    timings: list[Timing] = []
+    return measure_in_turn([runner], workloads, warmups=warmups)[0]
+
+
+def measure_in_turn(
+    runners: Sequence[Runner], workloads: list[Workload], *, warmups: int = 1
+) -> list[Figures]:
+    """As `measure`; each workload by every runner before the next, so a busy hour meets all."""
+    timings: list[list[Timing]] = [[] for _ in runners]
     for number, workload in enumerate(workloads):
-        if wait is not None:
-            wait()
-        timing = runner.run(workload)
-        if number >= warmups:
-            timings.append(timing)
-    return _figures(workloads[0], timings)
+        for runner, kept in zip(runners, timings, strict=True):
+            timing = runner.run(workload)
+            if number >= warmups:
+                kept.append(timing)
+    return [_figures(workloads[0], kept) for kept in timings]
 
 
 def _figures(workload: Workload, timings: list[Timing]) -> Figures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,29 +129,30 @@ def compare(
 
     with open_session(model, serving, engine) as session:
         bandwidth = read_bandwidth(session.config.device)
-        note("measuring llmfw")
-        ours = _three(Ours(session.llm), session.vocab_size, repeat)
-        about = {**session.about(), "read_bandwidth_gb_per_s": round(bandwidth / 1e9, 2)}
-        decode = ours[0].decode_tokens_per_s or 0.0
-        about["decode_share_of_bandwidth"] = round(decode * session.weight_bytes / bandwidth, 3)
-        note("measuring transformers")
         peer = Transformers(
             session.llm.loaded.source.model_dir, session.config.dtype, session.config.device
         )
-        theirs = _three(peer, session.vocab_size, repeat)
+        ours, theirs = _three([Ours(session.llm), peer], session.vocab_size, repeat)
+        about = {**session.about(), "read_bandwidth_gb_per_s": round(bandwidth / 1e9, 2)}
+        decode = ours[0].decode_tokens_per_s or 0.0
+        about["decode_share_of_bandwidth"] = round(decode * session.weight_bytes / bandwidth, 3)
     _report({"llmfw": ours, "transformers": theirs}, about, json)
 
 
-def _three(runner: Runner, vocab: int, repeat: RepeatOptions) -> list[Figures]:
-    from llmfw_cli.bench.measure import measure
+def _three(runners: Sequence[Runner], vocab: int, repeat: RepeatOptions) -> Iterator[list[Figures]]:
+    """The three workloads of `compare` by each runner, in turn."""
+    from llmfw_cli.bench.measure import measure_in_turn
     from llmfw_cli.bench.workload import many_prompts
 
-    many = [many_prompts(16, 128, 248, 128, vocab, seed) for seed in _seeds(repeat)]
-    return [
-        measure(runner, _one_prompts(128, 128, vocab, repeat), warmups=repeat.warmups),
-        measure(runner, _one_prompts(1024, 1, vocab, repeat), warmups=repeat.warmups),
-        measure(runner, many, warmups=repeat.warmups),
-    ]
+    rows = []
+    for workloads in (
+        _one_prompts(128, 128, vocab, repeat),
+        _one_prompts(1024, 1, vocab, repeat),
+        [many_prompts(16, 128, 248, 128, vocab, seed) for seed in _seeds(repeat)],
+    ):
+        note(f"measuring {workloads[0].name}")
+        rows.append(measure_in_turn(runners, workloads, warmups=repeat.warmups))
+    return map(list, zip(*rows, strict=True))
 
 
 def _one_prompts(length: int, new_tokens: int, vocab: int, repeat: RepeatOptions) -> list[Any]:
