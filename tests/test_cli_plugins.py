@@ -142,3 +142,45 @@ def test_version_names_every_distribution() -> None:
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert {"llmfw-cli", "llmfw-core", "python", "torch"} <= set(names)
     assert len(names) == len(set(names))
+
+
+def test_kernels_list_of_a_model_tells_each_choice(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("kernels", "list", "--model", str(tmp_path), "--kernels", "reference", "--json")
+    value = json.loads(done.stdout)
+    assert value["plugin"].startswith("llmfw-llama")
+    assert {row["chosen"] for row in value["choices"]} == {"reference"}
+    by_op = {row["op"]: row for row in value["choices"]}
+    assert by_op["rms_norm"]["shape"] == "hidden_size=64"
+    assert "cupy.rms_norm: references were asked for" in by_op["rms_norm"]["passed over"]
+
+
+def test_kernels_check_tells_a_wrong_kernel(site: Path) -> None:
+    points = {"llmfw.kernels": {"wrong": "pack_wrong_cli:pack"}}
+    write_dist(
+        site,
+        "pack-wrong-cli",
+        entry_points=points,
+        code="from llmfw.plugins import hookimpl\n"
+        "from llmfw.ops.kernel import Kernel\n"
+        "class Pack:\n"
+        "    @hookimpl\n"
+        "    def llmfw_kernels(self, device):\n"
+        "        return [Kernel('silu_and_mul', 'wrong.act', 'pack_wrong_cli:make')]\n"
+        "pack = Pack()\n"
+        "def make(context):\n"
+        "    return lambda x: x.chunk(2, dim=-1)[0] * 1\n",
+    )
+    done = run("kernels", "check", "--device", "cpu", "--kernel", "wrong")
+    assert done.exit_code == 1
+    assert "wrong.act" in done.stdout
+    assert "differ" in done.stdout
+    assert "error" in done.stdout
+    assert run("kernels", "check", "--kernel", "absent").exit_code == 2
