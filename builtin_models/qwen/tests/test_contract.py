@@ -29,3 +29,22 @@ class TestQwen2(ModelContract):
 class TestQwen3(ModelContract):
     architecture = "Qwen3ForCausalLM"
     tiny_config = {**TINY, "head_dim": 32}
+
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+class TestQwen2Moe(ModelContract):
+    architecture = "Qwen2MoeForCausalLM"
+    tiny_config = {**TINY, **EXPERTS, "shared_expert_intermediate_size": 40}
+
+
+class TestQwen3Moe(ModelContract):
+    architecture = "Qwen3MoeForCausalLM"
+    tiny_config = {
+        **TINY,
+        **EXPERTS,
+        "head_dim": 32,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    }

@@ -1,4 +1,4 @@
-"""The Qwen family for llmfw: Qwen2, Qwen2.5 and Qwen3, dense."""
+"""The Qwen family for llmfw: Qwen2, Qwen2.5 and Qwen3, dense and with experts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Plugin:
         return QwenForCausalLM(model_config)
 
     @hookimpl
-    def llmfw_weight_map(self) -> WeightMap:
+    def llmfw_weight_map(self, model_config: ModelConfig[Any]) -> WeightMap:
         """The checkpoint's names."""
-        from llmfw_qwen.weights import WEIGHTS
+        from llmfw_qwen.weights import weight_map
 
-        return WEIGHTS
+        return weight_map(model_config.pretrained_config)
 
 
 plugin = Plugin()

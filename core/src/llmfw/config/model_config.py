@@ -61,7 +61,8 @@ class ModelConfig(Generic[TConfig]):
         """Build one layer through the `llmfw_layer` hook.
 
         Args:
-            kind: "decoder", "attention", "mlp", "norm", "linear", "embedding" or "lm_head".
+            kind: "decoder", "attention", "mlp", "moe", "experts", "norm", "linear", "embedding" or
+                "lm_head".
             role: What the layer is for, e.g. "q_proj", "input_layernorm"; often its attribute name.
             layer_idx: Index of the decoder layer it belongs to.
             **spec: The stock layer's constructor arguments.

@@ -5,6 +5,7 @@ from llmfw.layers.embedding import Embedding, LMHead
 from llmfw.layers.layer import Layer
 from llmfw.layers.linear import ColumnLinear, Linear, RowLinear
 from llmfw.layers.mlp import MLP, GatedMLP
+from llmfw.layers.moe import Experts, MoE, MoEParams
 from llmfw.layers.norm import LayerNorm, RMSNorm
 from llmfw.layers.positional import PositionalEmbeddingParams, PositionEmbeddingType
 from llmfw.layers.rope import RopeParams
@@ -16,11 +17,14 @@ __all__ = [
     "Attention",
     "ColumnLinear",
     "Embedding",
+    "Experts",
     "GatedMLP",
     "LMHead",
     "Layer",
     "LayerNorm",
     "Linear",
+    "MoE",
+    "MoEParams",
     "PositionEmbeddingType",
     "PositionalEmbeddingParams",
     "RMSNorm",

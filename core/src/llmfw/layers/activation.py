@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from llmfw.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmfw.config import ModelConfig
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -67,3 +71,22 @@ def gated_op(name: str | Activation) -> str | None:
     if isinstance(name, str):
         return GATED_OPS.get(name)
     return {F.silu: "silu_and_mul", F.gelu: "gelu_and_mul"}.get(name)
+
+
+def gated_product(
+    name: str | Activation, config: ModelConfig[Any], intermediate_size: int
+) -> Activation:
+    """The function gate | up [tokens, 2 * intermediate_size] -> act(gate) * up.
+
+    The fused op where there is one for the activation, else in two steps.
+    """
+    op = gated_op(name)
+    if op is not None:
+        return config.ops.resolve(op, config.dtype, intermediate_size=intermediate_size)
+    act = activation(name)
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return act(gate) * up
+
+    return apply

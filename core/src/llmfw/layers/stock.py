@@ -12,6 +12,7 @@ from llmfw.layers.attention import Attention
 from llmfw.layers.embedding import Embedding, LMHead
 from llmfw.layers.linear import Linear
 from llmfw.layers.mlp import MLP, GatedMLP
+from llmfw.layers.moe import Experts, MoE
 from llmfw.layers.norm import LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ STOCK_LAYERS: dict[str, LayerMaker] = {
     "lm_head": lambda config, _, spec: LMHead(**spec),
     "norm": _norm,
     "mlp": _mlp,
+    "moe": lambda config, layer_idx, spec: MoE(config=config, layer_idx=layer_idx, **spec),
+    "experts": lambda config, _, spec: Experts(config=config, **spec),
     "attention": lambda config, layer_idx, spec: Attention(
         config=config, layer_idx=layer_idx, **spec
     ),

@@ -57,16 +57,20 @@ class StockDecoderLayer(DecoderLayer):
             norm_eps=spec.norm_eps,
             norm_offset=spec.norm_offset,
         )
-        self.mlp = make(
-            "mlp",
-            "mlp",
-            layer_idx=layer_idx,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            bias=spec.mlp_bias,
-            activation=spec.activation,
-            gated=spec.gated,
-        )
+        moe = spec.moe_of(layer_idx)
+        mlp = {"hidden_size": spec.hidden_size, "activation": spec.activation}
+        if moe is not None:
+            self.mlp = make("moe", "mlp", layer_idx=layer_idx, moe=moe, **mlp)
+        else:
+            self.mlp = make(
+                "mlp",
+                "mlp",
+                layer_idx=layer_idx,
+                intermediate_size=spec.intermediate_size,
+                bias=spec.mlp_bias,
+                gated=spec.gated,
+                **mlp,
+            )
         for role in _NORMS[spec.block]:
             self.add_module(role, make("norm", role, layer_idx=layer_idx, **norm_arguments(spec)))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmfw.config import text_config
 from llmfw.errors import ConfigError
+from llmfw.layers.moe import MoEParams
 from llmfw.layers.rope import RopeParams
 
 BLOCKS = ("sequential", "parallel", "parallel_norms", "sandwich", "post_norm")
@@ -22,6 +23,7 @@ class DecoderSpec:
     qkv_bias, o_bias, mlp_bias, lm_head_bias: which linear layers have one.
     qk_norm: q and k are normalised a head, by the decoder's kind of norm.
     gated: the MLP is act(gate) * up instead of plain.
+    moe: a mixture of experts in place of the MLP; moe_layers: in which layers (none named: in all).
     rope: rotary embedding of every layer, None for none; local_rope: of the layers with a window,
         where it differs.
     learned_positions: size of a learned position table (None: none), position_offset: added to
@@ -54,6 +56,8 @@ class DecoderSpec:
     qk_norm: bool = False
     gated: bool = True
     activation: str = "silu"
+    moe: MoEParams | None = None
+    moe_layers: tuple[bool, ...] = ()
     rope: RopeParams | None = None
     local_rope: RopeParams | None = None
     learned_positions: int | None = None
@@ -73,6 +77,8 @@ class DecoderSpec:
             raise ConfigError(f"block {self.block!r} is not one of {', '.join(BLOCKS)}")
         if self.windows and len(self.windows) != self.num_layers:
             raise ConfigError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        if self.moe_layers and len(self.moe_layers) != self.num_layers:
+            raise ConfigError(f"{len(self.moe_layers)} moe_layers for {self.num_layers} layers")
 
     def replace(self, **changes: Any) -> DecoderSpec:
         """The same decoder with some switches set differently."""
@@ -81,6 +87,10 @@ class DecoderSpec:
     def window(self, layer_idx: int) -> int | None:
         """The sliding window of a layer."""
         return self.windows[layer_idx] if self.windows else None
+
+    def moe_of(self, layer_idx: int) -> MoEParams | None:
+        """The mixture of experts of a layer; None where it has an MLP."""
+        return self.moe if not self.moe_layers or self.moe_layers[layer_idx] else None
 
     def rope_of(self, layer_idx: int) -> RopeParams | None:
         """The rotary embedding of a layer."""

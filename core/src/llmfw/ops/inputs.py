@@ -55,6 +55,27 @@ def _linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
         yield Case(f"tokens={tokens}", (_normal(context, generator, tokens, width), weight, bias))
 
 
+def _grouped_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    groups, width, outs = context["num_groups"], context["in_features"], context["out_features"]
+    weight = _normal(context, generator, groups, outs, width)
+    for rows in (0, 1, 2, 7, 33):
+        chosen = torch.randint(0, groups, (rows,), generator=generator)
+        ends = torch.bincount(chosen, minlength=groups).cumsum(0).to(torch.int32)
+        x = _normal(context, generator, rows, width)
+        yield Case(f"rows={rows}", (x, weight, ends.to(context.info.device)))
+
+
+def _moe_route(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    experts, top_k = context["num_experts"], context["top_k"]
+    for tokens in (0, 1, 5, 33):
+        # distinct in every dtype: which of two equal logits is chosen is not fixed
+        ranks = torch.rand(tokens, experts, generator=generator).argsort(-1)
+        logits = (ranks / 8).to(context.info.device, context.dtype)
+        for scoring, renormalize in (("softmax", False), ("softmax", True), ("topk_softmax", False)):
+            arguments = (logits, top_k, scoring, renormalize)
+            yield Case(f"tokens={tokens} {scoring} renormalize={renormalize}", arguments)
+
+
 def _rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     hidden = context["hidden_size"]
     weight = _normal(context, generator, hidden)
@@ -210,6 +231,11 @@ INPUTS: dict[str, OpInputs] = {
         _shapes("in_features out_features bias", (1, 1, 1), (33, 5, 0), (64, 96, 0), (577, 131, 1)),
         _linear,
     ),
+    "grouped_linear": OpInputs(
+        _shapes("num_groups in_features out_features", (1, 1, 1), (5, 33, 7), (16, 64, 96)),
+        _grouped_linear,
+    ),
+    "moe_route": OpInputs(_shapes("num_experts top_k", (1, 1), (8, 2), (60, 4)), _moe_route),
     "embedding": OpInputs(_shapes("num_embeddings embedding_dim", (11, 33), (50, 64)), _embedding),
     "rms_norm": OpInputs(_HIDDEN, _rms_norm),
     "add_rms_norm": OpInputs(_HIDDEN, _add_rms_norm),

@@ -31,6 +31,8 @@ class OpContext:
 
     shape: per op:
         linear: in_features, out_features, bias (0 or 1)
+        grouped_linear: num_groups, in_features, out_features
+        moe_route: num_experts, top_k
         rms_norm, add_rms_norm, layer_norm: hidden_size
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size
         rope_and_cache: num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, qk_norm (0 or

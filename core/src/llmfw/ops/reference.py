@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from llmfw.ops.reference_moe import grouped_linear, moe_route
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 
@@ -235,6 +236,7 @@ def _attend(
 
 REFERENCES: dict[str, Callable[..., object]] = {
     "linear": linear,
+    "grouped_linear": grouped_linear,
     "embedding": embedding,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -244,4 +246,5 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "gelu_tanh_and_mul": gelu_tanh_and_mul,
     "rope_and_cache": rope_and_cache,
     "paged_attention": paged_attention,
+    "moe_route": moe_route,
 }

@@ -80,6 +80,31 @@ class WeightMap:
         )
         return self._with(StackRule(target, source, count, over[0]))
 
+    def stack_experts(
+        self,
+        dst: str,
+        src: str,
+        count: int,
+        gate: str = "gate_proj",
+        up: str = "up_proj",
+        down: str = "down_proj",
+    ) -> WeightMap:
+        """A layer's numbered experts become the stacked weights of a stock `Experts` at `dst`.
+
+        Args:
+            dst: Path of the `Experts`, e.g. "model.layers.{i}.mlp.experts".
+            src: Path of one expert, e.g. "model.layers.{i}.mlp.experts.{e}".
+            count: How many there are.
+            gate: Name of the linear layer inside the activation.
+            up: Name of the one that it is multiplied with.
+            down: Name of the last one.
+        """
+        names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        stacked = self
+        for ours, theirs in names.items():
+            stacked = stacked.stack(f"{dst}.{ours}", f"{src}.{theirs}.weight", count)
+        return stacked.fuse(f"{dst}.gate_up_proj", [f"{dst}.gate_proj", f"{dst}.up_proj"], dim=1)
+
     def transpose(self, pattern: str) -> WeightMap:
         """The last two dimensions exchanged."""
         return self._with(TransposeRule(Pattern(pattern)))

@@ -1,0 +1,241 @@
+"""A mixture of experts: a router chooses a few gated MLPs for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmfw.errors import ConfigError
+from llmfw.layers.activation import Activation, gated_product
+from llmfw.layers.layer import Layer
+
+if TYPE_CHECKING:
+    from llmfw.config import ModelConfig
+
+SCORINGS = ("softmax", "topk_softmax")
+
+
+@dataclass(frozen=True)
+class MoEParams:
+    """What a mixture of experts varies in.
+
+    num_experts, top_k: how many there are, and how many a token goes through.
+    intermediate_size: of each expert.
+    scoring: "softmax" (over all experts, then the top_k) or "topk_softmax" (the reverse).
+    renormalize: with "softmax", the chosen weights are made to sum to one.
+    shared_size: intermediate size of an expert that all tokens go through, None for none.
+    shared_gated: its output is multiplied by the sigmoid of a linear layer's single output.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    scoring: str = "softmax"
+    renormalize: bool = False
+    shared_size: int | None = None
+    shared_gated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORINGS:
+            raise ConfigError(
+                f"scoring {self.scoring!r} is not known", hint=f"known: {', '.join(SCORINGS)}"
+            )
+        if not 0 < self.top_k <= self.num_experts:
+            raise ConfigError(f"a token cannot go through {self.top_k} of {self.num_experts}")
+
+    @classmethod
+    def from_config(cls, config: Any, **changes: Any) -> MoEParams:
+        """Read a transformers configuration by its usual field names.
+
+        Args:
+            config: The configuration object.
+            **changes: Fields that the configuration does not tell.
+        """
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        counts = [getattr(config, name) for name in names if getattr(config, name, None)]
+        fields: dict[str, Any] = {
+            "num_experts": counts[0] if counts else 0,
+            "top_k": config.num_experts_per_tok,
+            "intermediate_size": getattr(config, "moe_intermediate_size", None)
+            or config.intermediate_size,
+            "renormalize": bool(getattr(config, "norm_topk_prob", False)),
+        }
+        return cls(**{**fields, **changes})
+
+
+class Experts(Layer):
+    """Gated MLPs of one shape, their weights stacked: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+
+    A weight map's `stack_experts` fills them from a checkpoint that numbers its experts.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        activation: Function or its name in configurations.
+        config: The model's configuration.
+
+    Raises:
+        ConfigError: With more than one tensor-parallel rank.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str | Activation = "silu",
+        config: ModelConfig[Any],
+    ) -> None:
+        super().__init__()
+        if config.mapping.tp_size > 1:
+            raise ConfigError("a mixture of experts runs on one tensor-parallel rank only")
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.act_name = activation
+        self._declare(config.dtype)
+
+    def _declare(self, dtype: torch.dtype) -> None:
+        experts, hidden, width = self.num_experts, self.hidden_size, self.intermediate_size
+        self.gate_up_proj = _empty(experts, 2 * width, hidden, dtype=dtype)
+        self.down_proj = _empty(experts, hidden, width, dtype=dtype)
+
+    def bind(self, name: str, config: ModelConfig[Any]) -> None:
+        """Give the weights the model's dtype, resolve both products and the activation."""
+        self._declare(config.dtype)
+        self._up = self._product(config, self.hidden_size, 2 * self.intermediate_size)
+        self._down = self._product(config, self.intermediate_size, self.hidden_size)
+        self._act_and_mul = gated_product(self.act_name, config, self.intermediate_size)
+
+    def _product(
+        self, config: ModelConfig[Any], in_features: int, out_features: int
+    ) -> Callable[..., torch.Tensor]:
+        return config.ops.resolve(
+            "grouped_linear",
+            config.dtype,
+            num_groups=self.num_experts,
+            in_features=in_features,
+            out_features=out_features,
+        )
+
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            x: [tokens, hidden_size].
+            weights: float32 [tokens, top_k].
+            experts: int64 [tokens, top_k].
+
+        Returns:
+            [tokens, hidden_size].
+        """
+        by_expert, order = experts.flatten().sort(stable=True)  # [tokens * top_k]
+        every = torch.arange(self.num_experts, device=x.device)
+        ends = torch.searchsorted(by_expert, every, right=True).to(torch.int32)
+        rows = x[order // experts.shape[1]]  # [tokens * top_k, hidden]
+        sorted_out = self._down(
+            self._act_and_mul(self._up(rows, self.gate_up_proj, ends)), self.down_proj, ends
+        )
+        out = torch.empty_like(sorted_out)
+        out[order] = sorted_out  # back in the tokens' order: the sum is the same in every run
+        return (out.view(*experts.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape, for print(model)."""
+        return f"{self.num_experts} x ({self.hidden_size}, {self.intermediate_size})"
+
+
+class MoE(Layer):
+    """Routed experts, and a shared one where the model has it.
+
+    The submodules are `gate` (hidden states -> a logit for each expert), `experts`, and where there
+    is a shared expert `shared_expert` and `shared_expert_gate`.
+
+    Args:
+        hidden_size: Width of x.
+        moe: What the mixture varies in.
+        activation: Function or its name in configurations.
+        config: The model's configuration.
+        layer_idx: Index of the decoder layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        moe: MoEParams,
+        activation: str | Activation = "silu",
+        config: ModelConfig[Any],
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.moe = moe
+        self.gate = config.make(
+            "linear",
+            "gate",
+            layer_idx=layer_idx,
+            in_features=hidden_size,
+            out_features=moe.num_experts,
+            bias=False,
+        )
+        self.experts = config.make(
+            "experts",
+            "experts",
+            layer_idx=layer_idx,
+            num_experts=moe.num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=moe.intermediate_size,
+            activation=activation,
+        )
+        self.shared_expert: nn.Module | None = None
+        self.shared_expert_gate: nn.Module | None = None
+        if moe.shared_size is not None:
+            self.shared_expert = config.make(
+                "mlp",
+                "shared_expert",
+                layer_idx=layer_idx,
+                hidden_size=hidden_size,
+                intermediate_size=moe.shared_size,
+                bias=False,
+                activation=activation,
+            )
+            if moe.shared_gated:
+                self.shared_expert_gate = config.make(
+                    "linear",
+                    "shared_expert_gate",
+                    layer_idx=layer_idx,
+                    in_features=hidden_size,
+                    out_features=1,
+                    bias=False,
+                )
+
+    def bind(self, name: str, config: ModelConfig[Any]) -> None:
+        """Resolve the choice of experts."""
+        self._route: Callable[..., tuple[torch.Tensor, torch.Tensor]] = config.ops.resolve(
+            "moe_route", config.dtype, num_experts=self.moe.num_experts, top_k=self.moe.top_k
+        )
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """x [tokens, hidden_size] -> [tokens, hidden_size]."""
+        moe = self.moe
+        weights, experts = self._route(self.gate(x), moe.top_k, moe.scoring, moe.renormalize)
+        routed = self.experts(x, weights, experts)
+        if self.shared_expert is None:
+            return routed  # type: ignore[no-any-return]
+        shared = self.shared_expert(x, **kwargs)
+        if self.shared_expert_gate is not None:
+            shared = torch.sigmoid(self.shared_expert_gate(x)) * shared
+        return routed + shared  # type: ignore[no-any-return]
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=False)

@@ -1,0 +1,202 @@
+"""Mixtures of experts: routing, grouped products, the layer, its parameters and its weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llmfw import ConfigError, DecoderSpec, Mapping, ModelConfig, WeightError, WeightMap
+from llmfw.layers import Experts, MoE, MoEParams, stock_layer
+from llmfw.models import bind_tree
+from llmfw.models.weights import materialize
+from llmfw.ops.reference_moe import grouped_linear, moe_route
+from llmfw.weights import MemoryCheckpoint, load_weights, plan_weights
+
+HIDDEN, WIDTH, COUNT, TOP_K = 8, 6, 5, 2
+
+
+def config(**changes) -> ModelConfig:
+    return ModelConfig(
+        pretrained_config=None,
+        layer_factory=lambda kind, role, cfg, layer_idx, spec: stock_layer(
+            kind, role, cfg, layer_idx, spec
+        ),
+        **changes,
+    )
+
+
+def ready(layer: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    bind_tree(layer, config(dtype=dtype))
+    materialize(layer, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def one_by_one(layer: MoE, x: torch.Tensor) -> torch.Tensor:
+    """The definition: each token through its experts, one after the other."""
+    rows = []
+    for token in x:
+        probs = (layer.gate.weight @ token).softmax(-1)
+        weights, chosen = probs.topk(layer.moe.top_k)
+        if layer.moe.renormalize:
+            weights = weights / weights.sum()
+        total = torch.zeros(HIDDEN)
+        for weight, expert in zip(weights, chosen.tolist(), strict=True):
+            gate, up = (layer.experts.gate_up_proj[expert] @ token).chunk(2)
+            total += weight * (layer.experts.down_proj[expert] @ (F.silu(gate) * up))
+        if layer.shared_expert is not None:
+            gate, up = (layer.shared_expert.gate_up_proj.weight @ token).chunk(2)
+            shared = layer.shared_expert.down_proj.weight @ (F.silu(gate) * up)
+            if layer.shared_expert_gate is not None:
+                shared = shared * torch.sigmoid(layer.shared_expert_gate.weight @ token)
+            total += shared
+        rows.append(total)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shared", [{}, {"shared_size": 10}, {"shared_size": 4, "gated": True}])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(shared: dict, renormalize: bool):
+    moe = MoEParams(
+        COUNT,
+        TOP_K,
+        WIDTH,
+        renormalize=renormalize,
+        shared_size=shared.get("shared_size"),
+        shared_gated=shared.get("gated", False),
+    )
+    layer = ready(MoE(hidden_size=HIDDEN, moe=moe, config=config()))
+    for tokens in (1, 2, 33):
+        x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+        torch.testing.assert_close(layer(x), one_by_one(layer, x), atol=1e-3, rtol=1e-4)
+
+
+def test_a_tokens_result_does_not_depend_on_its_batch():
+    moe = MoEParams(COUNT, TOP_K, WIDTH)
+    layer = ready(MoE(hidden_size=HIDDEN, moe=moe, config=config()))
+    x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1))
+    alone = torch.cat([layer(row[None]) for row in x])
+    torch.testing.assert_close(layer(x), alone, atol=1e-4, rtol=1e-5)
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu"])
+def test_experts_take_any_activation_and_keep_the_models_dtype(act: str):
+    experts = Experts(
+        num_experts=COUNT,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        activation=act,
+        config=config(),
+    )
+    ready(experts, torch.bfloat16)
+    assert experts.gate_up_proj.dtype == torch.bfloat16
+    x = torch.randn(3, HIDDEN).to(torch.bfloat16)
+    weights, chosen = torch.ones(3, 1), torch.tensor([[4], [0], [4]])
+    out = experts(x, weights, chosen)
+    assert (out.shape, out.dtype) == ((3, HIDDEN), torch.bfloat16)
+    assert torch.equal(experts(x[2:], weights[2:], chosen[2:]), out[2:])
+
+
+def test_routing_by_softmax_before_and_after_the_choice():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
+    probs = logits.softmax(-1)[0]
+    weights, experts = moe_route(logits, 2)
+    assert experts.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights[0], probs[[1, 2]])
+    both = torch.tensor([3.0, 2.0]).softmax(-1)
+    torch.testing.assert_close(moe_route(logits, 2, "softmax", True)[0][0], both)
+    torch.testing.assert_close(moe_route(logits, 2, "topk_softmax")[0][0], both)
+
+
+def test_groups_may_be_empty_and_rows_none():
+    x, weight = torch.randn(4, HIDDEN), torch.randn(3, WIDTH, HIDDEN)
+    out = grouped_linear(x, weight, torch.tensor([0, 3, 4], dtype=torch.int32))
+    torch.testing.assert_close(out, torch.cat((x[:3] @ weight[1].t(), x[3:] @ weight[2].t())))
+    none = grouped_linear(x[:0], weight, torch.zeros(3, dtype=torch.int32))
+    assert none.shape == (0, WIDTH)
+
+
+def test_parameters_are_read_by_the_usual_names_and_checked():
+    raw = SimpleNamespace(num_local_experts=8, num_experts_per_tok=2, intermediate_size=64)
+    assert MoEParams.from_config(raw) == MoEParams(8, 2, 64)
+    raw = SimpleNamespace(
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+    )
+    assert MoEParams.from_config(raw, shared_size=4) == MoEParams(
+        8, 2, 16, renormalize=True, shared_size=4
+    )
+    with pytest.raises(ConfigError, match="scoring 'dice'"):
+        MoEParams(8, 2, 16, scoring="dice")
+    with pytest.raises(ConfigError, match="9 of 8"):
+        MoEParams(8, 9, 16)
+    with pytest.raises(ConfigError, match="one tensor-parallel rank"):
+        MoE(
+            hidden_size=HIDDEN,
+            moe=MoEParams(COUNT, TOP_K, WIDTH),
+            config=config(mapping=Mapping(world_size=2, tp_size=2)),
+        )
+
+
+def test_a_spec_says_which_layers_have_experts():
+    moe = MoEParams(COUNT, TOP_K, WIDTH)
+    sizes = {"hidden_size": 8, "vocab_size": 9, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
+    spec = DecoderSpec(**sizes, num_layers=2, intermediate_size=16, moe=moe)
+    assert [spec.moe_of(layer) for layer in range(2)] == [moe, moe]
+    spec = spec.replace(moe_layers=(False, True))
+    assert [spec.moe_of(layer) for layer in range(2)] == [None, moe]
+    with pytest.raises(ConfigError, match="1 moe_layers for 2 layers"):
+        spec.replace(moe_layers=(True,))
+
+
+def numbered_experts() -> dict[str, torch.Tensor]:
+    shapes = {"w1": (WIDTH, HIDDEN), "w3": (WIDTH, HIDDEN), "w2": (HIDDEN, WIDTH)}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"block.experts.{expert}.{name}.weight": torch.randn(shape, generator=generator)
+        for expert in range(COUNT)
+        for name, shape in shapes.items()
+    }
+
+
+def experts_in_a_block() -> nn.Module:
+    block = nn.Module()
+    block.block = nn.Module()
+    sizes = {"num_experts": COUNT, "hidden_size": HIDDEN, "intermediate_size": WIDTH}
+    block.block.experts = Experts(**sizes, config=config())
+    bind_tree(block, config())
+    return block
+
+
+EXPERTS_MAP = WeightMap().stack_experts(
+    "block.experts", "block.experts.{e}", COUNT, "w1", "w3", "w2"
+)
+
+
+def test_numbered_experts_are_stacked():
+    model, tensors = experts_in_a_block(), numbered_experts()
+    checkpoint = MemoryCheckpoint(tensors)
+    load_weights(model, plan_weights(model, checkpoint, EXPERTS_MAP), checkpoint)
+    loaded = model.block.experts
+    for expert in range(COUNT):
+        names = [f"block.experts.{expert}.{name}.weight" for name in ("w1", "w3", "w2")]
+        gate, up, down = (tensors[name] for name in names)
+        assert torch.equal(loaded.gate_up_proj[expert], torch.cat((gate, up)))
+        assert torch.equal(loaded.down_proj[expert], down)
+
+
+def test_a_lacking_expert_is_named():
+    tensors = numbered_experts()
+    del tensors["block.experts.3.w3.weight"]
+    with pytest.raises(WeightError, match=r"missing +block\.experts\.3\.w3\.weight"):
+        plan_weights(experts_in_a_block(), MemoryCheckpoint(tensors), EXPERTS_MAP)
