@@ -162,9 +162,10 @@ def write_checkpoint(model: nn.Module, raw: Mapping[str, Any], folder: Path) -> 
         folder: Made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "save_pretrained"):
+    save: Any = getattr(model, "save_pretrained", None)
+    if save is not None:
         with quiet_transformers():
-            model.save_pretrained(folder)
+            save(folder)
         written = json.loads((folder / "config.json").read_text("utf-8"))
     else:
         from safetensors.torch import save_file

@@ -132,16 +132,20 @@ class Subject:
             self._models[weights] = self.load(weights).model
         return self._models[weights]
 
-    @contextmanager
-    def engine(self, **settings: Any) -> Iterator[LLM]:
-        """Ours behind an engine without a tokenizer."""
+    def start(self, weights: str = "plain", **settings: Any) -> LLM:
+        """Ours behind an engine without a tokenizer; its caller shuts it down."""
         defaults: dict[str, Any] = {
             "dtype": "float32",
             "kernels": "reference",
             "kv_cache_memory": "8MiB",
         }
         everything = {**self._settings, **defaults, **settings}
-        with LLM(self.checkpoint(), skip_tokenizer_init=True, **everything) as llm:
+        return LLM(self.checkpoint(weights), skip_tokenizer_init=True, **everything)
+
+    @contextmanager
+    def engine(self, **settings: Any) -> Iterator[LLM]:
+        """Ours behind an engine, for a `with` block."""
+        with self.start(**settings) as llm:
             yield llm
 
     @cached_property

@@ -126,7 +126,7 @@ def preempted_undisturbed(subject: Subject) -> None:
     prompts = [ids[: subject.longest // 2] for ids in (subject.prompts[0],) * 4]
     prompts = [[*ids[number:], *ids[:number]] for number, ids in enumerate(prompts)]
     need = len(prompts[0]) + NEW_TOKENS
-    blocks = -(-need // BLOCK_SIZE) * 2 - 1  # two prompts fit, but not with all that they generate
+    blocks = 2 * -(-len(prompts[0]) // BLOCK_SIZE) + 1  # two prompts, not what they generate
     per_block = BLOCK_SIZE * sum(spec.bytes_per_token for spec in specs.values())
     with subject.engine() as llm:
         undisturbed = _generate(llm, prompts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmfw.errors import WeightError
 from llmfw.models import PretrainedModel
 from llmfw.testing.checks.weights import misfit
 from llmfw.testing.compare import logits_tolerance, require_same_logits
+from llmfw.testing.divergence import diagnose
 from llmfw.testing.failure import CheckFailure
 from llmfw.testing.packed import PackedSession
 from llmfw.testing.subject import Subject
@@ -62,20 +64,23 @@ def matches_reference(subject: Subject) -> None:
                     tolerance=allowed,
                 )
             except CheckFailure as failure:
-                raise _explained(failure, subject, weights, ids) from failure
+                batch = {str(n): prompt for n, prompt in enumerate(subject.prompts)}
+                raise explained(failure, subject, weights, [batch], str(number)) from None
 
 
-def _explained(
-    failure: CheckFailure, subject: Subject, weights: str, ids: list[int]
+def explained(
+    failure: CheckFailure,
+    subject: Subject,
+    weights: str,
+    steps: Sequence[dict[str, list[int]]],
+    name: str,
 ) -> CheckFailure:
-    """The failure with the first module whose output differs."""
-    from llmfw.testing.divergence import diagnose
-
-    found = diagnose(subject, weights, ids)
-    if found is None:
-        failure.facts["look at"] = "no module's output alone differs: " + BATCH
-        return failure
-    failure.facts = {"module": found.where, **failure.facts, "look at": found.explain()}
+    """The failure with the first module whose activations differ from the reference's."""
+    found = diagnose(subject, weights, steps, name)
+    if found is not None:
+        advice = failure.facts.pop("look at", None)
+        look = found.explain() + (f"\n{advice}" if advice else "")
+        failure.facts = {"module": found.where, **failure.facts, "look at": look}
     return failure
 
 
@@ -85,19 +90,7 @@ def step_by_step(subject: Subject) -> None:
     Raises:
         CheckFailure: Naming the first step that differs.
     """
-    model = model_of(subject)
-    ids = subject.prompts[0]
-    whole = PackedSession(model).step({"whole": ids})["whole"]
-    session = PackedSession(model)
-    for position, token in enumerate(ids):
-        require_same_logits(
-            session.step({"steps": [token]})["steps"],
-            whole[position : position + 1],
-            problem="decoding step by step differs from one prefill",
-            where=f"step {position} (expected: the same position of a prefill)",
-            tolerance=logits_tolerance(whole),
-            look=CACHE,
-        )
+    _in_pieces(subject, [1] * len(subject.prompts[0]), "decoding step by step")
 
 
 def chunked_prefill(subject: Subject) -> None:
@@ -106,21 +99,35 @@ def chunked_prefill(subject: Subject) -> None:
     Raises:
         CheckFailure: Naming the chunk.
     """
+    count = len(subject.prompts[0])
+    for sizes in ([3] * count, [count // 2 + 1, count], [7, 2, 5, *[4] * count]):
+        _in_pieces(subject, sizes, f"prefill in chunks of {', '.join(map(str, sizes[:3]))}, ...")
+
+
+def _in_pieces(subject: Subject, sizes: Sequence[int], what: str) -> None:
     model = model_of(subject)
     ids = subject.prompts[0]
     whole = PackedSession(model).step({"whole": ids})["whole"]
-    for size in (3, 7, len(ids) // 2 + 1):
-        session = PackedSession(model)
-        for start in range(0, len(ids), size):
-            piece = ids[start : start + size]
+    session = PackedSession(model)
+    steps: list[dict[str, list[int]]] = []
+    start = 0
+    for size in sizes:
+        piece = ids[start : start + size]
+        if not piece:
+            break
+        steps.append({"pieces": piece})
+        try:
             require_same_logits(
-                session.step({"chunks": piece})["chunks"],
+                session.step(steps[-1])["pieces"],
                 whole[start : start + len(piece)],
-                problem=f"prefill in chunks of {size} differs from one prefill",
-                where=f"tokens {start} to {start + len(piece) - 1}",
+                problem=f"{what} differs from one prefill",
+                where=f"tokens {start} to {start + len(piece) - 1} of a prompt of {len(ids)}",
                 tolerance=logits_tolerance(whole),
                 look=CACHE,
             )
+        except CheckFailure as failure:
+            raise explained(failure, subject, "plain", steps, "pieces") from None
+        start += len(piece)
 
 
 def ragged_batch(subject: Subject) -> None:
@@ -130,26 +137,37 @@ def ragged_batch(subject: Subject) -> None:
         CheckFailure: Naming the request.
     """
     model = model_of(subject)
-    names = [str(number) for number in range(len(subject.prompts))]
-    prompts = dict(zip(names, subject.prompts, strict=True))
-    alone = {name: PackedSession(model).step({name: prompts[name]})[name] for name in names}
+    prompts = {str(number): ids for number, ids in enumerate(subject.prompts)}
+    alone = {name: PackedSession(model).step({name: ids})[name] for name, ids in prompts.items()}
+    steps = ragged_steps(prompts)
     session = PackedSession(model, num_blocks=256)
-    halves = {name: prompts[name][: (len(prompts[name]) + 1) // 2] for name in names[::2]}
-    steps = [halves]
-    done = {name: len(ids) for name, ids in halves.items()}
-    steps.append({name: prompts[name][done.get(name, 0) :] for name in names})
-    at = dict.fromkeys(names, 0)
-    for step in steps:
-        batch = {name: ids for name, ids in step.items() if ids}
+    at = dict.fromkeys(prompts, 0)
+    for number, batch in enumerate(steps):
         for name, got in session.step(batch).items():
-            start = at[name]
-            at[name] += len(got)
-            require_same_logits(
-                got,
-                alone[name][start : at[name]],
-                problem="a request in a ragged batch differs from the same request alone",
-                where=f"request {name}, tokens {start} to {at[name] - 1}, in a batch of "
-                f"{[len(ids) for ids in batch.values()]} tokens",
-                tolerance=logits_tolerance(alone[name]),
-                look=BATCH,
-            )
+            start, at[name] = at[name], at[name] + len(got)
+            try:
+                require_same_logits(
+                    got,
+                    alone[name][start : at[name]],
+                    problem="a request in a ragged batch differs from the same request alone",
+                    where=f"request {name}, tokens {start} to {at[name] - 1}, in a batch of "
+                    f"{[len(ids) for ids in batch.values()]} tokens",
+                    tolerance=logits_tolerance(alone[name]),
+                    look=BATCH,
+                )
+            except CheckFailure as failure:
+                raise explained(failure, subject, "plain", steps[: number + 1], name) from None
+
+
+def ragged_steps(prompts: Mapping[str, list[int]]) -> list[dict[str, list[int]]]:
+    """Batches in which some requests prefill, whole or in part, while others decode."""
+    names = list(prompts)
+    first = {name: prompts[name][:-2] for name in names[::2] if len(prompts[name]) > 2}
+    done = {name: len(ids) for name, ids in first.items()}
+    second = {name: prompts[name][done.get(name, 0) :][:1] for name in names[::2]}
+    second |= {name: prompts[name] for name in names[1::2]}
+    for name, ids in second.items():
+        done[name] = done.get(name, 0) + len(ids)
+    third = {name: prompts[name][done[name] :] for name in names}
+    steps = [first, second, third]
+    return [{name: ids for name, ids in step.items() if ids} for step in steps if step]

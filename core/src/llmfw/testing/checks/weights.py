@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from torch import nn
 
 from llmfw.errors import WeightError
-from llmfw.models import build, prepare_model
+from llmfw.models import PreparedModel, PretrainedModel, build, prepare_model
 from llmfw.models.weights import has_own_load_weights
 from llmfw.testing.compare import logits_tolerance, reference_logits
 from llmfw.testing.failure import CheckFailure, CheckSkipped
 from llmfw.testing.subject import BLOCK_SIZE, Subject
 from llmfw.weights import (
+    Checkpoint,
     LoadPlan,
+    WeightMap,
     load_weights,
     open_checkpoint,
     plan_weights,
@@ -26,20 +29,30 @@ from llmfw.weights import (
 WEIGHT_MAP = "the plugin's weight map (llmfw_weight_map) and `llmfw inspect MODEL --weights`"
 
 
-def plan_of(subject: Subject, **settings: Any) -> tuple[nn.Module, LoadPlan, Any]:
-    """Ours on the meta device, the plan of loading it, and the tiny checkpoint.
+@dataclass(frozen=True)
+class Parts:
+    """What a load plan is made from: ours on the meta device, its checkpoint and its weight map."""
+
+    model: PretrainedModel[Any]
+    checkpoint: Checkpoint
+    weight_map: WeightMap | None
+
+    def plan(self) -> LoadPlan:
+        """The plan.
+
+        Raises:
+            WeightError: Listing all that does not fit.
+        """
+        mapping = self.model.model_config.mapping
+        return plan_weights(self.model, self.checkpoint, self.weight_map, mapping)
+
+
+def parts_of(prepared: PreparedModel) -> Parts:
+    """Build a prepared model on the meta device and ask for its weight map.
 
     Raises:
         CheckSkipped: If the model loads its weights itself.
     """
-    prepared = prepare_model(
-        subject.checkpoint(),
-        dtype="float32",
-        device="cpu",
-        kernels="reference",
-        plugin=subject.distribution,
-        block_size=BLOCK_SIZE,
-    )
     model = build(prepared.model_config, prepared.host)
     if has_own_load_weights(model):
         raise CheckSkipped(f"{type(model).__name__} has its own load_weights: there is no plan")
@@ -47,10 +60,20 @@ def plan_of(subject: Subject, **settings: Any) -> tuple[nn.Module, LoadPlan, Any
     weight_map = prepared.host.hook.llmfw_weight_map(
         model_config=model.model_config, checkpoint=checkpoint
     )
-    return (
-        model,
-        plan_weights(model, checkpoint, weight_map, model.model_config.mapping),
-        checkpoint,
+    return Parts(model, checkpoint, weight_map)
+
+
+def tiny_parts(subject: Subject) -> Parts:
+    """The parts of the tiny checkpoint."""
+    return parts_of(
+        prepare_model(
+            subject.checkpoint(),
+            dtype="float32",
+            device="cpu",
+            kernels="reference",
+            plugin=subject.distribution,
+            block_size=BLOCK_SIZE,
+        )
     )
 
 
@@ -63,7 +86,7 @@ def accounts_for_every_tensor(subject: Subject) -> None:
         CheckFailure: Listing what does not fit, or naming the tensor ignored by mistake.
     """
     try:
-        _, plan, _ = plan_of(subject)
+        plan = tiny_parts(subject).plan()
     except WeightError as exc:
         raise misfit(exc) from exc
     ids = subject.prompts[0]
@@ -112,11 +135,12 @@ def save_load_round_trip(subject: Subject) -> None:
     Raises:
         CheckFailure: Naming the first tensor that differs.
     """
-    model, plan, checkpoint = plan_of(subject)
-    load_weights(model, plan, checkpoint, dtype="stored")
+    parts = tiny_parts(subject)
+    plan = parts.plan()
+    load_weights(parts.model, plan, parts.checkpoint, dtype="stored")
     folder = subject.folder / "saved"
     shutil.rmtree(folder, ignore_errors=True)
-    save_checkpoint(model, plan, folder, checkpoint=checkpoint)
+    save_checkpoint(parts.model, plan, folder, checkpoint=parts.checkpoint)
     _require_same_tensors(subject.checkpoint(), folder)
 
 
