@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+from llmfw.kernels.cupy import gated_linear, linear
 from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.kernels.cupy.products import bucket_of
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, OpContext
 from llmfw.ops.reference import REFERENCES
 
@@ -369,17 +371,12 @@ def attention_arguments(
     }
 
 
-def linear_cases() -> Iterator[Case]:
-    """linear over sizes that fit no tile, with and without bias, at row counts of every bucket."""
-    sizes = [
-        (64, 5, False),
-        (192, 50, False),
-        (1000, 24, False),
-        (1024, 40, False),
-        (4096, 6144, True),
-    ]
+def product_cases(
+    op: str, sizes: list[tuple[int, int, bool]], out: str, each: int
+) -> Iterator[Case]:
+    """Products at row counts of every bucket; `each` rows of the weight make a result."""
     for dtype in DTYPE_NAMES:
-        for in_features, out_features, wide in sizes:
+        for in_features, outputs, wide in sizes:
             if dtype != "bfloat16" and in_features != 192:
                 continue
             for rows in (1, 2, 3, 4, 5, 9, 31, 64, 65):
@@ -390,21 +387,99 @@ def linear_cases() -> Iterator[Case]:
                         t: torch.dtype,
                         g: torch.Generator,
                         i=in_features,
-                        o=out_features,
+                        o=outputs * each,
                         r=rows,
                         b=bias,
                     ) -> Arguments:
                         x = randn(r, i, device=d, dtype=t, generator=g)
                         weight = randn(o, i, device=d, dtype=t, generator=g, scale=i**-0.5)
-                        return (
-                            x,
-                            weight,
-                            randn(o, device=d, dtype=t, generator=g) if b else None,
-                        ), {}
+                        biases = randn(o, device=d, dtype=t, generator=g) if b else None
+                        return (x, weight, biases), {}
 
-                    shape = {"in_features": in_features, "out_features": out_features, "bias": bias}
-                    label = f"{rows}x{in_features}-{out_features}" + "b" * bias
-                    yield Case("linear", dtype, shape, draw, label, wide=wide)
+                    shape = {"in_features": in_features, out: outputs, "bias": bias}
+                    label = f"{rows}x{in_features}-{outputs}" + "b" * bias
+                    yield Case(op, dtype, shape, draw, label, wide=wide, facts={"rows": rows})
+
+
+def linear_cases() -> Iterator[Case]:
+    """linear over sizes that fit no tile."""
+    sizes = [(64, 5, False), (192, 50, False), (1000, 24, False), (1024, 40, False)]
+    yield from product_cases("linear", [*sizes, (4096, 6144, True)], "out_features", 1)
+
+
+def gated_linear_cases() -> Iterator[Case]:
+    """gated_linear over widths of whole packs."""
+    sizes = [(64, 8, False), (192, 56, False), (1000, 24, False), (1024, 1536, True)]
+    yield from product_cases("gated_linear", sizes, "intermediate_size", 2)
+
+
+def product_variants(context: OpContext, rows: int) -> Iterator[Callable[..., torch.Tensor]]:
+    """Every variant that can serve so many rows, called as the op is."""
+    module, outputs = linear, context.shape.get("out_features")
+    if outputs is None:
+        module, outputs = gated_linear, context["intermediate_size"]
+    bucket = bucket_of(rows)
+    if bucket is None:
+        return
+    for variant in module.variants(bucket, context["in_features"], context.dtype):
+        product = variant.build(bucket, context, outputs)
+
+        def call(
+            x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product=product
+        ) -> torch.Tensor:
+            out = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
+            product(x, weight, bias, out, x.shape[0])
+            return out
+
+        yield call
+
+
+def step_cases() -> Iterator[Case]:
+    """prepare_decode and argmax, with logits that are not finite, stored and not."""
+    for count, width, wide in [(1, 5, False), (7, 40, False), (250, 300, True)]:
+
+        def prepare(
+            d: torch.device, t: torch.dtype, g: torch.Generator, n=count, w=width
+        ) -> Arguments:
+            rows, length, size = n + 3, w * 16 - 5, 16
+            tokens = torch.randint(0, 9999, (rows * length,), generator=g, dtype=torch.int32)
+            blocks = torch.randint(0, 9999, (rows, w + 3), generator=g, dtype=torch.int32)
+            positions = torch.randint(0, length - 1, (n,), generator=g)
+            chosen = torch.randperm(rows, generator=g)[:n]
+            tensors = [x.to(d) for x in (chosen, positions, tokens, blocks)]
+            return (*tensors[:3], tensors[3][:, :w], length, size), {}
+
+        label = f"{count}x{width}"
+        yield Case("prepare_decode", "bfloat16", {}, prepare, label, tolerance=0, wide=wide)
+    sizes = [(1, 5000, False), (6, 77, False), (3, 4098, False)]
+    sizes += [(1, 151936, True), (33, 128256, True), (300, 50257, True)]
+    for dtype in DTYPE_NAMES:
+        for rows, vocab, wide in sizes:
+            for store in (False, True):
+
+                def logits(
+                    d: torch.device, t: torch.dtype, g: torch.Generator, r=rows, v=vocab, s=store
+                ) -> Arguments:
+                    x = torch.randn(r, v, generator=g)
+                    for row, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+                        x[row + 1 : row + 2, (v // 3) * row : (v // 3) * row + 9] = value
+                    x[5:6] = float("-inf")
+                    x[0, -1], x[0, v // 2] = 9.0, 9.0  # the first of equals counts
+                    tokens = torch.full((2 * r + 1,), -7, dtype=torch.int32, device=d)
+                    places = torch.randperm(2 * r, generator=g)[:r].to(d)
+                    return (x.to(d, t), *((tokens, places) if s else ())), {}
+
+                label = f"{rows}x{vocab}" + "s" * store
+                yield Case(
+                    "argmax",
+                    dtype,
+                    {"vocab_size": vocab},
+                    logits,
+                    label,
+                    mutated=(1,) if store else (),
+                    wide=wide,
+                    tolerance=0,
+                )
 
 
 def all_cases() -> list[Case]:
@@ -415,4 +490,6 @@ def all_cases() -> list[Case]:
         *rope_cases(),
         *attention_cases(),
         *linear_cases(),
+        *gated_linear_cases(),
+        *step_cases(),
     ]

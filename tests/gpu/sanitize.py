@@ -15,8 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["LLMFW_TUNE"] = "off"
 
-from gpu.kernel_cases import all_cases, check
-from llmfw.kernels.cupy import linear
+from gpu.kernel_cases import Case, all_cases, check, product_variants
 from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.ops.kernel import load_object
 
@@ -27,32 +26,25 @@ def main() -> None:
     seen: set[tuple[object, ...]] = set()
     for case in all_cases():
         batch = case.label.split("-")[0] if case.op == "paged_attention" else ""
-        key = (case.op, case.dtype, tuple(case.shape.items()), batch)
+        rows = case.facts.get("rows") if case.facts.get("rows") in (1, 4, 5) else 0
+        key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows)
         if case.wide or key in seen or (case.dtype == "float16" and case.op != "paged_attention"):
             continue
         seen.add(key)
         context = case.context(device)
         kernel = next(k for k in KERNELS if k.op == case.op)
         check(case, load_object(kernel.factory)(context), device)
-        if case.op == "linear":
+        if case.op in ("linear", "gated_linear"):
             products(case, device)
     torch.cuda.synchronize()
     print(f"{len(seen)} cases ran")
 
 
-def products(case, device: torch.device) -> None:
-    """All variants of a product for 1 and 5 rows."""
-    context = case.context(device)
-    if context["in_features"] != 192 or case.dtype == "float32":
-        return
-    for rows in (1, 5):
-        bucket = linear.bucket_of(rows)
-        x = torch.randn(rows, 192, dtype=context.dtype, device=device)
-        weight = torch.randn(context["out_features"], 192, dtype=context.dtype, device=device)
-        for variant in linear.variants(bucket, 192, context.dtype):
-            out = torch.empty(rows, weight.shape[0], dtype=x.dtype, device=device)
-            linear.product(variant, bucket, context)(x, weight, None, out, rows)
-            assert torch.allclose(out.float(), (x.float() @ weight.float().T), rtol=0.05, atol=0.5)
+def products(case: Case, device: torch.device) -> None:
+    """All variants of a product, with the case's inputs."""
+    if case.shape["in_features"] == 192 and case.dtype != "float32":
+        for call in product_variants(case.context(device), int(case.facts["rows"])):
+            check(case, call, device)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,17 @@ from gpu.kernel_cases import (
     attention_arguments,
     attention_cases,
     check,
+    gated_linear_cases,
     linear_cases,
     norm_cases,
+    product_variants,
     relative_error,
     rope_cases,
+    step_cases,
 )
-from llmfw.kernels.cupy import linear
+from llmfw.kernels.cupy.attention import plan_batch
 from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.ops.kernel import load_object
 from llmfw.ops.reference import REFERENCES
 
@@ -50,28 +54,36 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    "case", [*norm_cases(), *activation_cases(), *rope_cases(), *attention_cases()], ids=str
+    "case",
+    [*norm_cases(), *activation_cases(), *rope_cases(), *attention_cases(), *step_cases()],
+    ids=str,
 )
 def test_kernel_matches_its_reference(case: Case, device: torch.device) -> None:
     check(case, built(case, device), device)
 
 
-@pytest.mark.parametrize("case", list(linear_cases()), ids=str)
+@pytest.mark.parametrize("case", [*linear_cases(), *gated_linear_cases()], ids=str)
 def test_every_product_variant_matches_cublas(case: Case, device: torch.device) -> None:
-    rows = int(case.label.split("x")[0])
     check(case, built(case, device), device)
-    if rows > linear.BUCKETS[-1]:
-        return
-    context, bucket = case.context(device), linear.bucket_of(rows)
-    for variant in linear.variants(bucket, context["in_features"], context.dtype):
-        product = linear.product(variant, bucket, context)
-
-        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-            product(x, weight, bias, out, x.shape[0])  # noqa: B023
-            return out
-
+    for call in product_variants(case.context(device), int(case.facts["rows"])):
         check(case, call, device)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_flash_attention_serves_contexts(window: int | None, device: torch.device) -> None:
+    case = next(c for c in attention_cases() if "prompts-8/2x128" in c.label)
+    prefill, shape = Prefill(case.context(device)), {**case.shape, "window": window or 0}
+    batch = Batch(((700, 700), (300, 1500), (1, 33), (512, 513)), contexts=4)
+    args, kwargs = attention_arguments(
+        device, torch.bfloat16, torch.Generator().manual_seed(7), shape, batch
+    )
+    q, k, v, metadata, view, scale = args
+    plan = plan_batch(metadata, prefill)
+    assert plan.contexts is not None
+    assert not plan.parts
+    out = prefill(q, k, v, view.block_tables, plan.contexts, scale, window)
+    expected = REFERENCES["paged_attention"](*args, **kwargs)
+    assert relative_error(out.flatten(1), expected) <= 8e-3
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "silu_and_mul"])

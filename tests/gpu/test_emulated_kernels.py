@@ -14,12 +14,16 @@ from gpu.kernel_cases import (
     activation_cases,
     attention_cases,
     check,
+    gated_linear_cases,
     linear_cases,
     norm_cases,
+    product_variants,
     rope_cases,
+    step_cases,
 )
-from llmfw.kernels.cupy import linear
+from llmfw.kernels.cupy import prefill
 from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.ops import reference
 from llmfw.ops.kernel import load_object
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -49,7 +53,9 @@ def small(cases: list[Case], every: int) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("case", small([*norm_cases(), *activation_cases(), *rope_cases()], 7))
+@pytest.mark.parametrize(
+    "case", small([*norm_cases(), *activation_cases(), *rope_cases(), *step_cases()], 7)
+)
 def test_elementwise_kernels_match_their_references(case: Case, device: torch.device) -> None:
     run(case, device)
 
@@ -59,19 +65,40 @@ def test_paged_attention_matches_its_reference(case: Case, device: torch.device)
     run(case, device)
 
 
-@pytest.mark.parametrize("case", small(list(linear_cases()), 25))
+@pytest.mark.parametrize("case", small([*linear_cases(), *gated_linear_cases()], 25))
 def test_every_product_variant_matches_its_reference(case: Case, device: torch.device) -> None:
     context = case.context(device)
-    rows = int(case.label.split("x")[0])
-    if rows > linear.BUCKETS[-1]:
-        pytest.skip("cuBLAS' rows")
-    bucket = linear.bucket_of(rows)
-    for variant in linear.variants(bucket, context["in_features"], context.dtype):
-        product = linear.product(variant, bucket, context)
-
-        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-            product(x, weight, bias, out, x.shape[0])  # noqa: B023
-            return out
-
+    for call in product_variants(context, int(case.facts["rows"])):
         check(case, call, device)
+
+
+def test_contexts_go_through_packed_keys_and_values(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gathering, and the split of a mixed batch, with flash attention played by the reference."""
+    monkeypatch.setattr(prefill, "LEAST_WORK", 0)
+    monkeypatch.setattr(prefill, "flash_attention", packed_attention)
+    cases = [case for case in attention_cases() if case.label.startswith("mixed")]
+    for case in [case for case in cases if case.dtype == "bfloat16"][:4]:
+        run(case, device)
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: prefill.ContextBatch,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    assert len(q) == batch.tokens
+    assert len(k) == len(v) == batch.keys
+    assert not k.isnan().any()
+    outs = []
+    for i in range(batch.requests):
+        queries, keys = (slice(int(cu[i]), int(cu[i + 1])) for cu in (batch.cu_q, batch.cu_k))
+        past = int(batch.cu_k[i + 1] - batch.cu_k[i] - batch.cu_q[i + 1] + batch.cu_q[i])
+        parts = [x.transpose(0, 1) for x in (q[queries], k[keys], v[keys])]
+        out = reference._attend(*parts, past, scale, window, None, None)
+        outs.append(out.transpose(0, 1))
+    return torch.cat(outs)

@@ -194,6 +194,14 @@ inline int atomicAdd(int* p, int x) {
   *p += x;
   return old;
 }
+inline unsigned long long atomicMax(unsigned long long* p, unsigned long long x) {
+  const unsigned long long old = *p;
+  *p = x > old ? x : old;
+  return old;
+}
+inline unsigned long long atomicExch(unsigned long long* p, unsigned long long x) {
+  return std::exchange(*p, x);
+}
 inline float __int_as_float(int x) {
   float y;
   memcpy(&y, &x, 4);

@@ -114,4 +114,5 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> torch.device:
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=SMS)
     )
     monkeypatch.setattr(paged_decode, "COUNTERS", 4096)
+    monkeypatch.setattr(cu_compile, "overlap", lambda _: 1)
     return torch.device("cpu", 0)

@@ -29,11 +29,14 @@ inline scalar from_float(float x) {
 #endif
 }
 
+inline void wait_for_previous() {}
+inline void let_next_start() {}
 inline uint4 stream16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 inline uint2 stream8(const void* p) { return *reinterpret_cast<const uint2*>(p); }
 inline u32 stream4(const void* p) { return *reinterpret_cast<const u32*>(p); }
 inline float4 load_l2(const float4* p) { return *p; }
 inline float2 load_l2(const float2* p) { return *p; }
+inline int add_release_acquire(int* p, int x) { return atomicAdd(p, x); }
 inline float exp2_fast(float x) { return exp2f(x); }
 
 #if DTYPE != F32

@@ -15,6 +15,7 @@ import torch
 
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, LayerCache
 from llmfw.engine.step import Chunk
+from llmfw.ops import DeviceInfo, OpTable
 
 Forward = Callable[[AttentionMetadata, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -77,6 +78,8 @@ class DecodeStep:
         size: Requests of the padded batch.
         padding_row: A row that no request has; its block is one that no request has.
         max_kv_len: No request of the step is longer.
+        ops: Finds the kernels that run before and after the model; the references when left out.
+        dtype: The model's.
     """
 
     def __init__(
@@ -92,9 +95,13 @@ class DecodeStep:
         size: int,
         padding_row: int,
         max_kv_len: int,
+        ops: OpTable | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         device = flat_tokens.device
         self._forward = forward
+        self._ops = ops or OpTable(DeviceInfo(device, frozenset()))
+        self._prepare = self._ops.resolve("prepare_decode", dtype)
         self._flat_tokens = flat_tokens
         self._max_model_len = max_model_len
         self._blocks = blocks[:, : -(-max_kv_len // block_size)]
@@ -120,26 +127,28 @@ class DecodeStep:
     def compute(self) -> DecodeOutput:
         """Run the model over the staged requests and put each greedy token in its place."""
         rows, positions = self.inputs[0], self.inputs[1]
-        places = rows * self._max_model_len + positions  # [size], where the last tokens stand
-        tables = self._blocks.index_select(0, rows)  # [size, max_blocks]
-        block = tables.gather(1, (positions // self._block_size)[:, None])[:, 0]
-        slots = block.long() * self._block_size + positions % self._block_size
+        input_ids, targets, slots, kv_lens, tables = self._prepare(
+            rows,
+            positions,
+            self._flat_tokens,
+            self._blocks,
+            self._max_model_len,
+            self._block_size,
+        )
         view = CacheGroupView(tables, slots, self._block_size)
         metadata = AttentionMetadata(
             query_lens=(1,) * self.size,
             kv_lens=(self.max_kv_len,) * self.size,
             num_contexts=0,
             cu_query_lens=self._cu_query_lens,
-            kv_lens_device=(positions + 1).int(),
+            kv_lens_device=kv_lens,
             positions=positions,
             groups=(view,) * self._num_groups,
             caches=self._caches,
             max_query_len=1,
             max_kv_len=self.max_kv_len,
         )
-        input_ids = self._flat_tokens.index_select(0, places).long()
         logits = self._forward(metadata, input_ids, positions)
-        best, tokens = logits.max(dim=-1)
-        tokens = tokens.masked_fill(~best.isfinite(), -1)
-        self._flat_tokens.index_copy_(0, places + 1, tokens.clamp_min(0).int())
+        argmax = self._ops.resolve("argmax", logits.dtype, vocab_size=logits.shape[-1])
+        tokens = argmax(logits, self._flat_tokens, targets)
         return DecodeOutput(logits, tokens)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from llmfw.layers.activation import Activation, activation, gated_op
 from llmfw.layers.layer import Layer
+from llmfw.layers.linear import Linear
+from llmfw.quantization import method_for
+from llmfw.quantization.unquantized import UnquantizedLinearMethod
 
 if TYPE_CHECKING:
     from llmfw.config import ModelConfig
@@ -86,7 +88,9 @@ class GatedMLP(Layer):
         layer_idx: int | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.has_bias = bias
         self.act_name = activation
         self.gate_up_proj = config.make(
             "linear",
@@ -109,7 +113,7 @@ class GatedMLP(Layer):
         )
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
-        """Resolve the gated activation."""
+        """Resolve the gated activation, and its product with it where a kernel fuses them."""
         op = gated_op(self.act_name)
         local = self.intermediate_size // config.mapping.tp_size
         self._act_and_mul: Callable[[torch.Tensor], torch.Tensor] = (
@@ -117,10 +121,37 @@ class GatedMLP(Layer):
             if op
             else _gate(activation(self.act_name))
         )
+        self._gated_linear: Callable[..., torch.Tensor] | None = None
+        if op == "silu_and_mul" and self._product_is_plain(name, config):
+            self._gated_linear = config.ops.find(
+                "gated_linear",
+                config.dtype,
+                in_features=self.hidden_size,
+                intermediate_size=local,
+                bias=int(self.has_bias),
+            )
+
+    def _product_is_plain(self, name: str, config: ModelConfig[Any]) -> bool:
+        """Whether gate_up_proj is core's own linear layer over a weight of the model's dtype."""
+        product = self.gate_up_proj
+        if type(product) is not Linear or product.dtype not in (None, config.dtype):
+            return False
+        shards = [f"{name}.{shard.name}" for shard in product.weight_shards]
+        return isinstance(method_for(config.quant_config, shards), UnquantizedLinearMethod)
+
+    def post_load(self) -> None:
+        """Keep to the product's own kernel where it brought the weight into a layout of its own."""
+        if getattr(self.gate_up_proj, "prepared", False):
+            self._gated_linear = None
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]."""
-        return self.down_proj(self._act_and_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        product = self.gate_up_proj
+        if self._gated_linear is not None:
+            gated = self._gated_linear(x, product.weight, product.bias)
+        else:
+            gated = self._act_and_mul(product(x))
+        return self.down_proj(gated)  # type: ignore[no-any-return]
 
 
 def _activation(name: str | Activation) -> Activation:

@@ -232,7 +232,7 @@ INPUTS: dict[str, OpInputs] = {
         _linear,
     ),
     "grouped_linear": OpInputs(
-        _shapes("num_groups in_features out_features", (1, 1, 1), (5, 33, 7), (16, 64, 96)),
+        _shapes("num_groups in_features out_features", (1, 1, 1), (5, 33, 7), (16, 64, 96), (128, 256, 512)),
         _grouped_linear,
     ),
     "moe_route": OpInputs(_shapes("num_experts top_k", (1, 1), (8, 2), (60, 4)), _moe_route),

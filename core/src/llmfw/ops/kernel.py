@@ -33,6 +33,7 @@ class OpContext:
         linear: in_features, out_features, bias (0 or 1)
         grouped_linear: num_groups, in_features, out_features
         moe_route: num_experts, top_k
+        gated_linear: in_features, intermediate_size, bias (0 or 1)
         rms_norm, add_rms_norm, layer_norm: hidden_size
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size
         rope_and_cache: num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, qk_norm (0 or
@@ -40,6 +41,8 @@ class OpContext:
         paged_attention: num_heads, num_kv_heads, head_dim, v_head_dim, window (0: none), softcap
             (0 or 1), sinks (0 or 1), block_size
         embedding: num_embeddings, embedding_dim
+        prepare_decode: nothing
+        argmax: vocab_size
     """
 
     op: str

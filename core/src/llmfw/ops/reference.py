@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from llmfw.ops.reference_moe import grouped_linear, moe_route
+from llmfw.ops.reference_step import argmax, prepare_decode
+
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [T, in] @ weight [out, in]^T + bias [out] -> [T, out]."""
     return F.linear(x, weight, bias)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """silu_and_mul(linear(x, weight, bias)): weight [2I, in] and bias [2I] are gate, then up."""
+    return silu_and_mul(linear(x, weight, bias))
 
 
 def embedding(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -237,6 +244,7 @@ def _attend(
 REFERENCES: dict[str, Callable[..., object]] = {
     "linear": linear,
     "grouped_linear": grouped_linear,
+    "gated_linear": gated_linear,
     "embedding": embedding,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -247,4 +255,6 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "rope_and_cache": rope_and_cache,
     "paged_attention": paged_attention,
     "moe_route": moe_route,
+    "prepare_decode": prepare_decode,
+    "argmax": argmax,
 }

@@ -70,6 +70,12 @@ class OpTable:
             self._built[key], self.choices[key] = self._choose(context)
         return self._built[key]
 
+    def find(self, op: str, dtype: torch.dtype, **shape: int) -> Callable[..., Any] | None:
+        """As `resolve`, but None where nothing better than the reference serves."""
+        key = (op, dtype, tuple(sorted(shape.items())))
+        found = self.resolve(op, dtype, **shape)
+        return None if self.choices[key].chosen == "reference" else found
+
     def _choose(self, context: OpContext) -> tuple[Callable[..., Any], Choice]:
         refused: list[tuple[str, str]] = []
         ranked = sorted(

@@ -23,6 +23,7 @@ def kernels() -> list[Kernel]:
         )
         for op, supports in {
             "linear": _if_built,
+            "grouped_linear": _if_built,
             "rms_norm": _if_built,
             "add_rms_norm": _if_built,
             "silu_and_mul": _if_built,

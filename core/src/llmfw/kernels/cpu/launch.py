@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,23 @@ def linear(context: OpContext) -> Callable[..., torch.Tensor]:
             outs,
             _threads(),
         )
+        return out
+
+    return run
+
+
+def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
+    """`linear` for each group that has rows."""
+    shape = {name: context[name] for name in ("in_features", "out_features")}
+    product = linear(replace(context, op="linear", shape=shape))
+
+    def run(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        start = 0
+        for group, end in enumerate(ends.tolist()):
+            if end > start:
+                out[start:end] = product(x[start:end], weight[group])
+            start = end
         return out
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy.paged_decode import PagedDecode
+from llmfw.kernels.cupy.prefill import ContextBatch, Prefill
 from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
@@ -19,49 +21,82 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Neighbouring requests of a batch that one launch serves."""
+    """Neighbouring requests of a batch that one launch of paged_decode serves."""
 
     first: int
     requests: int
     max_q: int
     max_kv: int
+    settled: bool = False
 
 
-def parts_of(metadata: AttentionMetadata) -> tuple[Part, ...]:
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is served: what flash attention takes of its start, and the parts of the rest."""
+
+    contexts: ContextBatch | None
+    parts: tuple[Part, ...]
+
+
+def plan_batch(metadata: AttentionMetadata, prefill: Prefill) -> Plan:
     """Context requests and generation requests, apart."""
     count, contexts = metadata.num_requests, metadata.num_contexts
     if not contexts and metadata.max_query_len and metadata.max_kv_len:
-        return (Part(0, count, metadata.max_query_len, metadata.max_kv_len),)
+        longest_q, longest_kv = metadata.max_query_len, metadata.max_kv_len
+        return Plan(None, (Part(0, count, longest_q, longest_kv, settled=longest_q == 1),))
     spans = [(first, last) for first, last in ((0, contexts), (contexts, count)) if last > first]
-    return tuple(
+    parts = tuple(
         Part(
             first,
             last - first,
             max(metadata.query_lens[first:last]),
-            max(metadata.max_kv_len, *metadata.kv_lens[first:last]),
+            max(metadata.kv_lens[first:last]),
         )
         for first, last in spans
+    )
+    if contexts:
+        batch = _context_batch(metadata, parts[0].max_q)
+        if prefill.serves(batch):
+            return Plan(batch, parts[1:])
+    return Plan(None, parts)
+
+
+def _context_batch(metadata: AttentionMetadata, max_q: int) -> ContextBatch:
+    contexts, device = metadata.num_contexts, metadata.cu_query_lens.device
+    kv_lens = metadata.kv_lens[:contexts]
+    starts = torch.tensor([0, *itertools.accumulate(kv_lens)], dtype=torch.int32)
+    if device.type == "cuda":
+        starts = starts.pin_memory().to(device, non_blocking=True)
+    return ContextBatch(
+        requests=contexts,
+        tokens=metadata.num_context_tokens,
+        keys=sum(kv_lens),
+        max_q=max_q,
+        max_kv=max(kv_lens),
+        cu_q=metadata.cu_query_lens[: contexts + 1],
+        cu_k=starts,
     )
 
 
 class _Plans:
-    """The parts of the last batch, so that the layers of one step compute them once."""
+    """The plan of the last batch, so that the layers of one step make it once."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefill: Prefill) -> None:
+        self._prefill = prefill
         self._batch: Callable[[], AttentionMetadata | None] = lambda: None
-        self._parts: tuple[Part, ...] = ()
+        self._plan = Plan(None, ())
 
-    def of(self, metadata: AttentionMetadata) -> tuple[Part, ...]:
+    def of(self, metadata: AttentionMetadata) -> Plan:
         if self._batch() is not metadata:
-            self._parts = parts_of(metadata)
+            self._plan = plan_batch(metadata, self._prefill)
             self._batch = weakref.ref(metadata)
-        return self._parts
+        return self._plan
 
 
 def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `paged_attention` for one head layout."""
-    decode = PagedDecode(context)
-    heads, plans = decode.heads, _Plans()
+    decode, prefill = PagedDecode(context), Prefill(context)
+    heads, plans = decode.heads, _Plans(prefill)
 
     def call(
         q: torch.Tensor,
@@ -81,12 +116,23 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
             )
         if q.stride(-1) != 1 or q.stride(1) != heads.head_dim or q.data_ptr() % 16:
             q = q.contiguous()
-        out = torch.empty(
-            (q.shape[0], heads.num_heads * heads.v_dim), dtype=q.dtype, device=q.device
-        )
+        plan = plans.of(metadata)
+        out: torch.Tensor | None = None
+        if plan.contexts is not None:
+            first = plan.contexts.tokens
+            attended = prefill(
+                q[:first], k_cache, v_cache, view.block_tables, plan.contexts, scale, window
+            ).flatten(1)
+            if not plan.parts:
+                return attended
+            out = torch.empty((q.shape[0], attended.shape[1]), dtype=q.dtype, device=q.device)
+            out[:first] = attended
+        if out is None:
+            width = heads.num_heads * heads.v_dim
+            out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
         if sinks is not None and sinks.dtype is not torch.float32:
             sinks = sinks.float()
-        for part in plans.of(metadata):
+        for part in plan.parts:
             decode(
                 out,
                 q,
@@ -103,6 +149,7 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
                 window=window,
                 softcap=softcap,
                 sinks=sinks,
+                settled=part.settled,
             )
         return out
 

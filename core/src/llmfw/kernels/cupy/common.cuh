@@ -28,6 +28,23 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 #include "ptx.cuh"
 
+#ifndef PDL
+#define PDL 0
+#endif
+
+// With PDL a kernel starts while the one before it still runs; every kernel calls follow() before it reads or writes
+// what the one before writes or reads. Earlier it may read weights, and after follow_older() what was written two
+// kernels ago or earlier. PDL 1 lets the next kernel start when the one before is done, 2 at once; 0 does nothing.
+__device__ __forceinline__ void follow() {
+  if (PDL == 2) let_next_start();
+  if (PDL > 0) wait_for_previous();
+  if (PDL == 1) let_next_start();
+}
+
+__device__ __forceinline__ void follow_older() {
+  if (PDL == 2) follow();
+}
+
 // N scalars that move in one access.
 template <int N>
 struct alignas(N * sizeof(scalar)) Pack {
@@ -56,3 +73,5 @@ __device__ __forceinline__ float group_sum(float x) {
 }
 
 __device__ __forceinline__ float warp_sum(float x) { return group_sum<32>(x); }
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }

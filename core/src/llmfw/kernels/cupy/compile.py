@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmfw.cache import cache_dir as user_cache
-from llmfw.errors import KernelError
+from llmfw.errors import KernelError, UsageError
 
 if TYPE_CHECKING:
     from llmfw.kernels.cupy.launch import Launcher
@@ -23,6 +23,8 @@ logger = logging.getLogger("llmfw.kernels.cupy")
 
 FOLDER = Path(__file__).parent
 HEADERS = ("common.cuh", "ptx.cuh")
+OVERLAPS = ("0", "1", "2")
+DEFAULT_OVERLAP = "1"
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -125,6 +127,7 @@ class Module:
 
         self.index = device_index(device)
         self.source = source
+        self._overlaps = defines.get("PDL", 0) > 0
         with torch.cuda.device(self.index), cupy.cuda.Device(self.index):
             torch.cuda.current_stream().synchronize()  # the primary context exists and is current
             self._module: Any = cupy.cuda.function.Module()
@@ -134,7 +137,8 @@ class Module:
         """The function `name`; see `Launcher` for the signature."""
         from llmfw.kernels.cupy.launch import Launcher
 
-        return Launcher(self._module.get_function(name), name, signature, self.index)
+        function = self._module.get_function(name)
+        return Launcher(function, name, signature, self.index, self._overlaps)
 
 
 @functools.cache
@@ -144,8 +148,31 @@ def _load(source: str, index: int, defines: tuple[tuple[str, int], ...]) -> Modu
 
 def load(source: str, device: torch.device, dtype: torch.dtype, **defines: int) -> Module:
     """`source` compiled for this device, dtype and constants; the same module on every call."""
-    constants = {"DTYPE": DTYPE_CODES[dtype], **defines}
+    constants = constants_of(device, dtype, defines)
     return _load(source, device_index(device), tuple(sorted(constants.items())))
+
+
+def constants_of(
+    device: torch.device, dtype: torch.dtype, defines: Mapping[str, int]
+) -> dict[str, int]:
+    """All compile-time constants of a source: its own, the dtype, and how launches overlap."""
+    return {"DTYPE": DTYPE_CODES[dtype], "PDL": overlap(device), **defines}
+
+
+def overlap(device: torch.device) -> int:
+    """How kernels overlap with the one before: 0 not, 1 or 2 as common.cuh's `follow` tells.
+
+    `LLMFW_PDL` overrides it. Needs compute capability 9.0.
+
+    Raises:
+        UsageError: If `LLMFW_PDL` is not one of OVERLAPS.
+    """
+    asked = os.environ.get("LLMFW_PDL", DEFAULT_OVERLAP)
+    if asked not in OVERLAPS:
+        raise UsageError(f"LLMFW_PDL is {asked!r}", hint=f"use one of {', '.join(OVERLAPS)}")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return 0
+    return int(asked)
 
 
 def device_index(device: torch.device) -> int:

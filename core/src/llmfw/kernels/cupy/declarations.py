@@ -40,7 +40,7 @@ def _kernel(
     )
 
 
-KERNELS = (
+KERNELS: tuple[Kernel, ...] = (
     _kernel("rms_norm", "norm", "rms_norm", ALL),
     _kernel("add_rms_norm", "norm", "add_rms_norm", ALL),
     _kernel("layer_norm", "norm", "layer_norm", ALL),
@@ -50,6 +50,9 @@ KERNELS = (
     _kernel("rope_and_cache", "rope_cache", "rope_and_cache", ALL),
     _kernel("paged_attention", "attention", "paged_attention", HALVES, supports="paged_decode"),
     _kernel("linear", "linear", "linear", ALL),
+    _kernel("gated_linear", "gated_linear", "gated_linear", ALL),
+    _kernel("prepare_decode", "step", "prepare_decode", ALL),
+    _kernel("argmax", "step", "argmax", ALL),
 )
 
 

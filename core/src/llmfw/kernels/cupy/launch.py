@@ -1,7 +1,7 @@
 """Launch compiled kernels on torch's current stream with little work on the host.
 
-Arguments are packed into one buffer by a single `struct` call and handed to the driver; nothing is
-wrapped, converted or looked up a launch. A launch is an ordinary stream operation, so
+Grid and arguments are packed into one buffer by a single `struct` call and handed to the driver;
+nothing is wrapped, converted or looked up a launch. A launch is an ordinary stream operation, so
 `torch.cuda.graph` captures it.
 """
 
@@ -19,6 +19,9 @@ import torch
 from llmfw.errors import KernelError
 
 INVALID_CONTEXT = 201
+CONFIG = "7I4xQPI4x"  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
+PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+ATTRIBUTE_BYTES = 72  # CUlaunchAttribute: its number, padding, a union of 64 bytes
 Grid = tuple[int, int, int]
 
 
@@ -31,13 +34,9 @@ def driver() -> ctypes.CDLL:
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Declare cuLaunchKernel: function, grid, block, shared bytes, stream, arguments, extra."""
-    library.cuLaunchKernel.argtypes = [
-        ctypes.c_void_p,
-        *[ctypes.c_uint] * 7,
-        *[ctypes.c_void_p] * 3,
-    ]
-    library.cuLaunchKernel.restype = ctypes.c_int
+    """Declare cuLaunchKernelEx: configuration, function, arguments, extra."""
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    library.cuLaunchKernelEx.restype = ctypes.c_int
 
 
 def raw_stream_getter() -> Callable[[int], int]:
@@ -56,25 +55,35 @@ class Launcher:
         name: For messages.
         signature: One letter an argument: P pointer, q int64, i int32, f float32.
         index: Number of the device.
+        overlaps: Whether the kernel may start before the one launched before it is done (it then
+            waits itself, by `follow` in common.cuh).
 
     The argument buffer is the launcher's own: one thread at a time may use it.
     """
 
-    def __init__(self, function: Any, name: str, signature: str, index: int) -> None:
+    def __init__(
+        self, function: Any, name: str, signature: str, index: int, overlaps: bool = False
+    ) -> None:
         self.name = name
         self.index = index
         self._function = function
         self._handle = function.ptr
-        self._pack = struct.Struct("@" + signature)
-        self._buffer = ctypes.create_string_buffer(self._pack.size)
-        start = ctypes.addressof(self._buffer)
-        offsets = [
-            struct.calcsize("@" + signature[: i + 1]) - struct.calcsize("@" + letter)
-            for i, letter in enumerate(signature)
+        packing = struct.Struct("@" + CONFIG + signature)
+        self._buffer = ctypes.create_string_buffer(packing.size)
+        self._pack_into = packing.pack_into
+        self._config = ctypes.addressof(self._buffer)
+        ends = [struct.calcsize("@" + CONFIG + signature[: i + 1]) for i in range(len(signature))]
+        addresses = [
+            self._config + end - struct.calcsize(letter)
+            for end, letter in zip(ends, signature, strict=True)
         ]
-        self._arguments = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
+        self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
         self._arguments_address = ctypes.addressof(self._arguments)
-        self._launch = driver().cuLaunchKernel
+        self._attributes = ctypes.create_string_buffer(ATTRIBUTE_BYTES)
+        struct.pack_into("@i4xi", self._attributes, 0, PROGRAMMATIC_SERIALIZATION, 1)
+        self._attributes_address = ctypes.addressof(self._attributes) if overlaps else 0
+        self._attribute_count = int(overlaps)
+        self._launch = driver().cuLaunchKernelEx
         self._stream = raw_stream_getter()
 
     def __call__(self, grid: Grid, block: Grid, *args: float) -> None:
@@ -83,24 +92,25 @@ class Launcher:
         Raises:
             KernelError: If the driver refuses the launch.
         """
-        self._pack.pack_into(self._buffer, 0, *args)
-        stream = self._stream(self.index)
-        code = self._launch(self._handle, *grid, *block, 0, stream, self._arguments_address, None)
+        self._pack_into(
+            self._buffer,
+            0,
+            *grid,
+            *block,
+            0,
+            self._stream(self.index),
+            self._attributes_address,
+            self._attribute_count,
+            *args,
+        )
+        code = self._launch(self._config, self._handle, self._arguments_address, None)
         if code:
             self._failed(code, grid, block)
 
     def _failed(self, code: int, grid: Grid, block: Grid) -> None:
         if code == INVALID_CONTEXT:  # a thread that has not used the device yet
             torch.cuda.set_device(self.index)
-            code = self._launch(
-                self._handle,
-                *grid,
-                *block,
-                0,
-                self._stream(self.index),
-                self._arguments_address,
-                None,
-            )
+            code = self._launch(self._config, self._handle, self._arguments_address, None)
             if code == 0:
                 return
         text = ctypes.c_char_p()

@@ -62,6 +62,7 @@ __device__ __forceinline__ void write_rms(scalar* out, const float (&values)[PER
 
 extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     rms_norm(scalar* out, const scalar* x, const scalar* weight, int rows, float eps, float offset) {
+  follow();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
   float values[PER_LANE][VEC] = {};
@@ -78,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
 
 extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     add_rms_norm(scalar* x, scalar* residual, const scalar* weight, int rows, float eps, float offset) {
+  follow();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
   float values[PER_LANE][VEC] = {};
@@ -101,6 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
 // weight and bias may be null.
 extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     layer_norm(scalar* out, const scalar* x, const scalar* weight, const scalar* bias, int rows, float eps) {
+  follow();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
   float values[PER_LANE][VEC] = {};

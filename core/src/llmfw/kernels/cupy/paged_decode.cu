@@ -7,8 +7,8 @@
 // Launch: block WARPS * 32, grid (kv_heads * row tiles, splits, requests). The queries of one KV head (GROUP heads
 //   times the request's query tokens) are rows; a row tile holds ROWS of them. A block walks its split of the
 //   visible keys; its warps take tiles of 16 keys in turn. Lengths are read here, so the grid fits any batch
-//   of that many requests: blocks without work leave at once, and the last block of a request's head to
-//   finish combines the splits (counters return to zero).
+//   of that many requests: a request takes as many splits as its length is worth (at least least_share tiles each),
+//   blocks without work leave at once, and the last of its blocks to finish combines (counters return to zero).
 // Numbers: float32 softmax and accumulation; probabilities are rounded to the 16-bit type for the product with V.
 //
 // K and V go from memory straight to mma operands. The order of the summed dimension is free, so a lane's 16 bytes
@@ -54,8 +54,9 @@ constexpr int V_REGS = V_DIM / 16;
 constexpr int OUT_TILES = V_DIM / 8;
 constexpr int PARTS = ROWS / 8;  // rows g, and g + 8 if ROWS is 16
 constexpr int PITCH = V_DIM + 4;
-constexpr int MAX_SPLITS = 64;
+constexpr int AT_ONCE = 8;  // splits that a thread reads at once when it combines them
 constexpr int THREADS = WARPS * 32;
+constexpr int UNSPLIT_ROUNDS = 3;  // a request of so few rounds of a block's warps is not worth a meeting
 static_assert(HEAD_DIM % 16 == 0 && V_DIM % 16 == 0 && BLOCK_SIZE % 8 == 0, "what the tiles can hold");
 static_assert(ROWS == 8 || ROWS == 16, "rows of an mma tile");
 
@@ -147,33 +148,58 @@ __device__ __forceinline__ constexpr int out_dim(int n, int column) {
                                 : 64 * V8 + 32 * V4 + column * 2 + (n - 8 * V8 - 4 * V4);
 }
 
+// The block of this warp's first tile where that is known without the request's length, else -1. May be rubbish where
+// the request has no such tile.
+__device__ __forceinline__ int first_page(const int* table, int table_width, int window, int split) {
+  if (window > 0 || split > 0 || BLOCK_SIZE % 16) return -1;
+  return table[min(int(threadIdx.x) / 32 * 16 / BLOCK_SIZE, table_width - 1)];
+}
+
 // e^(x - y) for exponents of base 2, where both may be minus infinity.
 __device__ __forceinline__ float weight_of(float x, float y) { return x == NEG_INF ? 0.0f : exp2_fast(x - y); }
+
+// Four dims of a row's output, from their sum and the sum of the weights.
+__device__ __forceinline__ void store_result(scalar* out, float4 y, float total, int q_start, int row, int kv_heads,
+                                             int kv_head, int quad) {
+  const float inverse = total > 0 ? 1.0f / total : 0.0f;
+  Pack<4> result;
+  result.at[0] = from_float(y.x * inverse);
+  result.at[1] = from_float(y.y * inverse);
+  result.at[2] = from_float(y.z * inverse);
+  result.at[3] = from_float(y.w * inverse);
+  const i64 head = i64(q_start + row / GROUP) * kv_heads * GROUP + kv_head * GROUP + row % GROUP;
+  store<4>(out + head * V_DIM + quad * 4, result);
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     paged_decode(scalar* out, const scalar* q, const scalar* k_cache, const scalar* v_cache, const int* block_tables,
                  const int* cu_query_lens, const int* kv_lens, const float* sinks, float4* partial,
                  float2* partial_stats, int* counters, i64 q_stride, i64 table_stride, i64 k_block_stride,
                  i64 k_slot_stride, i64 v_block_stride, i64 v_slot_stride, int kv_heads, int first_request,
-                 int window, float scale, float softcap) {
+                 int table_width, int window, int least_share, int fresh, float scale, float softcap) {
   const int request = first_request + blockIdx.z;
   const int kv_head = blockIdx.x % kv_heads;
   const int row0 = blockIdx.x / kv_heads * ROWS;
+  const int split = blockIdx.y;
+  const int* table = block_tables + request * table_stride;
+  follow_older();
+  const int guess = first_page(table, table_width, window, split);
   const int q_start = cu_query_lens[request];
   const int q_len = cu_query_lens[request + 1] - q_start;
   const int rows = q_len * GROUP;
   if (row0 >= rows) return;
 
-  // Keys that some row of the tile sees, and this block's share of them.
+  // Keys that some row of the tile sees, and this block's share of them: whole rounds of its warps.
   const int kv_len = max(kv_lens[request], q_len);
   const int first_position = kv_len - q_len + row0 / GROUP;
   const int last_position = kv_len - q_len + (min(row0 + ROWS, rows) - 1) / GROUP;
   const int begin = window > 0 ? max(0, first_position - window + 1) / 16 : 0;
   const int end = last_position / 16 + 1;
   const int splits = gridDim.y;
-  const int share = max(WARPS, (end - begin + splits - 1) / splits);
-  const int active = (end - begin + share - 1) / share;
-  const int split = blockIdx.y;
+  const int tiles = end - begin;
+  int share = max((tiles + splits - 1) / splits, tiles <= UNSPLIT_ROUNDS * WARPS ? tiles : least_share);
+  share = (share + WARPS - 1) / WARPS * WARPS;
+  const int active = (tiles + share - 1) / share;
   if (split >= active) return;
   const int stop = min(begin + (split + 1) * share, end);
 
@@ -181,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   Cache cache;
   cache.k = k_cache + kv_head * HEAD_DIM;
   cache.v = v_cache + kv_head * V_DIM;
-  cache.table = block_tables + request * table_stride;
+  cache.table = table;
   cache.k_block = k_block_stride;
   cache.k_slot = k_slot_stride;
   cache.v_block = v_block_stride;
@@ -193,11 +219,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   int pages[2];
   Offsets at;
   if (tile < stop) {
-    find_pages(pages, cache, tile);
+    if (guess < 0)
+      find_pages(pages, cache, tile);
+    else
+      pages[0] = pages[1] = guess;
     at = locate(pages, cache, tile);
+    if (tile + WARPS < stop) find_pages(pages, cache, tile + WARPS);
+  }
+  // Keys of earlier steps need not wait for the kernel that writes this step's; `fresh` keys before the request's new
+  // ones may be this step's too, of a request that it shares blocks with.
+  const bool old = (tile + 1) * 16 <= kv_len - q_len - fresh;
+  if (PDL && old && tile < stop) {
     load_keys(k, cache, at, g, c);
     load_values(v, cache, at, g, c);
-    if (tile + WARPS < stop) find_pages(pages, cache, tile + WARPS);
+  }
+  follow();
+  if (!(PDL && old) && tile < stop) {
+    load_keys(k, cache, at, g, c);
+    load_values(v, cache, at, g, c);
   }
 
   // Rows g and g + 8 of the tile: q in the order of load_keys, and the range of keys each sees.
@@ -305,7 +344,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   // The block's warps meet: each leaves its maximum, sum and unscaled output.
   alignas(16) __shared__ float slab[WARPS][ROWS * PITCH];
   __shared__ float2 stats[WARPS][ROWS];
-  static_assert(sizeof(float) * WARPS * PITCH >= sizeof(float2) * MAX_SPLITS, "the slab also holds a row's splits");
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
     const int row = part * 8 + g;
@@ -351,60 +389,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       total = total * fade + exp2_fast(sink - peak);
       y = make_float4(y.x * fade, y.y * fade, y.z * fade, y.w * fade);
     }
-    const float inverse = total > 0 ? 1.0f / total : 0.0f;
-    Pack<4> result;
-    result.at[0] = from_float(y.x * inverse);
-    result.at[1] = from_float(y.y * inverse);
-    result.at[2] = from_float(y.z * inverse);
-    result.at[3] = from_float(y.w * inverse);
-    const i64 token = q_start + (row0 + row) / GROUP;
-    store<4>(out + (token * kv_heads * GROUP + head) * V_DIM + quad * 4, result);
+    store_result(out, y, total, q_start, row0 + row, kv_heads, kv_head, quad);
   }
   if (active == 1) return;
 
   // The last of the request's blocks for these rows combines what all left.
   __shared__ bool is_last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    is_last = atomicAdd(counters + place, 1) == active - 1;
+    is_last = add_release_acquire(counters + place, 1) == active - 1;
     if (is_last) counters[place] = 0;
   }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
-  float2* all_stats = reinterpret_cast<float2*>(&slab[0][0]);  // [row][split]
-  for (int item = threadIdx.x; item < rows_here * active; item += THREADS) {
-    const int row = item % rows_here, other = item / rows_here;
-    all_stats[row * active + other] = load_l2(partial_stats + (place * splits + other) * ROWS + row);
-  }
-  __syncthreads();
   for (int item = threadIdx.x; item < rows_here * QUADS; item += THREADS) {
     const int row = item / QUADS, quad = item % QUADS;
     const int head = kv_head * GROUP + (row0 + row) % GROUP;
-    const float2* row_stats = all_stats + row * active;
-    float high = sinks ? sinks[head] * LOG2E : NEG_INF;
-    for (int other = 0; other < active; ++other) high = fmaxf(high, row_stats[other].x);
-    float total = sinks ? exp2_fast(sinks[head] * LOG2E - high) : 0.0f;
+    float high = sinks ? sinks[head] * LOG2E : NEG_INF, total = sinks ? 1.0f : 0.0f;
     float4 y = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-    for (int other = 0; other < active; ++other) {
-      const float4 x = load_l2(partial + ((place * splits + other) * ROWS + row) * QUADS + quad);
-      const float fade = weight_of(row_stats[other].x, high);
-      total += row_stats[other].y * fade;
-      y.x += x.x * fade;
-      y.y += x.y * fade;
-      y.z += x.z * fade;
-      y.w += x.w * fade;
+    for (int other = 0; other < active; other += AT_ONCE) {
+      float4 x[AT_ONCE];
+      float2 its[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const i64 index = (place * splits + min(other + i, active - 1)) * ROWS + row;
+        x[i] = load_l2(partial + index * QUADS + quad);
+        its[i] = load_l2(partial_stats + index);
+      }
+      float peak = high;
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) peak = fmaxf(peak, its[i].x);
+      const float fade = weight_of(high, peak);
+      high = peak;
+      total *= fade;
+      y = make_float4(y.x * fade, y.y * fade, y.z * fade, y.w * fade);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const float part = other + i < active ? weight_of(its[i].x, high) : 0.0f;
+        total += its[i].y * part;
+        y.x += x[i].x * part;
+        y.y += x[i].y * part;
+        y.z += x[i].z * part;
+        y.w += x[i].w * part;
+      }
     }
-    const float inverse = total > 0 ? 1.0f / total : 0.0f;
-    Pack<4> result;
-    result.at[0] = from_float(y.x * inverse);
-    result.at[1] = from_float(y.y * inverse);
-    result.at[2] = from_float(y.z * inverse);
-    result.at[3] = from_float(y.w * inverse);
-    const i64 token = q_start + (row0 + row) / GROUP;
-    store<4>(out + (token * kv_heads * GROUP + head) * V_DIM + quad * 4, result);
+    store_result(out, y, total, q_start, row0 + row, kv_heads, kv_head, quad);
   }
 }
 

@@ -8,14 +8,16 @@ import torch
 
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy.compile import device_index, load
-from llmfw.kernels.cupy.launch import pointer
+from llmfw.kernels.cupy.launch import Launcher, pointer
 from llmfw.ops.kernel import OpContext
 
-WARPS = 4
 MAX_SPLITS = 64
-KEYS_OF_A_ROUND = 16 * WARPS  # the least work of a block
 COUNTERS = 1 << 16
-WAVES = 4  # blocks wanted for each that fits the device at once: evens out unequal lengths
+KEYS_OF_A_TILE = 16
+SHARED_BYTES = 48 << 10
+LONG_SHARE = 2048  # keys that a block walks at least where the requests alone fill the device
+LONG_WAVES = 2  # of blocks, so that such requests are split at all
+UNSETTLED = 1 << 30  # more keys than any request has
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,57 @@ def supports(context: OpContext) -> str | None:
     return None
 
 
-def resident_blocks(dim: int) -> int:
+def resident_blocks(dim: int, warps: int) -> int:
     """Blocks of one multiprocessor at once, which sets the registers that each may use."""
-    return 4 if dim <= 64 else 3 if dim <= 96 else 2 if dim <= 128 else 1
+    of_four_warps = 4 if dim <= 64 else 3 if dim <= 96 else 2 if dim <= 128 else 1
+    return max(1, of_four_warps * 4 // warps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch is divided.
+
+    Args:
+        rows: Query rows of a block.
+        warps: Warps of a block.
+        columns: Blocks a request and split.
+        splits: Most parts that a request's keys are divided into.
+        least_share: Fewest tiles of 16 keys that a part has.
+    """
+
+    rows: int
+    warps: int
+    columns: int
+    splits: int
+    least_share: int
+
+
+def plan_launch(
+    heads: Heads, requests: int, max_q: int, max_kv: int, sms: int, splits: int | None = None
+) -> Plan:
+    """Divide a batch of at most these lengths over the device; `splits` overrides the rule.
+
+    Few blocks get 8 warps each, so that less is left to combine. Splits fill the device once: more
+    cost more than they gain. Where the requests alone fill it, only very long ones are split.
+    """
+    widest = max(heads.head_dim, heads.v_dim)
+    rows = 16 if heads.group * max_q > 8 and widest <= 128 else 8
+    columns = heads.num_kv_heads * -(-heads.group * max_q // rows)
+    blocks = columns * requests
+    resident = resident_blocks(widest, 8)
+    wide = blocks <= sms * resident and 8 * rows * (widest + 4) * 4 < SHARED_BYTES - 2048
+    warps = 8 if wide else 4
+    slots = sms * resident_blocks(widest, warps)
+    round_keys = KEYS_OF_A_TILE * warps
+    if splits is not None:
+        return Plan(rows, warps, columns, splits, warps)
+    if blocks > COUNTERS:
+        return Plan(rows, warps, columns, 1, warps)
+    if blocks <= slots // 2:
+        splits = min(slots // blocks, -(-max_kv // round_keys))
+        return Plan(rows, warps, columns, min(splits, MAX_SPLITS), warps)
+    splits = min(-(-LONG_WAVES * slots // blocks), -(-max_kv // LONG_SHARE), MAX_SPLITS)
+    return Plan(rows, warps, columns, splits, LONG_SHARE // KEYS_OF_A_TILE)
 
 
 class PagedDecode:
@@ -71,14 +121,26 @@ class PagedDecode:
     """
 
     def __init__(self, context: OpContext) -> None:
-        self.heads = heads = Heads.of(context)
-        device, widest = context.info.device, max(heads.head_dim, heads.v_dim)
-        self.resident = resident_blocks(widest)
-        row_tiles = (8,) if widest > 128 else (8, 16)
-        self._launch = {
-            rows: load(
+        self.heads = Heads.of(context)
+        self._context = context
+        device = context.info.device
+        self._launchers: dict[tuple[int, int], Launcher] = {}
+        properties = torch.cuda.get_device_properties(device_index(device))
+        self._sms = properties.multi_processor_count
+        self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+    def plan(self, requests: int, max_q: int, max_kv: int, splits: int | None = None) -> Plan:
+        """How a batch of at most these lengths is launched."""
+        return plan_launch(self.heads, requests, max_q, max_kv, self._sms, splits)
+
+    def launcher(self, rows: int, warps: int) -> Launcher:
+        """The kernel for blocks of so many rows and warps, compiled when first wanted."""
+        found = self._launchers.get((rows, warps))
+        if found is None:
+            heads, context = self.heads, self._context
+            found = load(
                 "paged_decode.cu",
-                device,
+                context.info.device,
                 context.dtype,
                 HEAD_DIM=heads.head_dim,
                 V_DIM=heads.v_dim,
@@ -86,24 +148,11 @@ class PagedDecode:
                 ROWS=rows,
                 BLOCK_SIZE=heads.block_size,
                 SOFTCAP=int(heads.softcap),
-                WARPS=WARPS,
-                MIN_BLOCKS=self.resident,
-            ).launcher("paged_decode", "PPPPPPPPPPPqqqqqqiiiff")
-            for rows in row_tiles
-        }
-        properties = torch.cuda.get_device_properties(device_index(device))
-        self._sms = properties.multi_processor_count
-        self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-    def grid(self, requests: int, max_q: int, max_kv: int) -> tuple[int, int, int]:
-        """(rows of a tile, blocks a request, splits) for a batch of at most these lengths."""
-        rows = self.heads.group * max_q
-        tile = 8 if rows <= 8 or 16 not in self._launch else 16
-        columns = self.heads.num_kv_heads * -(-rows // tile)
-        blocks = columns * requests
-        wanted = -(-WAVES * self._sms * self.resident // blocks)
-        splits = max(1, min(wanted, MAX_SPLITS, -(-max_kv // KEYS_OF_A_ROUND)))
-        return tile, columns, splits if blocks <= COUNTERS else 1
+                WARPS=warps,
+                MIN_BLOCKS=resident_blocks(max(heads.head_dim, heads.v_dim), warps),
+            ).launcher("paged_decode", "PPPPPPPPPPPqqqqqqiiiiiiff")
+            self._launchers[rows, warps] = found
+        return found
 
     def __call__(
         self,
@@ -123,29 +172,30 @@ class PagedDecode:
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        settled: bool = False,
         splits: int | None = None,
     ) -> None:
         """Attend for `requests` requests from `first_request` on, into their rows of `out`.
 
         out: [T, heads * v_dim]. max_q and max_kv bound the lengths, which the kernel reads from the
-        device. `splits` overrides the plan.
+        device. settled: all requests of the batch generate one token, so that all keys but the last
+        block's are those of earlier steps. `splits` overrides the plan.
         """
         heads = self.heads
         if bool(softcap) != heads.softcap:
             raise KernelError(
                 f"paged_decode was built with softcap {heads.softcap}, called with {softcap}"
             )
-        tile, columns, planned = self.grid(requests, max_q, max_kv)
-        splits = planned if splits is None else splits
+        plan = self.plan(requests, max_q, max_kv, splits)
         partial = stats = 0
-        if splits > 1:
-            slots = requests * columns * splits * tile
+        if plan.splits > 1:
+            slots = requests * plan.columns * plan.splits * plan.rows
             workspace = torch.empty(slots * (heads.v_dim + 2), dtype=torch.float32, device=q.device)
             partial = workspace.data_ptr()
             stats = partial + slots * heads.v_dim * 4
-        self._launch[tile](
-            (columns, splits, requests),
-            (WARPS * 32, 1, 1),
+        self.launcher(plan.rows, plan.warps)(
+            (plan.columns, plan.splits, requests),
+            (plan.warps * 32, 1, 1),
             out.data_ptr(),
             q.data_ptr(),
             k_cache.data_ptr(),
@@ -165,7 +215,10 @@ class PagedDecode:
             v_cache.stride(1),
             heads.num_kv_heads,
             first_request,
+            block_tables.shape[1],
             window or 0,
+            plan.least_share,
+            heads.block_size if settled else UNSETTLED,
             scale,
             softcap or 0.0,
         )

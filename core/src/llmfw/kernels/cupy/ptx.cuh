@@ -28,6 +28,11 @@ __device__ __forceinline__ scalar from_float(float x) {
 #endif
 }
 
+// Programmatic dependent launch: what earlier kernels wrote is there after the wait; the next kernel may be started
+// once every block of this one said so.
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // 16, 8 or 4 bytes that are read once: past L1, read-only for the kernel's whole life.
 __device__ __forceinline__ uint4 stream16(const void* p) {
   uint4 x;
@@ -63,6 +68,13 @@ __device__ __forceinline__ float2 load_l2(const float2* p) {
   float2 x;
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(p) : "memory");
   return x;
+}
+
+// Adds to a counter; what the block wrote before a barrier is seen by who reads after the count that he gets.
+__device__ __forceinline__ int add_release_acquire(int* p, int x) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
+  return old;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -18,6 +18,13 @@
 #define ROWS 8
 #endif
 
+#ifndef T
+#define T 1
+#endif
+#ifndef KW
+#define KW 8
+#endif
+
 #if DTYPE != F32
 
 constexpr int WARPS = 8;
@@ -25,13 +32,11 @@ constexpr int TILES = ROWS / 8;  // mma tiles over the rows of x
 static_assert(IN % 64 == 0 && ROWS % 8 == 0, "whole stretches and tiles");
 
 // The weight's part of one stretch of 64 values: [16-row tile][row g, row g + 8][16-byte load].
-template <int T>
 struct Stretch {
   uint4 at[T][2][2];
 };
 
-template <int T>
-__device__ __forceinline__ void fetch(Stretch<T>& w, const scalar* const (&source)[T][2], int k) {
+__device__ __forceinline__ void fetch(Stretch& w, const scalar* const (&source)[T][2], int k) {
 #pragma unroll
   for (int t = 0; t < T; ++t)
 #pragma unroll
@@ -40,9 +45,8 @@ __device__ __forceinline__ void fetch(Stretch<T>& w, const scalar* const (&sourc
       for (int j = 0; j < 2; ++j) w.at[t][half][j] = stream16(source[t][half] + k + 32 * j);
 }
 
-template <int T, int KW>
-__device__ __forceinline__ void skinny(scalar* y, const scalar* x, const scalar* weight, const scalar* bias,
-                                       int outputs, int rows) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    skinny(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, int outputs, int rows) {
   constexpr int TEAMS = WARPS / KW;
   constexpr int TURNS = IN / 64;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % KW, team = warp / KW;
@@ -59,10 +63,11 @@ __device__ __forceinline__ void skinny(scalar* y, const scalar* x, const scalar*
   for (int n = 0; n < TILES; ++n) operand[n] = x + i64(min(n * 8 + g, rows - 1)) * IN + 8 * c;
 
   float sum[T][TILES][4] = {};
-  Stretch<T> w, next;
-  if (part < TURNS) fetch<T>(w, source, part * 64);
+  Stretch w, next;
+  if (part < TURNS) fetch(w, source, part * 64);
+  follow();
   for (int turn = part; turn < TURNS; turn += KW) {
-    if (turn + KW < TURNS) fetch<T>(next, source, (turn + KW) * 64);
+    if (turn + KW < TURNS) fetch(next, source, (turn + KW) * 64);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -102,22 +107,5 @@ __device__ __forceinline__ void skinny(scalar* y, const scalar* x, const scalar*
     }
   }
 }
-
-#define VARIANT(T, KW)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                      \
-      skinny_t##T##_k##KW(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, int outputs,    \
-                          int rows) {                                                                           \
-    skinny<T, KW>(y, x, weight, bias, outputs, rows);                                                           \
-  }
-
-VARIANT(1, 1)
-VARIANT(1, 2)
-VARIANT(1, 4)
-VARIANT(1, 8)
-#if ROWS <= 32
-VARIANT(2, 2)
-VARIANT(2, 4)
-VARIANT(2, 8)
-#endif
 
 #endif

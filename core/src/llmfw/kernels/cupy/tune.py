@@ -12,30 +12,31 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from llmfw.errors import UsageError
 from llmfw.kernels.cupy.compile import (
-    DTYPE_CODES,
     arch_of,
     cache_dir,
     compile_cubin,
+    constants_of,
     device_index,
     source_digest,
 )
-from llmfw.kernels.cupy.linear import BUCKETS, CUBLAS, GEMV_ROWS, Variant, product, variants
+from llmfw.kernels.cupy.products import GEMV_ROWS, Variant
 from llmfw.ops.kernel import OpContext
 
 logger = logging.getLogger("llmfw.kernels.cupy")
 
 SETTINGS = ("auto", "off", "again")
 COLD_BYTES = 160 << 20  # weights are rotated through at least this much memory, past every cache
-MARGIN = 0.99  # an own kernel must take less than this part of cuBLAS' time
+MARGIN = 0.99  # an own kernel must take less than this part of the other's time
+OTHERWISE = "otherwise"
 
 
 def setting() -> str:
@@ -50,21 +51,47 @@ def setting() -> str:
     return value
 
 
-def choices(context: OpContext) -> dict[int, Variant | None]:
-    """The kernel for each bucket of rows, None where cuBLAS wins."""
-    in_features, dtype = context["in_features"], context.dtype
-    known = {bucket: variants(bucket, in_features, dtype) for bucket in BUCKETS}
+@dataclass(frozen=True)
+class Contest:
+    """What may serve a product of few rows.
+
+    Args:
+        context: The op, dtype and shape.
+        variants: Own kernels by bucket of rows.
+        weight_rows: Rows of the weight.
+        outputs: Values of a row of the result.
+        otherwise: Serves where no own kernel does, called with (x, weight) and perhaps a bias.
+    """
+
+    context: OpContext
+    variants: Mapping[int, tuple[Variant, ...]]
+    weight_rows: int
+    outputs: int
+    otherwise: Callable[..., torch.Tensor]
+
+    @property
+    def key(self) -> str:
+        """Its name in the table of results."""
+        dtype = str(self.context.dtype).removeprefix("torch.")
+        gated = " gated" if self.weight_rows != self.outputs else ""
+        return f"{dtype} {self.context['in_features']} -> {self.weight_rows}{gated}"
+
+
+def choices(contest: Contest) -> dict[int, Variant]:
+    """The kernel for each bucket of rows where an own one wins."""
+    known = contest.variants
     if setting() == "off":
-        return {bucket: guess(bucket, known[bucket]) for bucket in BUCKETS}
-    index = device_index(context.info.device)
-    table = _Table.of(index)
-    key = f"{str(dtype).removeprefix('torch.')} {in_features} -> {context['out_features']}"
+        guesses = {bucket: guess(bucket, known[bucket]) for bucket in known}
+        return {bucket: variant for bucket, variant in guesses.items() if variant is not None}
+    table = _Table.of(device_index(contest.context.info.device))
+    key = contest.key
     if key not in table.entries or (setting() == "again" and key not in table.fresh):
-        table.put(key, measure(context, known))
-    names = {bucket: table.best(key, bucket) for bucket in BUCKETS}
+        table.put(key, measure(contest))
     return {
-        bucket: next((v for v in known[bucket] if v.name == names[bucket]), None)
-        for bucket in BUCKETS
+        bucket: variant
+        for bucket in known
+        for variant in known[bucket]
+        if variant.name == table.best(key, bucket)
     }
 
 
@@ -72,7 +99,7 @@ def guess(bucket: int, known: tuple[Variant, ...]) -> Variant | None:
     """A choice without measuring: own kernels for up to 4 rows only."""
     if bucket not in GEMV_ROWS:
         return None
-    return next((v for v in known if v.name == "gemv_r2_k2_u2"), known[0] if known else None)
+    return next((v for v in known if v.name.endswith("_k2_u2")), known[0] if known else None)
 
 
 class _Table:
@@ -108,9 +135,9 @@ class _Table:
     def best(self, key: str, bucket: int) -> str:
         times = self.entries[key].get(str(bucket), {})
         if not times:
-            return CUBLAS
+            return OTHERWISE
         name = min(times, key=lambda one: times[one])
-        return name if times[name] < MARGIN * times.get(CUBLAS, float("inf")) else CUBLAS
+        return name if times[name] < MARGIN * times.get(OTHERWISE, float("inf")) else OTHERWISE
 
 
 def table_path(index: int) -> Path:
@@ -129,65 +156,64 @@ def table_path(index: int) -> Path:
     return cache_dir() / f"tune-{gpu.replace(' ', '-')}-{digest}.json"
 
 
-def measure(
-    context: OpContext, known: dict[int, tuple[Variant, ...]]
-) -> dict[str, dict[str, float]]:
-    """Microseconds of every variant and of cuBLAS, by bucket."""
+def measure(contest: Contest) -> dict[str, dict[str, float]]:
+    """Microseconds of every variant and of what serves otherwise, by bucket."""
     start = time.perf_counter()
-    _compile_all(context, known)
+    _compile_all(contest)
     compiled = time.perf_counter()
-    in_features, out_features = context["in_features"], context["out_features"]
-    device = context.info.device
-    size = in_features * out_features * context.dtype.itemsize
+    context, in_features = contest.context, contest.context["in_features"]
+    dtype, device = context.dtype, context.info.device
+    size = in_features * contest.weight_rows * dtype.itemsize
     copies = max(2, -(-COLD_BYTES // size))
-    weights = torch.empty((copies, out_features, in_features), dtype=context.dtype, device=device)
-    weights.normal_(0, 0.02)
+    shape = (copies, contest.weight_rows, in_features)
+    weights = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02)
     launches = min(128, max(16, int(3e9 / size)))  # about a millisecond a replay
     times: dict[str, dict[str, float]] = {}
-    for bucket in BUCKETS:
-        x = torch.randn((bucket, in_features), dtype=context.dtype, device=device)
-        out = torch.empty((bucket, out_features), dtype=context.dtype, device=device)
-        found = {CUBLAS: graph_time([_cublas(x, weight) for weight in weights], launches)}
-        for variant in known[bucket]:
-            run = product(variant, bucket, context)
-            found[variant.name] = graph_time(
+    for bucket, found in contest.variants.items():
+        x = torch.randn((bucket, in_features), dtype=dtype, device=device)
+        out = torch.empty((bucket, contest.outputs), dtype=dtype, device=device)
+        runs = [functools.partial(contest.otherwise, x, weight) for weight in weights]
+        results = {OTHERWISE: graph_time(runs, launches)}
+        for variant in found:
+            run = variant.build(bucket, context, contest.outputs)
+            results[variant.name] = graph_time(
                 [functools.partial(run, x, weight, None, out, bucket) for weight in weights],
                 launches,
             )
-        times[str(bucket)] = {name: round(value, 3) for name, value in found.items()}
+        times[str(bucket)] = {name: round(value, 3) for name, value in results.items()}
     logger.info(
-        "tuned %d -> %d (%s): compiled in %.1f s, measured in %.1f s",
-        in_features,
-        out_features,
-        context.dtype,
+        "tuned %s: compiled in %.1f s, measured in %.1f s",
+        contest.key,
         compiled - start,
         time.perf_counter() - compiled,
     )
     return times
 
 
-def _cublas(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    return functools.partial(F.linear, x, weight)
-
-
-def _compile_all(context: OpContext, known: dict[int, tuple[Variant, ...]]) -> None:
+def _compile_all(contest: Contest) -> None:
     """Fill the cache of machine code, several sources at once."""
+    context = contest.context
     arch = arch_of(device_index(context.info.device))
-    jobs = {(variant.source, bucket) for bucket, found in known.items() for variant in found}
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for job in [
+    jobs = {
+        (variant.source, tuple(sorted(variant.constants(bucket, context).items())))
+        for bucket, found in contest.variants.items()
+        for variant in found
+    }
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        started = [
             pool.submit(
                 compile_cubin,
                 source,
                 arch,
-                {"DTYPE": DTYPE_CODES[context.dtype], "IN": context["in_features"], "ROWS": bucket},
+                constants_of(context.info.device, context.dtype, dict(constants)),
             )
-            for source, bucket in sorted(jobs)
-        ]:
+            for source, constants in sorted(jobs)
+        ]
+        for job in started:
             job.result()
 
 
-def graph_time(runs: list[Callable[[], object]], launches: int = 64, repeats: int = 4) -> float:
+def graph_time(runs: Sequence[Callable[[], object]], launches: int = 64, repeats: int = 4) -> float:
     """Microseconds of one run: the least over replays of a graph that takes `runs` in turn."""
     for run in runs[:2]:
         run()

@@ -1,0 +1,99 @@
+"""The op `gated_linear`: gate and up in one product with silu(gate) * up at its end, for few rows.
+
+gemv.cu serves 1, 2 and 4 rows where it beats the product and the activation apart; these serve the
+rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from llmfw.kernels.cupy import linear as plain
+from llmfw.kernels.cupy.activation import gated_activation
+from llmfw.kernels.cupy.activation import supports as activation_supports
+from llmfw.kernels.cupy.products import GEMV_ROWS, Variant, by_rows, gemv_variant, serves
+from llmfw.kernels.cupy.tune import Contest, choices
+from llmfw.ops.kernel import OpContext
+
+VARIANTS = (  # pairs of rows of a warp, warps that share them, packs in flight
+    (1, 1, 2),
+    (1, 1, 4),
+    (1, 2, 2),
+    (1, 4, 2),
+    (1, 4, 4),
+    (1, 8, 2),
+    (2, 8, 1),
+)
+
+
+def supports(context: OpContext) -> str | None:
+    """What the product and the activation support."""
+    return plain.supports(_product(context)) or activation_supports(_activation(context))
+
+
+def variants(bucket: int, in_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
+    """The kernels that can serve exactly `bucket` rows."""
+    stretch = 32 * 16 // dtype.itemsize
+    return tuple(
+        gemv_variant("gated", r, k, u, GATED=1)
+        for r, k, u in VARIANTS
+        if k * stretch <= in_features and bucket in GEMV_ROWS
+    )
+
+
+def contest(context: OpContext) -> Contest:
+    """What may serve the op for one weight shape."""
+    in_features, width = context["in_features"], context["intermediate_size"]
+    product, act = plain.linear(_product(context)), gated_activation(_activation(context))
+
+    def apart(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return act(product(x, weight, bias))
+
+    return Contest(
+        context,
+        {bucket: variants(bucket, in_features, context.dtype) for bucket in GEMV_ROWS},
+        weight_rows=2 * width,
+        outputs=width,
+        otherwise=apart,
+    )
+
+
+def gated_linear(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The op `gated_linear` for one weight shape."""
+    in_features, width = context["in_features"], context["intermediate_size"]
+    competing = contest(context)
+    apart, chosen = competing.otherwise, choices(competing)
+    table = by_rows({b: variant.build(b, context, width) for b, variant in chosen.items()})
+    limit = len(table)
+
+    def call(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows = x.numel() // in_features
+        if rows < limit:
+            run = table[rows]
+            if run is not None and serves(x, weight):
+                out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+                run(x, weight, bias, out, rows)
+                return out
+        return apart(x, weight, bias)
+
+    return call
+
+
+def _product(context: OpContext) -> OpContext:
+    shape = {
+        "in_features": context["in_features"],
+        "out_features": 2 * context["intermediate_size"],
+        "bias": context["bias"],
+    }
+    return OpContext("linear", context.dtype, context.info, shape)
+
+
+def _activation(context: OpContext) -> OpContext:
+    shape = {"intermediate_size": context["intermediate_size"]}
+    return OpContext("silu_and_mul", context.dtype, context.info, shape)
