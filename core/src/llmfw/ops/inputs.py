@@ -55,6 +55,14 @@ def _linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
         yield Case(f"tokens={tokens}", (_normal(context, generator, tokens, width), weight, bias))
 
 
+def _gated_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    width, outs = context["in_features"], 2 * context["intermediate_size"]
+    weight = _normal(context, generator, outs, width)
+    bias = _normal(context, generator, outs) if context["bias"] else None
+    for tokens in (0, 1, 2, 3, 4, 5, 33):
+        yield Case(f"tokens={tokens}", (_normal(context, generator, tokens, width), weight, bias))
+
+
 def _grouped_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     groups, width, outs = context["num_groups"], context["in_features"], context["out_features"]
     weight = _normal(context, generator, groups, outs, width)
@@ -71,7 +79,11 @@ def _moe_route(context: OpContext, generator: torch.Generator) -> Iterator[Case]
         # distinct in every dtype: which of two equal logits is chosen is not fixed
         ranks = torch.rand(tokens, experts, generator=generator).argsort(-1)
         logits = (ranks / 8).to(context.info.device, context.dtype)
-        for scoring, renormalize in (("softmax", False), ("softmax", True), ("topk_softmax", False)):
+        for scoring, renormalize in (
+            ("softmax", False),
+            ("softmax", True),
+            ("topk_softmax", False),
+        ):
             arguments = (logits, top_k, scoring, renormalize)
             yield Case(f"tokens={tokens} {scoring} renormalize={renormalize}", arguments)
 
@@ -219,6 +231,33 @@ def _paged_attention(context: OpContext, generator: torch.Generator) -> Iterator
         yield Case(label, arguments)
 
 
+def _prepare_decode(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    device, rows, length, block_size = context.info.device, 9, 40, 8
+    tokens = torch.randint(0, 1000, (rows * length,), generator=generator, dtype=torch.int32)
+    blocks = torch.randint(0, 99, (rows, length // block_size + 2), generator=generator).int()
+    for count in (1, 5):
+        chosen = torch.randperm(rows, generator=generator)[:count]
+        positions = torch.randint(0, length - 1, (count,), generator=generator)
+        tensors = [x.to(device) for x in (chosen, positions, tokens, blocks)]
+        narrow = tensors[3][:, :-2]
+        yield Case(f"requests={count}", (*tensors[:3], narrow, length, block_size))
+
+
+def _argmax(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    vocab, device = context["vocab_size"], context.info.device
+    for rows in (1, 3, 70):
+        logits = _normal(context, generator, rows, vocab)
+        tokens = torch.zeros(2 * rows, dtype=torch.int32, device=device)
+        places = torch.randperm(2 * rows, generator=generator)[:rows].to(device)
+        yield Case(f"rows={rows}", (logits,))
+        yield Case(f"rows={rows} stored", (logits, tokens, places), written=(1,))
+    for label, value in (("NaN", float("nan")), ("inf", float("inf")), ("-inf", float("-inf"))):
+        logits = _normal(context, generator, 3, vocab)
+        logits[1, vocab // 2] = value
+        logits[2] = value
+        yield Case(label, (logits,))
+
+
 def _shapes(names: str, *rows: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
 
@@ -230,6 +269,10 @@ INPUTS: dict[str, OpInputs] = {
     "linear": OpInputs(
         _shapes("in_features out_features bias", (1, 1, 1), (33, 5, 0), (64, 96, 0), (577, 131, 1)),
         _linear,
+    ),
+    "gated_linear": OpInputs(
+        _shapes("in_features intermediate_size bias", (1, 1, 1), (33, 5, 0), (64, 96, 0)),
+        _gated_linear,
     ),
     "grouped_linear": OpInputs(
         _shapes("num_groups in_features out_features", (1, 1, 1), (5, 33, 7), (16, 64, 96), (128, 256, 512)),
@@ -266,4 +309,6 @@ INPUTS: dict[str, OpInputs] = {
         ),
         _paged_attention,
     ),
+    "prepare_decode": OpInputs(({},), _prepare_decode),
+    "argmax": OpInputs(_shapes("vocab_size", (1,), (77,), (5000,)), _argmax),
 }
