@@ -29,9 +29,21 @@ USES: dict[str, list[dict[str, int]]] = {
         {"DTYPE": BF16, "HEAD_DIM": 256, "MIN_BLOCKS": 1},
         {"DTYPE": F16, "HEAD_DIM": 80, "ROWS": 16, "BLOCK_SIZE": 8, "SOFTCAP": 1},
         {"DTYPE": F16, "HEAD_DIM": 96, "V_DIM": 64},
+        {"DTYPE": BF16, "WARPS": 8, "MIN_BLOCKS": 1, "PDL": 1},
     ],
-    "gemv.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "IN": 1000, "ROWS": 4}, {"DTYPE": F32, "ROWS": 2}],
-    "skinny.cu": [{"DTYPE": BF16, "ROWS": 16}, {"DTYPE": F16, "ROWS": 64, "IN": 192}],
+    "gather_cache.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "BLOCK_SIZE": 24, "K_PACKS": 10}],
+    "prepare_decode.cu": [{"DTYPE": BF16}],
+    "argmax.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
+    "gemv.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "IN": 1000, "ROWS": 4, "SHARERS": 1, "IN_FLIGHT": 4},
+        {"DTYPE": F32, "ROWS": 2},
+        {"DTYPE": BF16, "ROWS": 4, "GATED": 1, "OUTPUTS": 1},
+    ],
+    "skinny.cu": [
+        {"DTYPE": BF16, "ROWS": 16, "WEIGHT_TILES": 2},
+        {"DTYPE": F16, "ROWS": 64, "IN": 192},
+    ],
 }
 QUICK = ("sm_80", "sm_90")
 THOROUGH = ("sm_89", "sm_90a", "sm_100")

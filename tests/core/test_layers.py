@@ -29,6 +29,7 @@ from llmfw.layers import (
 )
 from llmfw.models import bind_tree, finish_loading
 from llmfw.models.weights import materialize
+from llmfw.ops import DeviceInfo, Kernel, OpTable
 
 
 def config(**settings) -> ModelConfig:
@@ -145,6 +146,29 @@ def test_gated_and_plain_mlp(name: str, act):
     )
     torch.testing.assert_close(plain(X), plain.fc2(act(plain.fc1(X))))
     assert {key.split(".")[0] for key in plain.state_dict()} == {"fc1", "fc2"}
+
+
+def fused_in_wrong_order(context):
+    def call(x, weight, bias=None):
+        up, gate = torch.nn.functional.linear(x, weight, bias).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    return call
+
+
+def test_a_kernel_for_gated_linear_serves_the_gated_mlp_whose_weights_it_can_read():
+    kernel = Kernel("gated_linear", "fake.fused", f"{__name__}:fused_in_wrong_order")
+    ops = OpTable(DeviceInfo(torch.device("cpu"), frozenset()), (kernel,))
+    cfg = config(ops=ops)
+    mlps = [
+        ready(GatedMLP(hidden_size=8, intermediate_size=6, activation=act, config=cfg), cfg)
+        for act in ("silu", "gelu")
+    ]
+    fused, plain = mlps
+    up, gate = fused.gate_up_proj(X).chunk(2, dim=-1)  # the fake's order
+    torch.testing.assert_close(fused(X), fused.down_proj(torch.nn.functional.silu(gate) * up))
+    gate, up = plain.gate_up_proj(X).chunk(2, dim=-1)
+    torch.testing.assert_close(plain(X), plain.down_proj(torch.nn.functional.gelu(gate) * up))
 
 
 def test_unknown_activation_and_layer_kind_name_the_known_ones():

@@ -178,6 +178,7 @@ class ModelRunner:
         assert settings.max_num_seqs is not None
         mirror = BlockTableMirror(settings.max_num_seqs + 1, table.blocks.shape[1], self.device)
         mirror.blocks[table.padding_row] = self.num_blocks
+        config = self.model.model_config  # type: ignore[attr-defined]  # as _capturable saw
 
         def make_step(size: int, max_kv_len: int) -> DecodeStep:
             return DecodeStep(
@@ -191,6 +192,8 @@ class ModelRunner:
                 size=size,
                 padding_row=table.padding_row,
                 max_kv_len=max_kv_len,
+                ops=config.ops,
+                dtype=config.dtype,
             )
 
         graphs = DecodeGraphs(make_step, settings.max_num_seqs, self.max_model_len)

@@ -17,17 +17,17 @@
 #ifndef GATED
 #define GATED 0
 #endif
-#ifndef R
-#define R 2
+#ifndef OUTPUTS
+#define OUTPUTS 2
 #endif
-#ifndef KW
-#define KW 8
+#ifndef SHARERS
+#define SHARERS 8
 #endif
-#ifndef U
-#define U 2
+#ifndef IN_FLIGHT
+#define IN_FLIGHT 2
 #endif
 
-constexpr int WARPS = 8;
+constexpr int WARPS = 8, R = OUTPUTS, KW = SHARERS, U = IN_FLIGHT;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     gemv(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, int outputs) {

@@ -62,7 +62,7 @@ def variants(bucket: int, in_features: int, dtype: torch.dtype) -> tuple[Variant
             "skinny.cu",
             f"skinny_t{t}_k{k}",
             16 * t * WARPS // k,
-            (("T", t), ("KW", k)),
+            (("WEIGHT_TILES", t), ("SHARERS", k)),
             takes_rows=True,
         )
         for t, k in SKINNY_VARIANTS

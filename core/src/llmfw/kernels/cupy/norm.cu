@@ -37,8 +37,8 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 // x[row] * weight after normalisation, written to out; values holds the row's packs of this lane.
-__device__ __forceinline__ void write_rms(scalar* out, const float (&values)[PER_LANE][VEC], const scalar* weight,
-                                          i64 row, float eps, float offset) {
+__device__ __forceinline__ void write_rms(scalar* out, const float (&values)[PER_LANE][VEC],
+                                          const Pack<VEC> (&weights)[PER_LANE], i64 row, float eps, float offset) {
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i)
@@ -49,7 +49,7 @@ __device__ __forceinline__ void write_rms(scalar* out, const float (&values)[PER
   for (int i = 0; i < PER_LANE; ++i) {
     const int pack = threadIdx.x + i * THREADS;
     if (pack >= PACKS) continue;
-    const Pack<VEC> w = load<VEC>(weight + pack * VEC);
+    const Pack<VEC> w = weights[i];
     Pack<VEC> y;
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
@@ -60,8 +60,17 @@ __device__ __forceinline__ void write_rms(scalar* out, const float (&values)[PER
   }
 }
 
+// This lane's packs of the weight; read before the kernel follows the one before it.
+__device__ __forceinline__ void read_weight(Pack<VEC> (&weights)[PER_LANE], const scalar* weight) {
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i)
+    if (int(threadIdx.x) + i * THREADS < PACKS) weights[i] = load<VEC>(weight + (threadIdx.x + i * THREADS) * VEC);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     rms_norm(scalar* out, const scalar* x, const scalar* weight, int rows, float eps, float offset) {
+  Pack<VEC> weights[PER_LANE];
+  read_weight(weights, weight);
   follow();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
@@ -74,11 +83,13 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
 #pragma unroll
     for (int j = 0; j < VEC; ++j) values[i][j] = to_float(a.at[j]);
   }
-  write_rms(out, values, weight, row, eps, offset);
+  write_rms(out, values, weights, row, eps, offset);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     add_rms_norm(scalar* x, scalar* residual, const scalar* weight, int rows, float eps, float offset) {
+  Pack<VEC> weights[PER_LANE];
+  read_weight(weights, weight);
   follow();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
@@ -97,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     }
     store<VEC>(residual + row * HIDDEN + pack * VEC, total);
   }
-  write_rms(x, values, weight, row, eps, offset);
+  write_rms(x, values, weights, row, eps, offset);
 }
 
 // weight and bias may be null.

@@ -54,7 +54,7 @@ class Variant:
 
 def gemv_variant(name: str, r: int, k: int, u: int, **more: int) -> Variant:
     """gemv.cu with r outputs a warp, k warps that share them and u packs in flight."""
-    defines = (("R", r), ("KW", k), ("U", u), *more.items())
+    defines = (("OUTPUTS", r), ("SHARERS", k), ("IN_FLIGHT", u), *more.items())
     return Variant("gemv.cu", f"{name}_r{r}_k{k}_u{u}", r * WARPS // k, defines)
 
 

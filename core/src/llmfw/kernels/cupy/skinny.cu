@@ -18,16 +18,16 @@
 #define ROWS 8
 #endif
 
-#ifndef T
-#define T 1
+#ifndef WEIGHT_TILES
+#define WEIGHT_TILES 1
 #endif
-#ifndef KW
-#define KW 8
+#ifndef SHARERS
+#define SHARERS 8
 #endif
 
 #if DTYPE != F32
 
-constexpr int WARPS = 8;
+constexpr int WARPS = 8, T = WEIGHT_TILES, KW = SHARERS;
 constexpr int TILES = ROWS / 8;  // mma tiles over the rows of x
 static_assert(IN % 64 == 0 && ROWS % 8 == 0, "whole stretches and tiles");
 
