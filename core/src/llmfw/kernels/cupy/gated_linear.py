@@ -19,12 +19,9 @@ from llmfw.ops.kernel import OpContext
 
 VARIANTS = (  # pairs of rows of a warp, warps that share them, packs in flight
     (1, 1, 2),
-    (1, 1, 4),
     (1, 2, 2),
     (1, 4, 2),
-    (1, 4, 4),
     (1, 8, 2),
-    (2, 8, 1),
 )
 
 
