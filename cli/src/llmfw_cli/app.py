@@ -122,11 +122,12 @@ def _tell_of_foreign() -> int:
 
 
 def _add_commands() -> None:
-    from llmfw_cli.commands import bench, chat, env, inspect, kernels, plugins, run
+    from llmfw_cli.commands import bench, chat, env, inspect, kernels, new, plugins, run
 
     app.command()(run.run)
     app.command()(chat.chat)
     app.command()(inspect.inspect)
+    app.command()(new.new)
     app.command()(env.env)
     app.add_typer(plugins.app, name="plugins")
     app.add_typer(kernels.app, name="kernels")

@@ -1,0 +1,134 @@
+"""From a recognition to the template's answers and to what a person is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llmfw_cli.new import fields, source
+from llmfw_cli.new.recognise import Recognition, knows
+from llmfw_cli.new.rules import weight_rules
+from llmfw_cli.new.settle import Settled
+from llmfw_cli.new.shrink import names_of, shrink
+
+_ENDINGS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model)$")
+
+
+def answers_of(found: Recognition) -> dict[str, str]:
+    """The template's variables that a checkpoint answers."""
+    spec = ""
+    if found.switches:
+        switches = [source.assigned(name, text, 12) for name, text in found.switches.items()]
+        spec = source.call("DecoderSpec.from_config", ["config", *switches], 8, len("spec = "))
+    rope = "RopeParams, " if "RopeParams" in spec else ""
+    rules = weight_rules(found)
+    tiny = {"model_type": found.raw.get("model_type")}
+    tiny |= {
+        name: value
+        for name, value in shrink(found.raw, names_of(found.config)).items()
+        if value is not None and fields.shapes_computation(name)
+    }
+    return {
+        "model_name": _ENDINGS.sub("", found.architecture) or found.architecture,
+        "architecture": found.architecture,
+        "base": "decoder",
+        "config": "transformers" if knows(found.raw) else "own",
+        "model_type": str(found.raw.get("model_type") or ""),
+        "__spec": spec,
+        "__imports": f"DecoderSpec, ModelConfig, {rope}StockDecoderForCausalLM",
+        "__weights": source.chain(rules, 4 if "config." in source.chain(rules) else 0),
+        "__tiny_config": source.literal(tiny, 4),
+    }
+
+
+def report(settled: Settled, problems: str) -> dict[str, Any]:
+    """What was recognised and what was not, for people and for programs."""
+    found = settled.found
+    return {
+        "architecture": found.architecture,
+        "tensors": len(found.shapes),
+        "layers": found.modules.count,
+        "switches": dict(found.switches),
+        "transposed": found.transposed,
+        "tried": list(settled.tried),
+        "agrees": settled.agrees,
+        "difference": settled.distance,
+        "no_trial": settled.reason,
+        "unrecognised": unrecognised(found),
+        "unread_fields": fields.unread(found.raw),
+        "hints": list(_hints(found)),
+        "problems": problems,
+    }
+
+
+def unrecognised(found: Recognition) -> list[str]:
+    """Tensors that have no place in the stock decoder, the layers' with {i}."""
+    placed = set(found.places.values())
+    names = [
+        f"{found.modules.prefix}.{{i}}.{path}.{parameter} {list(shape)}"
+        for path, parameters in found.modules.layer.items()
+        for parameter, shape in parameters.items()
+        if path not in placed and ("weight" in parameters or len(shape) == 1)
+    ]
+    names += [
+        f"{path}.{parameter} {list(shape)}"
+        for path, parameters in found.modules.around.items()
+        for parameter, shape in parameters.items()
+        if path not in placed
+    ]
+    return [*names, *found.modules.uneven]
+
+
+def _hints(found: Recognition) -> Iterator[str]:
+    """Known reasons why a stock decoder may not be the model."""
+    if fields.is_parallel(found.config) and "post_attention_layernorm" in found.places:
+        yield (
+            "config.json says that attention and MLP stand side by side, and each has a norm: "
+            "the stock parallel block has one"
+        )
+    if getattr(found.config, "alibi", False):
+        yield "config.json says alibi: the stock attention has no such bias"
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """A report as lines of text."""
+    text = [f"read {told['tensors']} tensors, {told['layers']} layers of {told['architecture']}"]
+    switches = ", ".join(f"{name}={value}" for name, value in told["switches"].items())
+    text.append(
+        f"stock decoder with {switches}" if switches else "stock decoder, as its config says"
+    )
+    if told["transposed"]:
+        text.append("matrices are stored as [in, out] and transposed while loading")
+    text += [f"found by trying: {each}" for each in told["tried"]]
+    if told["agrees"]:
+        text.append(
+            "a tiny random model of this kind gives transformers' logits "
+            f"(greatest difference {told['difference']:.1e})"
+        )
+    elif told["difference"] is not None:
+        text += told["hints"]
+        text.append(
+            "NOT RIGHT YET: a tiny random model of this kind differs from transformers' by "
+            f"{told['difference']:.1e}"
+        )
+    else:
+        text.append(f"not compared with transformers: {told['no_trial']}")
+    if told["unrecognised"]:
+        text += ["not recognised:", *(f"  {name}" for name in told["unrecognised"])]
+    if told["unread_fields"]:
+        text.append("fields of config.json that nobody looked at:")
+        text += [f"  {name}: {value}" for name, value in told["unread_fields"].items()]
+    if told["problems"]:
+        text += ["the checkpoint does not load yet:", *told["problems"].splitlines()]
+    else:
+        text.append("every tensor of the checkpoint is accounted for")
+    return text
+
+
+def notes(told: dict[str, Any]) -> str:
+    """What is left to do, for the plugin's README; empty when nothing is."""
+    if told["agrees"] and not told["problems"]:
+        return ""
+    body = "\n".join(lines(told))
+    return f"\n## What `llmfw new` found\n\n```text\n{body}\n```\n"

@@ -1,0 +1,220 @@
+"""`llmfw new`: what it asks, what it refuses, and what it reads from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from cli_helpers import run
+from llmfw_cli.new import write as writing
+from llmfw_cli.new.recognise import Recognition, recognise
+from llmfw_cli.new.settle import Settled, settle
+from llmfw_cli.new.shrink import shrink
+from llmfw_cli.new.source import call, chain, renames, rule
+from test_plugin_template import command
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GROUPED = {"num_key_value_heads": 2, "intermediate_size": 96}
+
+# Kinds that transformers has and the stock decoder serves: their fields, and what must be seen.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "stablelm": (GROUPED, {}),
+    "qwen2": (GROUPED, {"qkv_bias": "True"}),
+    "qwen3": ({**GROUPED, "head_dim": 16}, {"qk_norm": "True"}),
+    "phi3": (GROUPED, {}),
+    "gemma2": (
+        {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16},
+        {"block": '"sandwich"', "norm_offset": "1.0", "embed_scale": "config.hidden_size**0.5"},
+    ),
+    "granite": (
+        {**GROUPED, "attention_multiplier": 0.2},
+        {"residual_scale": "config.residual_multiplier"},
+    ),
+    "cohere": (GROUPED, {"block": '"parallel"', "norm_bias": "False"}),
+    "exaone4": (GROUPED, {"block": '"post_norm"', "qk_norm": "True"}),
+    "gptj": ({"rotary_dim": 8}, {"block": '"parallel"', "lm_head_bias": "True"}),
+    "phi": ({"intermediate_size": 96}, {"block": '"parallel"'}),
+    "falcon": ({}, {"num_kv_heads": "1", "activation": "config.activation"}),
+    "gpt2": ({}, {"learned_positions": "config.max_position_embeddings"}),
+    "gpt_bigcode": ({}, {"learned_positions": "config.max_position_embeddings"}),
+    "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, {"position_offset": "2"}),
+    "starcoder2": (GROUPED, {"o_bias": "True"}),
+}
+
+
+def saved(folder: Path, model_type: str, **fields: Any) -> Path:
+    """A tiny random checkpoint, as transformers saves it."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **fields})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stock_decoder_is_recognised_whole(kind: str, tmp_path: Path) -> None:
+    fields, expected = KINDS[kind]
+    found = recognise(saved(tmp_path, kind, **fields))
+    settled = settle(found)
+    assert settled.agrees, settled
+    assert expected.items() <= settled.found.switches.items()
+    assert writing.unrecognised(found) == []
+
+
+def test_what_names_and_shapes_cannot_tell_is_tried_out(tmp_path: Path) -> None:
+    settled = settle(recognise(saved(tmp_path, "cohere", **GROUPED)))
+    assert settled.tried == ("rope=RopeParams.from_config(config, interleaved=True)",)
+
+
+def test_a_written_plugin_is_well_formed_and_loads_the_checkpoint(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "gptj", rotary_dim=8)
+    done = run("new", "--from", str(model), "--output", str(tmp_path), "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["agrees"]
+    assert told["problems"] == ""
+    plugin = Path(told["path"])
+    assert plugin.name == "gptj-plugin"
+    command(plugin, "-m", "ruff", "check", "--select", "E,F,I", ".")
+    command(plugin, "-m", "ruff", "format", "--check", ".")
+    sys.path.insert(0, str(plugin / "src"))
+    try:
+        from gptj_plugin import plugin as made
+
+        from llmfw import ModelConfig
+        from llmfw.models import build
+        from llmfw.models.build import CoreDefaults
+        from llmfw.plugins import PluginHost
+        from llmfw.weights import open_checkpoint, plan_weights
+
+        host = PluginHost(made, name="gptj-plugin", defaults=CoreDefaults())
+        found = recognise(model)
+        config: ModelConfig[Any] = ModelConfig(pretrained_config=found.config, max_model_len=128)
+        checkpoint = open_checkpoint(model)
+        rules = host.hook.llmfw_weight_map(model_config=config, checkpoint=checkpoint)
+        assert list(plan_weights(build(config, host), checkpoint, rules).rows())
+    finally:
+        sys.path.remove(str(plugin / "src"))
+
+
+def test_what_is_not_recognised_is_told_with_its_tensors(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "olmo2", **GROUPED)
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "self_attn.q_norm.weight: the tensor is [64], the model wants [16]" in done.stdout
+    assert "the checkpoint does not load yet" in (tmp_path / "olmo2-plugin/README.md").read_text()
+
+
+def test_two_norms_side_by_side_are_told(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "gpt_neox", intermediate_size=96)
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert "the stock parallel block has one" in done.stdout
+    assert "NOT RIGHT YET" in done.stdout
+    assert "every tensor of the checkpoint is accounted for" in done.stdout
+
+
+def test_a_model_that_transformers_lacks_gets_a_configuration(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "llama", **GROUPED)
+    raw = json.loads((model / "config.json").read_text("utf-8"))
+    raw |= {"model_type": "zebra", "architectures": ["ZebraForCausalLM"], "stripes": 7}
+    (model / "config.json").write_text(json.dumps(raw), "utf-8")
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "stripes: 7" in done.stdout
+    assert "every tensor of the checkpoint is accounted for" in done.stdout
+    assert (tmp_path / "zebra-plugin/src/zebra_plugin/configuration.py").is_file()
+
+
+def test_older_checkpoints_masks_are_ignored(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "gpt2")
+    file = model / "model.safetensors"
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
+    save_file({**load_file(file), **masks}, file)
+    found = recognise(model)
+    assert writing.unrecognised(found) == []
+    assert "the causal mask" in writing.answers_of(found)["__weights"]
+
+
+def test_elsewhere_than_on_a_terminal_a_name_is_needed() -> None:
+    done = run("new")
+    assert done.exit_code == 2
+    assert "llmfw new NAME" in done.output
+
+
+def test_on_a_terminal_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmfw_cli.commands.new._is_terminal", lambda: True)
+    answers = "Zebra\n\n\n\nA Person\nblank\nown\n\n"
+    done = run("new", "--output", str(tmp_path), input=answers)
+    assert done.exit_code == 0, done.output
+    plugin = tmp_path / "zebra-plugin"
+    assert 'name = "A Person"' in (plugin / "pyproject.toml").read_text("utf-8")
+    assert (plugin / "src/zebra_plugin/configuration.py").is_file()
+    assert "GatedMLP" in (plugin / "src/zebra_plugin/modeling.py").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--architecture", "No Name"), "not a Python name"),
+        (("--import-name", "class"), "not a Python name"),
+        (("--distribution", "-x-"), "not a name that packages may have"),
+        (("--base", "granite"), "known: decoder, blank"),
+        (("--author", 'a"b'), "without quotes"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(
+    arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    done = run("new", "Zebra", *arguments, "--output", str(tmp_path))
+    assert done.exit_code == 2
+    assert words in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_trial_nothing_is_claimed(tmp_path: Path) -> None:
+    found: Recognition = recognise(saved(tmp_path, "stablelm", **GROUPED))
+    told = writing.lines(writing.report(Settled(found, None, "--no-trial"), ""))
+    assert "not compared with transformers: --no-trial" in told
+
+
+def test_shrink_keeps_switches_and_ratios() -> None:
+    raw = {
+        "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "bos_token_id": 128000, "layer_types": ["full_attention"] * 32,
+        "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8192},
+        "architectures": ["A"],
+    }  # fmt: skip
+    small = shrink(raw)
+    assert small["num_key_value_heads"] == 1
+    assert small["intermediate_size"] == 224
+    assert small["layer_types"] == ["full_attention"] * 4
+    assert small["num_hidden_layers"] == 4
+    assert small["bos_token_id"] is None
+    assert small["rope_scaling"]["original_max_position_embeddings"] == 64
+    assert small["rms_norm_eps"] == 1e-5
+    assert "architectures" not in small
+
+
+def test_source_is_broken_where_it_is_too_long() -> None:
+    assert call("f", ["a", "b"], 0, 0) == "f(a, b)"
+    assert call("f", ["a" * 60, "b" * 60], 0, 0) == f"f(\n    {'a' * 60},\n    {'b' * 60},\n)"
+    assert chain([]) == ""
+    assert chain([rule("transpose", '"x"')]) == 'WeightMap().transpose("x")'
+    long = "y" * 90
+    assert chain(renames({"a": "b", long: "c", "d": "e"})).count(".rename(") == 2
