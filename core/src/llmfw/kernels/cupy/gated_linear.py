@@ -36,7 +36,8 @@ def variants(bucket: int, in_features: int, dtype: torch.dtype) -> tuple[Variant
     return tuple(
         gemv_variant("gated", r, k, u, GATED=1)
         for r, k, u in VARIANTS
-        if k * stretch <= in_features and bucket in GEMV_ROWS
+        if bucket in GEMV_ROWS
+        and (k * stretch <= in_features if k > 1 else in_features < 8 * stretch)
     )
 
 

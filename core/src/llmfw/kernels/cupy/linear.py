@@ -23,13 +23,14 @@ from llmfw.kernels.cupy.products import (
 from llmfw.kernels.cupy.tune import Contest, choices
 from llmfw.ops.kernel import OpContext
 
-# By bucket: outputs of a warp, warps that share them, packs in flight. Of 14 such triples these come
+# By bucket: outputs of a warp, warps that share them, packs in flight. Of 14 triples these come
 # within 1.2 % of the best for every product of the models in docs/benchmarks.md.
 GEMV_VARIANTS = {
     1: ((1, 8, 2), (2, 8, 2), (1, 2, 2), (1, 4, 4)),
     2: ((2, 8, 2), (2, 4, 4), (1, 8, 2), (1, 2, 4)),
     4: ((4, 2, 2), (2, 2, 2), (1, 4, 4), (2, 4, 4)),
 }
+SINGLE_WARPS = (1, 1, 4)  # for short rows
 SKINNY_VARIANTS = {8: ((1, 8), (2, 8), (2, 2)), 16: ((1, 8), (2, 8), (2, 2))}
 
 
@@ -44,7 +45,9 @@ def variants(bucket: int, in_features: int, dtype: torch.dtype) -> tuple[Variant
     if bucket in GEMV_ROWS:
         stretch = 32 * 16 // dtype.itemsize
         return tuple(
-            gemv_variant("gemv", r, k, u) for r, k, u in GEMV_VARIANTS if k * stretch <= in_features
+            gemv_variant("gemv", r, k, u)
+            for r, k, u in (*GEMV_VARIANTS[bucket], SINGLE_WARPS)
+            if (k * stretch <= in_features if k > 1 else in_features < 8 * stretch)
         )
     if dtype.itemsize != 2 or in_features % 64:
         return ()
