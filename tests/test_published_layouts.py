@@ -1,0 +1,89 @@
+"""Each family's published layout goes through `inspect --weights`; what is wrong has a name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cli_helpers import run
+from llmfw.errors import WeightError
+from llmfw.models import load_model
+from llmfw.testing import PackedSession
+from published_layouts import LAYOUTS, tensors_of, write
+
+# How a row says that a parameter is made of several tensors.
+RANGE = re.compile(r"(?P<first>\S+) \.\. (?P<last>\S+) \((?P<count>\d+)\)")
+EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+MIXTRALS = "model.layers.1.{}.experts.2.w2.weight"
+# A tensor of the checkpoint, and the name that the error has for it.
+LOST = {
+    "Qwen2MoeForCausalLM": (EXPERT, EXPERT),
+    "Qwen3MoeForCausalLM": (EXPERT, EXPERT),
+    "MixtralForCausalLM": (MIXTRALS.format("block_sparse_moe"), MIXTRALS.format("mlp")),
+    "Gemma3ForConditionalGeneration": (
+        "language_model.model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ),
+    "PhiForCausalLM": ("model.layers.1.mlp.fc2.weight", "model.layers.1.mlp.down_proj.weight"),
+    "GPT2LMHeadModel": ("h.1.mlp.c_proj.weight", "model.layers.1.mlp.down_proj.weight"),
+    "GPTNeoXForCausalLM": (
+        "gpt_neox.layers.1.mlp.dense_4h_to_h.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ),
+}
+# What a surplus tensor is called where a rule has taken its prefix.
+LOST_RENAMED = {
+    "MixtralForCausalLM": MIXTRALS.format("mlp"),
+    "Gemma3ForConditionalGeneration": "model.layers.1.mlp.down_proj.weight",
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_plan_accounts_for_every_tensor(architecture: str, tmp_path: Path):
+    write(architecture, tmp_path, tensors_of(architecture))
+    done = run("inspect", str(tmp_path), "--weights", "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["weights"]
+    layout = LAYOUTS[architecture]
+    told = {row["tensor"] for row in rows if row["tensor"]}
+    ranges = {text: RANGE.fullmatch(text) for text in told}
+    assert {text for text, several in ranges.items() if not several} <= set(layout.shapes())
+    counts = [int(several["count"]) if several else 1 for several in ranges.values()]
+    assert sum(counts) == len(layout.shapes())
+    ignored = {row["tensor"] for row in rows if row["tensor"] and not row["parameter"]}
+    assert ignored == set(layout.ignored)
+
+
+def test_the_model_loads_and_runs(architecture: str, tmp_path: Path):
+    write(architecture, tmp_path, tensors_of(architecture))
+    loaded = load_model(tmp_path, kernels="reference", block_size=4)
+    assert loaded.model_config.dtype == LAYOUTS[architecture].dtype
+    logits = PackedSession(loaded.model).step({"a": [1, 2, 3, 4, 5]})["a"]
+    assert logits.shape == (5, 64)
+    assert bool(logits.isfinite().all())
+    assert float(logits.float().std()) > 0
+
+
+@pytest.mark.parametrize("case", ["removed", "renamed"])
+def test_a_tensor_that_lacks_is_named(architecture: str, case: str, tmp_path: Path):
+    """By the checkpoint's name where a rule wants it, else by the parameter's."""
+    tensors = tensors_of(architecture)
+    lost, told = LOST.get(architecture, ("model.layers.1.mlp.down_proj.weight",) * 2)
+    value = tensors.pop(lost)
+    if case == "renamed":
+        tensors[lost.replace(".weight", "_.weight")] = value
+    write(architecture, tmp_path, tensors)
+    done = run("inspect", str(tmp_path), "--weights")
+    assert done.exit_code == WeightError.exit_code
+    lines = [" ".join(line.split()) for line in done.stderr.splitlines()]
+    assert any(line.startswith(f"missing {told}:") for line in lines), done.stderr
+    renamed = LOST_RENAMED.get(architecture, lost).replace(".weight", "_.weight")
+    surplus = any(line.startswith(f"surplus {renamed}:") for line in lines)
+    assert surplus == (case == "renamed"), done.stderr
