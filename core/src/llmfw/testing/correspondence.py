@@ -70,7 +70,8 @@ def correspond(
     found: list[Pair] = []
     tensors = _tensors_below(plan, model)
     their_names = _Paths(reference)
-    their_tensors = their_names.tensors_below(checkpoint.names())
+    taken = {name for names in tensors.values() for name in names}
+    their_tensors = their_names.tensors_below(sorted(taken))
     for filled in plan.filled:
         if filled.slot.attribute != "weight" or filled.slot.is_buffer:
             continue
@@ -106,6 +107,7 @@ def correspond(
         owner = our_head.rpartition(".")[0]
         path = their_names.path_of(head)
         found += [Pair(owner, path, each) for each in ("input", "output")]
+    found.append(Pair("", "", "output"))  # the logits
     pairs: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     for pair in found:
         pairs[pair.ours, pair.stage].append(pair)
@@ -145,9 +147,9 @@ class _Paths:
 
     def __init__(self, reference: nn.Module) -> None:
         self._modules = dict(reference.named_modules())
-        prefix = getattr(reference, "base_model_prefix", "")
-        self._prefix: str = f"{prefix}." if prefix else ""
-        self._by_id = {id(module): path for path, module in self._modules.items()}
+        prefix = str(getattr(reference, "base_model_prefix", ""))
+        self._prefix = f"{prefix}." if prefix else ""
+        self._by_id: dict[int, str] = {id(each): path for path, each in self._modules.items()}
 
     def path_of(self, module: nn.Module) -> str:
         """A module's path."""
@@ -190,11 +192,9 @@ class _Paths:
         return deepest
 
     def _nearest(self, tensor: str) -> str:
-        for path in _ancestors(tensor):
-            for candidate in (path, f"{self._prefix}{path}"):
-                if path and candidate in self._modules:
-                    return candidate
-        return ""
+        paths = [path for path in _ancestors(tensor) if path]
+        both = [each for path in paths for each in (path, f"{self._prefix}{path}")]
+        return next((path for path in both if path in self._modules), "")
 
 
 def _rows(expr: Expr) -> tuple[int, ...] | None:

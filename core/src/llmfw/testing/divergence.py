@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Allowed |difference| / |reference| of one token's activations."""
 
+SLIGHT = 20
+"""A stream that is this much nearer than the tolerance is right for certain."""
+
 STAGES = {
     "input": "input",
     "output": "output",
@@ -27,6 +30,7 @@ STAGES = {
     "context": "attention output before the output projection",
 }
 ADVICE = {
+    "input": "what happens before",
     "q": "rope base, rotated part, pair layout, q norm, attention scale, q/k/v order",
     "k": "rope base, rotated part, pair layout, k norm, positions, which slots are written",
     "v": "order of q, k and v in the fused projection; which slots are written",
@@ -69,6 +73,8 @@ class Divergence:
     @property
     def where(self) -> str:
         """Both paths, and the stage."""
+        if not self.pair.ours:
+            return "the model itself, after the last module: the logits"
         text = f"{self.pair.name} (reference: {self.pair.theirs}), {STAGES[self.pair.stage]}"
         if self.pair.stage == "input":
             between = f"after {self.after}" if self.after else "at its beginning"
@@ -77,7 +83,7 @@ class Divergence:
 
     def explain(self) -> str:
         """What to look at."""
-        what = ADVICE.get(self.pair.stage, "")
+        what = ADVICE[self.pair.stage] if self.pair.ours else "logit scale, soft cap of logits"
         if self.pair.stage == "input":
             what = (
                 f"forward() of {self.module}: what happens before {self.pair.ours} (residual, "
@@ -135,18 +141,41 @@ def first_divergence(
         ours, theirs: Recordings of the same tokens.
         correspondence: What is compared with what.
         rows: The tokens of theirs that ours has.
-        tolerance: Allowed |difference| / |reference| of a token.
+        tolerance: Allowed |difference| / |reference| of a token. Where nothing exceeds it although
+            the logits differ, smaller ones are tried.
     """
     events = list(_events(ours, theirs, correspondence, rows))
-    layers = correspondence.layers
+    for limit in (tolerance, tolerance / 10, tolerance / 50):
+        found = _first(events, correspondence.layers, limit)
+        if found is not None:
+            return found
+    return None
+
+
+def _first(events: Sequence[_Event], layers: Sequence[str], tolerance: float) -> Divergence | None:
     bad = next((i for i, layer in enumerate(layers) if _spoils(events, layer, tolerance)), None)
-    within = [
-        (number, event) for number, event in enumerate(events) if _in_scope(event.pair, layers, bad)
-    ]
-    for number, event in within:
-        if event.error > tolerance:
+    start = _last_agreement(events, layers, bad, tolerance)
+    for number, event in enumerate(events):
+        if number > start and event.error > tolerance and _in_scope(event.pair, layers, bad):
             return _divergence(events, number, event, layers, tolerance)
     return None
+
+
+def _last_agreement(
+    events: Sequence[_Event], layers: Sequence[str], bad: int | None, tolerance: float
+) -> int:
+    """The last event before the fault where the whole stream is right; -1 for none.
+
+    What differs before it is another way to compute the same (an embedding scaled inside or
+    outside of its module).
+    """
+    wanted = ("", "")
+    if layers:
+        wanted = (layers[-1], "output") if bad is None else (layers[bad], "input")
+    for number, event in enumerate(events):
+        if (event.pair.ours, event.pair.stage) == wanted and event.error <= tolerance:
+            return number
+    return -1
 
 
 @dataclass(frozen=True)
@@ -185,8 +214,11 @@ def _errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _spoils(events: Sequence[_Event], layer: str, tolerance: float) -> bool:
+    """Whether a layer's stream comes out wrong; a little is enough where its inside is wrong."""
+    inside = max((e.error for e in events if e.pair.ours.startswith(f"{layer}.")), default=0.0)
+    limit = tolerance / SLIGHT if inside > tolerance else tolerance
     return any(
-        event.pair.ours == layer and event.pair.stage == "output" and event.error > tolerance
+        event.pair.ours == layer and event.pair.stage == "output" and event.error > limit
         for event in events
     )
 

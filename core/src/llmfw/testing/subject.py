@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,9 +59,22 @@ class Subject:
         self.distribution = distribution
         self.device = device
         self._tiny_config = tiny_config
-        self._folder = tempfile.TemporaryDirectory(prefix="llmfw-check-")
+        self._made: tempfile.TemporaryDirectory[str] | None = None
+        self._borrowed: Path | None = None
         self._references: dict[str, nn.Module] = {}
         self._models: dict[str, PretrainedModel[Any]] = {}
+
+    def again(self) -> Subject:
+        """A subject of the plugin that serves the architecture now, on the same checkpoints."""
+        other = Subject(
+            self.architecture,
+            self._tiny_config,
+            reference=self.reference,
+            distribution=self.distribution,
+            device=self.device,
+        )
+        other._borrowed, other._references = self.folder, self._references
+        return other
 
     @cached_property
     def resolved(self) -> ResolvedPlugin:
@@ -92,7 +104,11 @@ class Subject:
     @property
     def folder(self) -> Path:
         """Where this subject may write; gone with it."""
-        return Path(self._folder.name)
+        if self._borrowed is not None:
+            return self._borrowed
+        if self._made is None:
+            self._made = tempfile.TemporaryDirectory(prefix="llmfw-check-")
+        return Path(self._made.name)
 
     def reference_model(self, weights: str = "plain") -> nn.Module:
         """The reference with weights of one of `SCALES`."""
@@ -157,8 +173,9 @@ class Subject:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest prompt that checks use."""
-        limit = self.model().max_positions or 64
-        return min(48, limit * 2 // 3)
+        config = self.reference_config()
+        config = getattr(config, "text_config", config)
+        return min(48, int(getattr(config, "max_position_embeddings", None) or 64) * 2 // 3)
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -170,15 +187,13 @@ class Subject:
         """The reference's logits of one prompt: [tokens, vocab]."""
         return reference_logits(self.reference_model(weights), ids)
 
-    def write_json(self, folder: Path, raw: Mapping[str, Any]) -> None:
-        """Write a config.json."""
-        (folder / "config.json").write_text(json.dumps(raw), "utf-8")
-
     def close(self) -> None:
         """Remove what was written."""
         self._references.clear()
         self._models.clear()
-        self._folder.cleanup()
+        if self._made is not None:
+            self._made.cleanup()
+            self._made = None
 
     def __enter__(self) -> Subject:
         return self

@@ -148,8 +148,11 @@ def _stream_out(output: Any, is_layer: bool) -> torch.Tensor | None:
     if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
         both = is_layer and len(output) == 2 and isinstance(output[1], torch.Tensor)
         return output[0] + output[1] if both else output[0]
-    value = getattr(output, "last_hidden_state", None)
-    return value if isinstance(value, torch.Tensor) else None
+    for name in ("last_hidden_state", "logits"):
+        value = getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
+            return value
+    return None
 
 
 @contextmanager

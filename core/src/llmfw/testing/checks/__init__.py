@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmfw.errors import LlmfwError
+from llmfw.errors import LlmfwError, WeightError
 from llmfw.testing.checks.config import config_round_trip
 from llmfw.testing.checks.discovery import discovered_by_metadata, imports_without_torch
 from llmfw.testing.checks.engine import (
@@ -119,7 +119,12 @@ class CheckResult:
 
 
 def run_checks(subject: Subject, checks: Iterable[Check] = CHECKS) -> Iterator[CheckResult]:
-    """Run checks one after the other; an error of loading fails the check and stops none."""
+    """Run checks one after the other.
+
+    An error of loading fails the first check that meets it; the others that need the weights are
+    then skipped.
+    """
+    misfit_in: str | None = None
     for check in checks:
         begin = time.perf_counter()
         try:
@@ -129,4 +134,8 @@ def run_checks(subject: Subject, checks: Iterable[Check] = CHECKS) -> Iterator[C
             outcome, detail = "skipped", str(skipped)
         except (CheckFailure, LlmfwError) as failure:
             outcome, detail = "failed", str(failure)
+            if isinstance(failure, WeightError) or isinstance(failure.__cause__, WeightError):
+                if misfit_in is not None:
+                    outcome, detail = "skipped", f"the weights do not fit (see {misfit_in})"
+                misfit_in = misfit_in or check.name
         yield CheckResult(check.name, outcome, detail, time.perf_counter() - begin)

@@ -90,7 +90,9 @@ def step_by_step(subject: Subject) -> None:
     Raises:
         CheckFailure: Naming the first step that differs.
     """
-    _in_pieces(subject, [1] * len(subject.prompts[0]), "decoding step by step")
+    count = len(subject.prompts[0])
+    for sizes in ([count // 2, *[1] * count], [1] * count):
+        _in_pieces(subject, sizes, "decoding step by step")
 
 
 def chunked_prefill(subject: Subject) -> None:
@@ -162,10 +164,10 @@ def ragged_batch(subject: Subject) -> None:
 def ragged_steps(prompts: Mapping[str, list[int]]) -> list[dict[str, list[int]]]:
     """Batches in which some requests prefill, whole or in part, while others decode."""
     names = list(prompts)
-    first = {name: prompts[name][:-2] for name in names[::2] if len(prompts[name]) > 2}
+    first = {name: prompts[name][: len(prompts[name]) // 2] for name in names[::2]}
     done = {name: len(ids) for name, ids in first.items()}
     second = {name: prompts[name][done.get(name, 0) :][:1] for name in names[::2]}
-    second |= {name: prompts[name] for name in names[1::2]}
+    second |= {name: prompts[name][: -len(prompts[name]) // 3] for name in names[1::2]}
     for name, ids in second.items():
         done[name] = done.get(name, 0) + len(ids)
     third = {name: prompts[name][done[name] :] for name in names}
