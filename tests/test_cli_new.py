@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "gptj": ({"rotary_dim": 8}, {"block": '"parallel"', "lm_head_bias": "True"}),
     "phi": ({"intermediate_size": 96}, {"block": '"parallel"'}),
     "falcon": ({}, {"num_kv_heads": "1", "activation": "config.activation"}),
+    "gpt_neox": ({"intermediate_size": 96}, {"block": '"parallel_norms"'}),
     "gpt2": ({}, {"learned_positions": "config.max_position_embeddings"}),
     "gpt_bigcode": ({}, {"learned_positions": "config.max_position_embeddings"}),
     "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, {"position_offset": "2"}),
@@ -120,10 +121,10 @@ def test_what_is_not_recognised_is_told_with_its_tensors(tmp_path: Path) -> None
     assert "the checkpoint does not load yet" in (tmp_path / "olmo2-plugin/README.md").read_text()
 
 
-def test_two_norms_side_by_side_are_told(tmp_path: Path) -> None:
-    model = saved(tmp_path / "model", "gpt_neox", intermediate_size=96)
+def test_a_bias_by_distance_is_told(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "falcon", alibi=True)
     done = run("new", "--from", str(model), "--output", str(tmp_path))
-    assert "the stock parallel block has one" in done.stdout
+    assert "config.json says alibi" in done.stdout
     assert "NOT RIGHT YET" in done.stdout
     assert "every tensor of the checkpoint is accounted for" in done.stdout
 

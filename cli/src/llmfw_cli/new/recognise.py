@@ -121,7 +121,7 @@ def _base_spec(config: Any) -> DecoderSpec:
 
 def _block_switches(block: str, config: Any) -> dict[str, str]:
     if block == "sequential" and fields.is_parallel(config):
-        return {}  # two norms side by side: not a shape of the stock layer
+        return {"block": '"parallel_norms"'}
     return {} if block in ("sequential", "") else {"block": f'"{block}"'}
 
 

@@ -69,6 +69,11 @@ def norms_of_layer(modules: Modules, taken: Mapping[str, str]) -> tuple[str, dic
             "input_layernorm": leaves[first],
             "post_attention_layernorm": leaves[others[0]],
         }
+    if set(leaves) == {"ln_attn", "ln_mlp"}:
+        return "parallel_norms", {
+            "input_layernorm": leaves["ln_attn"],
+            "post_attention_layernorm": leaves["ln_mlp"],
+        }
     for names in _FOUR:
         if first and set(others) == set(names):
             places = {ours: leaves[name] for ours, name in zip(_FOUR[0], names, strict=True)}

@@ -82,11 +82,6 @@ def unrecognised(found: Recognition) -> list[str]:
 
 def _hints(found: Recognition) -> Iterator[str]:
     """Known reasons why a stock decoder may not be the model."""
-    if fields.is_parallel(found.config) and "post_attention_layernorm" in found.places:
-        yield (
-            "config.json says that attention and MLP stand side by side, and each has a norm: "
-            "the stock parallel block has one"
-        )
     if getattr(found.config, "alibi", False):
         yield "config.json says alibi: the stock attention has no such bias"
 
