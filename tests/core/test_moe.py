@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmfw import ConfigError, DecoderSpec, Mapping, ModelConfig, WeightError, WeightMap
+from llmfw.engine.model_runner import ModelRunner
 from llmfw.layers import Experts, MoE, MoEParams, stock_layer
 from llmfw.models import bind_tree
 from llmfw.models.weights import materialize
@@ -200,3 +201,15 @@ def test_a_lacking_expert_is_named():
     del tensors["block.experts.3.w3.weight"]
     with pytest.raises(WeightError, match=r"missing +block\.experts\.3\.w3\.weight"):
         plan_weights(experts_in_a_block(), MemoryCheckpoint(tensors), EXPERTS_MAP)
+
+
+def test_a_loop_over_experts_is_not_captured_in_a_cuda_graph():
+    """The reference of grouped_linear waits for the device to learn where groups end."""
+    runner = object.__new__(ModelRunner)
+    runner._backend = SimpleNamespace(reference_only=False)
+    runner.model = SimpleNamespace(model_config=config())
+    assert runner._capturable()
+    runner.model.model_config.ops.resolve(
+        "grouped_linear", torch.float32, num_groups=2, in_features=8, out_features=8
+    )
+    assert not runner._capturable()

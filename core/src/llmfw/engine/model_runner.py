@@ -26,7 +26,7 @@ from llmfw.sampling_params import SamplingParams
 
 logger = logging.getLogger("llmfw.engine")
 
-_DEVICE_SIDE_OPS = ("rope_and_cache", "paged_attention")
+_DEVICE_SIDE_OPS = ("rope_and_cache", "paged_attention", "grouped_linear")
 
 
 class Model(Protocol):
@@ -163,7 +163,7 @@ class ModelRunner:
         return True
 
     def _capturable(self) -> bool:
-        """Whether attention runs by kernels that read lengths from the device."""
+        """Whether ops that need lengths run by kernels that read them from the device."""
         config = getattr(self.model, "model_config", None)
         if config is None or self._backend.reference_only:
             return False

@@ -38,6 +38,18 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_EXPERTS = {
+    **_BLOCK,
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+_EXPERT_KEYS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 # Metadata key (after "<architecture>.") -> config key, for every family.
 CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
@@ -87,6 +99,19 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", config={"hidden_act": "silu"}),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", config={"hidden_act": "silu"}),
+    "qwen3moe": Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        block=_EXPERTS,
+        config_keys=_EXPERT_KEYS,
+        config={"hidden_act": "silu", "norm_topk_prob": True},
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        "gemma",
+        norm_offset=1.0,
+        config={"hidden_act": "gelu_pytorch_tanh"},
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         "gemma2",

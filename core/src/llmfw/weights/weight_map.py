@@ -91,6 +91,9 @@ class WeightMap:
     ) -> WeightMap:
         """A layer's numbered experts become the stacked weights of a stock `Experts` at `dst`.
 
+        Experts that are stacked already load, too: `dst` with gate_proj.weight, up_proj.weight and
+        down_proj.weight as in GGUF files, or with `Experts`' own names.
+
         Args:
             dst: Path of the `Experts`, e.g. "model.layers.{i}.mlp.experts".
             src: Path of one expert, e.g. "model.layers.{i}.mlp.experts.{e}".
@@ -102,6 +105,7 @@ class WeightMap:
         names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
         stacked = self
         for ours, theirs in names.items():
+            stacked = stacked.rename(f"{dst}.{ours}.weight", f"{dst}.{ours}")
             stacked = stacked.stack(f"{dst}.{ours}", f"{src}.{theirs}.weight", count)
         return stacked.fuse(f"{dst}.gate_up_proj", [f"{dst}.gate_proj", f"{dst}.up_proj"], dim=1)
 
