@@ -144,6 +144,12 @@ PHI3_LAYER = {
     "mlp.gate_up_proj.weight": (2 * M, H),
     "mlp.down_proj.weight": (H, M),
 }
+OPT_LAYER = biased(
+    {
+        **{f"self_attn.{x}_proj.weight": (H, H) for x in ("k", "v", "q", "out")},
+        **weights(self_attn_layer_norm=(H,), fc1=(M, H), fc2=(H, M), final_layer_norm=(H,)),
+    }
+)
 GEMMA = {"head_dim": D, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 GEMMA3 = {
     **{name: value for name, value in SIZES.items() if name != "rope_theta"},
@@ -266,6 +272,29 @@ LAYOUTS: dict[str, Layout] = {
         {"model_type": "phi3", **SIZES, **RMS, "sliding_window": 16, "pad_token_id": 1},
         {**TOP, **HEAD},
         PHI3_LAYER,
+    ),
+    "OPTForCausalLM": Layout(
+        {
+            "model_type": "opt",
+            "hidden_size": H,
+            "word_embed_proj_dim": H,
+            "ffn_dim": M,
+            "vocab_size": V,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "do_layer_norm_before": True,
+            "activation_function": "relu",
+        },
+        {
+            **weights(model__decoder__embed_tokens=(V, H), lm_head=(V, H)),
+            **weights(model__decoder__embed_positions=(66, H)),
+            **biased(weights(model__decoder__final_layer_norm=(H,))),
+        },
+        OPT_LAYER,
+        prefix="model.decoder.layers.{i}.",
+        dtype=torch.float16,
+        ignored=("lm_head.weight",),
     ),
     "GPT2LMHeadModel": Layout(
         {

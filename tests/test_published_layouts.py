@@ -28,6 +28,7 @@ LOST = {
         "model.layers.1.mlp.down_proj.weight",
     ),
     "PhiForCausalLM": ("model.layers.1.mlp.fc2.weight", "model.layers.1.mlp.down_proj.weight"),
+    "OPTForCausalLM": ("model.decoder.layers.1.fc2.weight", "model.layers.1.fc2.weight"),
     "GPT2LMHeadModel": ("h.1.mlp.c_proj.weight", "model.layers.1.mlp.down_proj.weight"),
     "GPTNeoXForCausalLM": (
         "gpt_neox.layers.1.mlp.dense_4h_to_h.weight",
@@ -36,6 +37,7 @@ LOST = {
 }
 # What a surplus tensor is called where a rule has taken its prefix.
 LOST_RENAMED = {
+    "OPTForCausalLM": "model.layers.1.fc2.weight",
     "MixtralForCausalLM": MIXTRALS.format("mlp"),
     "Gemma3ForConditionalGeneration": "model.layers.1.mlp.down_proj.weight",
 }
