@@ -43,7 +43,7 @@ class Plugin:
     spec_of: SpecOf
     weights: WeightMap = field(default_factory=WeightMap)
     make_layer: MakeLayer | None = None
-    mend_config: Callable[[Any], Any] = lambda config: config
+    tiny_configs: Mapping[str, Any] = field(default_factory=dict)
 
     @hookimpl
     def llmfw_model(self, model_config: ModelConfig[Any]) -> StockDecoderForCausalLM:
@@ -297,11 +297,14 @@ KINDS = {
 class planted:
     """`with planted(kind, plugin):` that plugin serves the kind's architecture."""
 
-    def __init__(self, kind: Kind, plugin: Plugin) -> None:
+    def __init__(self, kind: Kind, plugin: object) -> None:
         self.kind, self.plugin = kind, plugin
 
     def __enter__(self) -> None:
-        register_local(self.kind.architecture, self.plugin, f"planted {self.kind.architecture}")
+        name, plugin = self.kind.architecture, self.plugin
+        if isinstance(plugin, Plugin):
+            plugin = replace(plugin, tiny_configs={name: self.kind.config})
+        register_local(name, plugin, f"planted {name}")
 
     def __exit__(self, *exc_info: object) -> None:
         unregister_local(self.kind.architecture)

@@ -122,12 +122,25 @@ def _tell_of_foreign() -> int:
 
 
 def _add_commands() -> None:
-    from llmfw_cli.commands import bench, chat, env, inspect, kernels, new, plugins, run
+    from llmfw_cli.commands import (
+        bench,
+        chat,
+        check,
+        env,
+        inspect,
+        kernels,
+        new,
+        plugins,
+        run,
+        verify,
+    )
 
     app.command()(run.run)
     app.command()(chat.chat)
     app.command()(inspect.inspect)
     app.command()(new.new)
+    app.command()(verify.verify)
+    app.command()(check.check)
     app.command()(env.env)
     app.add_typer(plugins.app, name="plugins")
     app.add_typer(kernels.app, name="kernels")

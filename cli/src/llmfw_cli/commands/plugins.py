@@ -90,7 +90,7 @@ def doctor(
     from llmfw.plugins.foreign import find_foreign
 
     catalog = Catalog.scan()
-    rows = [_examined(entry, catalog) for entry in catalog.entries]
+    rows = [examined(entry, catalog) for entry in catalog.entries]
     foreign = find_foreign()
     problems = [str(problem) for problem in catalog.problems]
     problems += [foreign.message] if foreign else []
@@ -170,7 +170,7 @@ def _lines(value: Any) -> str:
     return str(value)
 
 
-def _examined(entry: PluginEntry, catalog: Catalog) -> dict[str, str]:
+def examined(entry: PluginEntry, catalog: Catalog) -> dict[str, str]:
     """An entry's row, probed in a process of its own unless metadata rule it out already."""
     from llmfw.errors import PluginConflictError, PluginIncompatibleError
 

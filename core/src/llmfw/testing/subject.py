@@ -43,6 +43,8 @@ class Subject:
             configuration); transformers' own when left out.
         distribution: The distribution whose plugin must serve it; whichever does when left out.
         device: Where ours runs.
+        settings: More of what `llmfw.models.load_model` takes: kernels, attn_backend, extensions.
+            Without `kernels` torch's references run.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class Subject:
         reference: str | ReferenceFactory | None = None,
         distribution: str | None = None,
         device: str = "cpu",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.architecture = architecture
         self.reference = reference
         self.distribution = distribution
         self.device = device
         self._tiny_config = tiny_config
+        self._more_settings = dict(settings or {})
         self._made: tempfile.TemporaryDirectory[str] | None = None
         self._borrowed: Path | None = None
         self._references: dict[str, nn.Module] = {}
@@ -72,6 +76,7 @@ class Subject:
             reference=self.reference,
             distribution=self.distribution,
             device=self.device,
+            settings=self._more_settings,
         )
         other._borrowed, other._references = self.folder, self._references
         return other
@@ -79,11 +84,18 @@ class Subject:
     @cached_property
     def resolved(self) -> ResolvedPlugin:
         """The plugin that serves the architecture, imported."""
-        return resolve_plugin(self.architecture, prefer=self.distribution)
+        extensions = self._more_settings.get("extensions", ())
+        return resolve_plugin(self.architecture, prefer=self.distribution, extensions=extensions)
 
     def host(self) -> PluginHost:
         """A fresh host of its hooks."""
-        return PluginHost(self.resolved.plugin, name=self.resolved.label, defaults=CoreDefaults())
+        resolved = self.resolved
+        return PluginHost(
+            resolved.plugin,
+            name=resolved.label,
+            defaults=CoreDefaults(),
+            extensions=resolved.extensions,
+        )
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -134,13 +146,20 @@ class Subject:
         return read_config_json(self.checkpoint())
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        return {"device": self.device, "plugin": self.distribution, "block_size": BLOCK_SIZE}
+    def settings(self) -> dict[str, Any]:
+        """How ours is loaded, as `llmfw.models.load_model` takes it."""
+        return {
+            "device": self.device,
+            "plugin": self.distribution,
+            "block_size": BLOCK_SIZE,
+            "dtype": "float32",
+            "kernels": "reference",
+            **self._more_settings,
+        }
 
     def load(self, weights: str = "plain", **settings: Any) -> LoadedModel:
-        """Ours, loaded anew from the checkpoint through its plugin, with torch's references."""
-        defaults = {"dtype": "float32", "kernels": "reference"}
-        return load_model(self.checkpoint(weights), **{**self._settings, **defaults, **settings})
+        """Ours, loaded anew from the checkpoint through its plugin."""
+        return load_model(self.checkpoint(weights), **{**self.settings, **settings})
 
     def model(self, weights: str = "plain") -> PretrainedModel[Any]:
         """Ours, loaded once."""
@@ -150,12 +169,9 @@ class Subject:
 
     def start(self, weights: str = "plain", **settings: Any) -> LLM:
         """Ours behind an engine without a tokenizer; its caller shuts it down."""
-        defaults: dict[str, Any] = {
-            "dtype": "float32",
-            "kernels": "reference",
-            "kv_cache_memory": "8MiB",
-        }
-        everything = {**self._settings, **defaults, **settings}
+        everything = {"kv_cache_memory": "8MiB", **self.settings, **settings}
+        if "attn_backend" in everything:
+            everything["attention_backend"] = everything.pop("attn_backend")
         return LLM(self.checkpoint(weights), skip_tokenizer_init=True, **everything)
 
     @contextmanager

@@ -79,6 +79,43 @@ def shrunk_config(architecture: str) -> dict[str, Any]:
     return raw
 
 
+def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A real config.json in small: its switches stay, its sizes do not."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    known = model_type in CONFIG_MAPPING
+    names = dict(getattr(CONFIG_MAPPING[model_type], "attribute_map", {}) or {}) if known else {}
+    small = dict(raw)
+    for name, value in _SMALL.items():
+        for field in {name, names.get(name, name)}:
+            if small.get(field) is not None:
+                small[field] = value
+    heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
+    if kv_heads is not None:
+        small["num_key_value_heads"] = {heads: 4, 1: 1}.get(kv_heads, 2)
+    if small.get("layer_types"):
+        kinds = list(dict.fromkeys(small["layer_types"]))
+        small["layer_types"] = (kinds + kinds)[:2]
+    for field in ("rope_scaling", "rope_parameters"):
+        if isinstance(small.get(field), Mapping):
+            small[field] = _small_rope(small[field])
+    for field in ("dtype", "torch_dtype", "quantization_config", *_NO_TOKENS):
+        small.pop(field, None)
+    return small
+
+
+def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Factors for each feature cut to the small head; the original length to the small one."""
+    small = dict(rope)
+    for name in ("short_factor", "long_factor"):
+        if isinstance(small.get(name), list):
+            small[name] = small[name][: _SMALL["head_dim"] // 2]
+    if small.get("original_max_position_embeddings"):
+        small["original_max_position_embeddings"] = LENGTH // 4
+    return small
+
+
 def model_type_of(architecture: str) -> str:
     """The model_type whose causal model in transformers has this name.
 

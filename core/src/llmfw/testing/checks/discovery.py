@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from llmfw.testing.failure import CheckFailure, CheckSkipped
 from llmfw.testing.subject import Subject
 
 HEAVY = ("torch", "cupy", "cupyx")
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Exit)\b")
 _IMPORT = """
 import sys
 
@@ -70,12 +72,14 @@ def imports_without_torch(subject: Subject) -> None:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        frames = [line.strip() for line in lines if line.strip().startswith("File")]
+        # The first error is the original one, those after it tell whose plugin it is.
+        first = next((n for n, line in enumerate(lines) if _ERROR.match(line)), len(lines) - 1)
+        frames = [line.strip() for line in lines[:first] if line.strip().startswith("File")]
         raise CheckFailure(
             f"importing {entry.value} needs what is only there when a model is built",
             module=entry.value.partition(":")[0],
             expected="an import without " + ", ".join(HEAVY),
-            got=lines[-1] if lines else f"exit code {done.returncode}",
-            look="\n".join(frames[-3:])
+            got=lines[first] if lines else f"exit code {done.returncode}",
+            look="\n".join([each for each in frames if "<string>" not in each][-3:])
             + "\nimport the model inside the hooks, annotations under TYPE_CHECKING",
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -14,6 +16,9 @@ from llmfw.testing.checks.discovery import entry_of
 from llmfw.testing.failure import CheckFailure, CheckSkipped
 from llmfw.testing.subject import Subject
 
+_LEFT_OUT = shutil.ignore_patterns(
+    "build", "dist", "*.egg-info", "__pycache__", ".git", ".venv", "venv"
+)
 _FIND = """
 import sys
 from llmfw.plugins import Catalog
@@ -45,11 +50,16 @@ def wheel_builds_and_installs(subject: Subject) -> None:
         CheckFailure: With the last lines of the step that failed.
     """
     entry = entry_of(subject)
+    if find_spec("pip") is None:
+        raise CheckSkipped("this environment has no pip")
     source = source_of(entry.dist)
     wheels, site = subject.folder / "wheels", subject.folder / "site"
+    copy = subject.folder / "source"  # building in place would leave its traces there
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(source, copy, ignore=_LEFT_OUT)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)]
-    _run([*build, str(source)], f"the wheel of {entry.dist} does not build", source)
+    _run([*build, str(copy)], f"the wheel of {entry.dist} does not build", source)
     (wheel,) = wheels.glob("*.whl")
     install = [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     _run(install, f"{wheel.name} does not install", source)

@@ -15,7 +15,7 @@ from llmfw.models import PreparedModel, PretrainedModel, build, prepare_model
 from llmfw.models.weights import has_own_load_weights
 from llmfw.testing.compare import logits_tolerance, reference_logits
 from llmfw.testing.failure import CheckFailure, CheckSkipped
-from llmfw.testing.subject import BLOCK_SIZE, Subject
+from llmfw.testing.subject import Subject
 from llmfw.weights import (
     Checkpoint,
     LoadPlan,
@@ -65,16 +65,7 @@ def parts_of(prepared: PreparedModel) -> Parts:
 
 def tiny_parts(subject: Subject) -> Parts:
     """The parts of the tiny checkpoint."""
-    return parts_of(
-        prepare_model(
-            subject.checkpoint(),
-            dtype="float32",
-            device="cpu",
-            kernels="reference",
-            plugin=subject.distribution,
-            block_size=BLOCK_SIZE,
-        )
-    )
+    return parts_of(prepare_model(subject.checkpoint(), **subject.settings))
 
 
 def accounts_for_every_tensor(subject: Subject) -> None:
