@@ -13,6 +13,10 @@ from llmfw.models import DecoderModelForCausalLM, build
 from llmfw.models.build import CoreDefaults
 from llmfw.plugins import PluginHost, resolve_plugin
 from llmfw.testing import PackedSession
+from llmfw.testing.compare import ATOL, REAL_TIE, TINY_TIE, random_prompts
+from llmfw.testing.compare import reference_logits as hf_logits
+from llmfw.testing.compare import require_greedy as assert_greedy
+from llmfw.testing.reference import randomize
 from llmfw.weights import (
     Checkpoint,
     MemoryCheckpoint,
@@ -21,7 +25,18 @@ from llmfw.weights import (
     plan_weights,
 )
 
-ATOL = 1e-4  # architecture rule: float32, tiny models
+__all__ = [
+    "ATOL",
+    "REAL_TIE",
+    "TINY_TIE",
+    "assert_greedy",
+    "assert_same_logits",
+    "hf_logits",
+    "ours_from",
+    "published",
+    "random_prompts",
+    "tiny_hf",
+]
 
 
 def tiny_hf(config: Any, architecture: str, attention: str = "sdpa") -> torch.nn.Module:
@@ -34,14 +49,7 @@ def tiny_hf(config: Any, architecture: str, attention: str = "sdpa") -> torch.nn
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=attention
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.15)
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.3)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    randomize(model)
     return model.eval()
 
 
@@ -80,19 +88,6 @@ def published(hf: torch.nn.Module, folder: Path) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def hf_logits(hf: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    """Logits of every position of one prompt: [tokens, vocab]."""
-    with torch.no_grad():
-        return hf(torch.tensor([ids])).logits[0]
-
-
-def random_prompts(count: int, vocab: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of random ids and lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
-    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
-
-
 def assert_same_logits(
     hf: torch.nn.Module, model: DecoderModelForCausalLM[Any, Any], prompts: list[list[int]]
 ) -> None:
@@ -107,23 +102,3 @@ def assert_same_logits(
     pieces = [ids[:cut], ids[cut:tail], *([token] for token in ids[tail:])]
     got = torch.cat([session.step({"a": piece})["a"] for piece in pieces if piece])
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
-
-
-REAL_TIE, TINY_TIE = 2e-3, 1e-4  # architecture rule: closer logits than this are a tie
-
-
-def assert_greedy(hf: torch.nn.Module, prompt: list[int], got: list[int], tie: float) -> None:
-    """Each token is transformers' greedy choice after the tokens before it, up to the first tie.
-
-    One whole forward over prompt and tokens: where all agree, transformers' own generation is the
-    same.
-    """
-    logits = hf_logits(hf, [*prompt, *got])[len(prompt) - 1 : -1]
-    for step, (token, row) in enumerate(zip(got, logits, strict=True)):
-        gap = float(row.max() - row[token])
-        if gap > 0:
-            best = int(row.argmax())
-            assert gap < tie, (
-                f"token {step} is {token}, transformers' is {best}, {gap:.2e} above it"
-            )
-            return

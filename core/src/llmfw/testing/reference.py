@@ -16,6 +16,9 @@ from torch import nn
 from llmfw.errors import ConfigError, UsageError
 from llmfw.weights import Checkpoint
 
+ATTENTION = "eager"
+"""transformers' plainest attention: its faster ones leave out soft caps and sinks."""
+
 ReferenceFactory = Callable[[Any], nn.Module]
 """Called with the pretrained configuration; its `state_dict` has the checkpoint's names, and
 `forward(input_ids [1, tokens])` gives logits [1, tokens, vocab], bare, first of a tuple, or as
@@ -67,14 +70,12 @@ def make_reference(
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
+                config, dtype=dtype, attn_implementation=ATTENTION
             )
         except ValueError as exc:
             if "Unrecognized configuration class" in str(exc):
                 raise no_reference(config) from exc
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager"
-            )
+            raise
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -102,7 +103,7 @@ def load_reference(
 
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                model_dir, config=config, dtype=dtype, attn_implementation="sdpa"
+                model_dir, config=config, dtype=dtype, attn_implementation=ATTENTION
             )
         return model.eval().to(device)  # type: ignore[no-any-return]
     model = make_reference(config, reference, dtype=dtype)
