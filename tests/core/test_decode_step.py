@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from llmfw.engine.context_step import ContextStep
 from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
 from llmfw.engine.decode_step import BlockTableMirror, DecodeStep
 from llmfw.engine.step import Chunk
@@ -140,3 +141,50 @@ def test_sizes_and_limits_end_at_the_settings():
     assert kv_limits(512) == [512]
     assert kv_limits(4096) == [1024, 4096]
     assert kv_limits(131072) == [1024, 8192, 131072]
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_a_padded_prompt_gives_the_token_of_an_ordinary_one(model, count: int):
+    (prompt,) = random_prompts(1, 128, count, count, seed=count)
+    want = PackedSession(model, num_blocks=16).step({"a": prompt})["a"][-1]
+    session = PackedSession(model, num_blocks=16)
+    tokens = torch.zeros(3, MAX_LEN, dtype=torch.int32)
+    tokens[1, :count] = torch.tensor(prompt)
+    tokens[1, count:] = 77  # what an earlier request left there
+    blocks = torch.full((3, MAX_LEN // BLOCK), 15, dtype=torch.int32)
+    blocks[1, :4] = torch.tensor([9, 2, 7, 4])
+    step = ContextStep(
+        exact_prompt(model),
+        flat_tokens=tokens.view(-1),
+        max_model_len=MAX_LEN,
+        blocks=blocks,
+        block_size=BLOCK,
+        caches=session.caches,
+        num_groups=1,
+        length=16,
+        padding_row=2,
+        ops=model.model_config.ops,
+    )
+    before = [cache.k.clone() for cache in session.caches.values()]
+    step.stage(1, count)
+    with torch.inference_mode():
+        output = step.compute()
+    torch.testing.assert_close(output.logits[0], want, atol=1e-5, rtol=0)
+    assert int(output.tokens) == int(want.argmax()) == int(tokens[1, count])
+    mine = {9, 2, 7, 4, 15}
+    for cache, old in zip(session.caches.values(), before, strict=True):
+        for block in set(range(16)) - mine:
+            assert torch.equal(cache.k[block], old[block])
+        written = cache.k.view(-1, *cache.k.shape[2:])[9 * BLOCK]
+        assert written.abs().sum() > 0
+
+
+def exact_prompt(model):
+    """As `exact_lengths`, for a prompt of fewer tokens than the padded batch."""
+
+    def forward(metadata, input_ids, positions):
+        (count,) = metadata.kv_lens_device.tolist()
+        exact = replace(metadata, query_lens=(count,), kv_lens=(count,), num_contexts=1)
+        return model(exact, input_ids, positions)
+
+    return forward

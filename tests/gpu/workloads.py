@@ -3,13 +3,15 @@
     python3 tests/gpu/workloads.py OUT.json S:W1 S:W2 S:Wb S:W3 L:W1 cuda_graphs=false ...
 
 S is Qwen3-0.6B's shape, L Llama-3.1-8B's. W1: batch 1, prompt 128, 128 new tokens. W2: batch 32,
-prompt 960, 128 new. Wb: batch 1, 8, 64, 256, prompt 960, 64 new. W3: 256 (S) or 128 (L) requests
-whose prompts and outputs have 100 to 1,024 tokens. End-of-sequence tokens are ignored, and the
-number of tokens that came is checked. Words with an equals sign are keywords of `LLM`, in JSON.
+prompt 960, 128 new. Wb: batch 1, 8, 64 and 256, prompt 960, 64 new (128 at 256). W3: 256 (S) or
+128 (L) requests whose prompts and outputs have 100 to 1,024 tokens. End-of-sequence tokens are
+ignored, and the number of tokens that came is checked. Words with an equals sign are keywords of
+`LLM`, in JSON.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import statistics
@@ -74,27 +76,36 @@ def prompts(count: int, length: int) -> list[list[int]]:
     return [[random.randrange(10000) for _ in range(length)] for _ in range(count)]
 
 
-def decode_run(llm: LLM, batch: int, length: int, new: int) -> dict[str, float]:
-    """One batch from start to end: ms a step once all decode, ms to the first token."""
+def generate(llm: LLM, ids: list[list[int]], new: int) -> tuple[float, float]:
+    """Seconds of a whole run, and of the first token of any request."""
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    outputs = llm.generate(prompts(batch, length), params)
+    begin = time.perf_counter()
+    outputs = llm.generate(ids, params)
+    seconds = time.perf_counter() - begin
     assert all(len(out.outputs[0].token_ids) == new for out in outputs)
-    timings = [out.timings for out in outputs]
-    start = max(t.first_token for t in timings)
-    end = max(t.finished for t in timings)
-    return {
-        "step_ms": 1e3 * (end - start) / (new - 1),
-        "first_ms": 1e3 * (min(t.first_token for t in timings) - min(t.arrival for t in timings)),
-    }
+    return seconds, min(out.timings.first_token for out in outputs) - begin
 
 
 def decode(llm: LLM, shape: str, batch: int, length: int, new: int, runs: int = 5) -> dict:
-    """The median of several runs beside the floor."""
-    decode_run(llm, batch, length, 8)
-    results = [decode_run(llm, batch, length, new) for _ in range(runs)]
-    floor = (WEIGHTS[shape] + batch * (length + new / 2) * KV[shape]) / READ
-    row = {key: statistics.median(r[key] for r in results) for key in results[0]}
-    return {"batch": batch, "floor_ms": 1e3 * floor, **row, "runs": len(results)}
+    """Milliseconds a step, beside the floor: the difference of runs of `new` and `new` / 2 tokens.
+
+    The difference is free of prefill, and of requests that decode while others are still read.
+    """
+    generate(llm, prompts(batch, length), 8)
+    steps, firsts = [], []
+    for _ in range(runs):
+        short, first = generate(llm, prompts(batch, length), new // 2)
+        long, _ = generate(llm, prompts(batch, length), new)
+        steps.append((long - short) / (new - new // 2))
+        firsts.append(first)
+    floor = (WEIGHTS[shape] + batch * (length + 0.75 * new) * KV[shape]) / READ
+    return {
+        "batch": batch,
+        "floor_ms": 1e3 * floor,
+        "step_ms": 1e3 * statistics.median(steps),
+        "first_ms": 1e3 * statistics.median(firsts),
+        "runs": runs,
+    }
 
 
 def throughput(llm: LLM, shape: str) -> dict:
@@ -139,10 +150,16 @@ def run(shape: str, works: list[str], settings: dict[str, Any]) -> dict[str, Any
             elif work == "W2":
                 result[work] = decode(llm, shape, 32, 960, 128, runs=3)
             elif work == "Wb":
-                result[work] = [decode(llm, shape, b, 960, 64, runs=2) for b in (1, 8, 64, 256)]
+                result[work] = [
+                    decode(llm, shape, b, 960, 64 if b < 256 else 128, runs=2)
+                    for b in (1, 8, 64, 256)
+                ]
             elif work == "W3":
                 result[work] = throughput(llm, shape)
             print(shape, work, json.dumps(result[work]), flush=True)
+    del llm
+    gc.collect()
+    torch.cuda.empty_cache()
     return result
 
 

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: captured once for each padded batch size, replayed every step."""
+"""Steps as CUDA graphs: captured once for each padded size, replayed ever after."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from llmfw.engine.context_step import LENGTHS, ContextStep
 from llmfw.engine.decode_step import DecodeOutput, DecodeStep
 from llmfw.errors import DeviceError
 
 logger = logging.getLogger("llmfw.engine")
 
-MakeStep = Callable[[int, int], DecodeStep]
+
+class Step(Protocol):
+    """A computation on the device with fixed addresses and shapes."""
+
+    def compute(self) -> DecodeOutput:
+        """Run it."""
+
+
+TStep = TypeVar("TStep", bound=Step)
+MakeDecode = Callable[[int, int], DecodeStep]
+MakeContext = Callable[[int], ContextStep]
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -32,47 +43,58 @@ def kv_limits(max_model_len: int) -> list[int]:
 
 
 @dataclass
-class _Captured:
-    step: DecodeStep
+class _Captured(Generic[TStep]):
+    step: TStep
     graph: torch.cuda.CUDAGraph
     output: DecodeOutput
 
+    def replay(self) -> DecodeOutput:
+        self.graph.replay()
+        return self.output
 
-class DecodeGraphs:
-    """Captured decode steps by batch size and longest sequence.
+
+class StepGraphs:
+    """Captured decode steps by batch size and longest sequence, and prefills by length.
 
     Args:
-        make_step: Makes the step for (batch size, longest sequence).
+        make_decode: Makes the decode step for (batch size, longest sequence).
+        make_context: Makes the prefill of a prompt padded to a length.
         max_num_seqs: Most requests of a step.
         max_model_len: Longest sequence.
     """
 
-    def __init__(self, make_step: MakeStep, max_num_seqs: int, max_model_len: int) -> None:
-        self._make_step = make_step
+    def __init__(
+        self,
+        make_decode: MakeDecode,
+        make_context: MakeContext,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
         self.sizes = batch_sizes(max_num_seqs)
         self.limits = kv_limits(max_model_len)
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self.lengths = [length for length in LENGTHS if length < max_model_len]
         self._pool: Any = None
-
-    def capture_all(self) -> None:
-        """Capture every graph, the largest first, so that the others fit into its memory.
-
-        Raises:
-            DeviceError: If the memory does not suffice.
-        """
+        self._decode: dict[tuple[int, int], _Captured[DecodeStep]] = {}
+        self._context: dict[int, _Captured[ContextStep]] = {}
         try:
-            for limit in reversed(self.limits):
-                for size in reversed(self.sizes):
-                    self._capture(size, limit)
+            self._capture_all(make_decode, make_context)
         except torch.cuda.OutOfMemoryError as exc:
             raise DeviceError(
-                f"no memory for the CUDA graphs of up to {self.sizes[-1]} requests",
+                f"no memory for the CUDA graphs of up to {max_num_seqs} requests",
                 hint="lower max_num_seqs or kv_cache_memory, or turn CUDA graphs off",
             ) from exc
-        logger.info("captured %d CUDA graphs", len(self._captured))
+        logger.info("captured %d CUDA graphs", len(self._decode) + len(self._context))
 
-    def run(self, rows: np.ndarray, positions: np.ndarray) -> DecodeOutput:
-        """Replay the step of these requests.
+    def _capture_all(self, make_decode: MakeDecode, make_context: MakeContext) -> None:
+        """The largest first, so that the others fit into its memory."""
+        for limit in reversed(self.limits):
+            for size in reversed(self.sizes):
+                self._decode[size, limit] = self._capture(make_decode(size, limit))
+        for length in reversed(self.lengths):
+            self._context[length] = self._capture(make_context(length))
+
+    def decode(self, rows: np.ndarray, positions: np.ndarray) -> DecodeOutput:
+        """Replay the decode step of these requests.
 
         Args:
             rows: The requests' rows in the table.
@@ -84,13 +106,17 @@ class DecodeGraphs:
         """
         size = self.sizes[bisect_left(self.sizes, len(rows))]
         limit = self.limits[bisect_left(self.limits, int(positions.max()) + 1)]
-        captured = self._captured[size, limit]
+        captured = self._decode[size, limit]
         captured.step.stage(rows, positions)
-        captured.graph.replay()
-        return captured.output
+        return captured.replay()
 
-    def _capture(self, size: int, limit: int) -> None:
-        step = self._make_step(size, limit)
+    def context(self, row: int, count: int) -> DecodeOutput:
+        """Replay the prefill of one whole prompt of `count` tokens, at most `self.lengths[-1]`."""
+        captured = self._context[self.lengths[bisect_left(self.lengths, count)]]
+        captured.step.stage(row, count)
+        return captured.replay()
+
+    def _capture(self, step: TStep) -> _Captured[TStep]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(stream):
@@ -100,4 +126,4 @@ class DecodeGraphs:
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool):
             output = step.compute()
         self._pool = self._pool or graph.pool()
-        self._captured[size, limit] = _Captured(step, graph, output)
+        return _Captured(step, graph, output)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
+
+import torch
 
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.step import StepInput, StepOutput
@@ -50,7 +53,11 @@ class InProcessExecutor:
 
     def shutdown(self) -> None:
         """Drop the worker and with it the model and its caches."""
+        on_gpu = self.runner is not None and self.runner.device.type == "cuda"
         self.runner = None
+        if on_gpu:  # graphs and steps refer to each other: without this their memory stays taken
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 class LazyFuture(Future[StepOutput]):

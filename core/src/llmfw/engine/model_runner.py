@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from llmfw.attention.backend import get_attention_backend
 from llmfw.attention.metadata import AttentionMetadata, CacheSpec
 from llmfw.engine import kv_cache
 from llmfw.engine.batch import Batch, BatchBuilder, upload
-from llmfw.engine.cuda_graphs import DecodeGraphs
-from llmfw.engine.decode_step import BlockTableMirror, DecodeStep
+from llmfw.engine.graph_runner import GraphRunner, Replayed
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.sampler import LogprobTensors, logprobs, sample
 from llmfw.engine.sampling_plan import SamplingPlan, plan_sampling
@@ -98,10 +96,16 @@ class ModelRunner:
             self.specs, num_blocks + 1, settings.block_size, device, self._backend
         )
         self.builder = BatchBuilder(self.table, self.caches, self._num_groups, device)
-        self.mirror: BlockTableMirror | None = None
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: GraphRunner | None = None
         if device.type == "cuda" and settings.cuda_graphs and self._capturable():
-            self._capture_graphs()
+            self.graphs = GraphRunner(
+                model,
+                model.model_config,  # type: ignore[attr-defined]  # as _capturable saw
+                self.table,
+                self.caches,
+                self._num_groups,
+                num_blocks,
+            )
 
     @property
     def _num_groups(self) -> int:
@@ -122,10 +126,9 @@ class ModelRunner:
         """Start a step; on a GPU this returns before it is done, and nothing here waits for it."""
         self.table.apply(step)
         with torch.inference_mode():
-            if self.mirror is not None:
-                self.mirror.apply(step.chunks, self.table.row_of)
-            if self.graphs is not None and self._is_plain_decode(step):
-                return self._replay(step, self.graphs)
+            replayed = None if self.graphs is None else self.graphs.run(step)
+            if replayed is not None:
+                return self._finish(step, replayed)
             batch = self.builder.build(step)
             logits = self.model(batch.metadata, batch.input_ids, batch.position_ids)
             return self._sample(step.step_id, batch, logits)
@@ -134,33 +137,21 @@ class ModelRunner:
         """Forget all sequences."""
         self.table.clear()
 
-    def _replay(self, step: StepInput, graphs: DecodeGraphs) -> PendingStep:
-        rows = np.array([self.table.row_of[chunk.seq_id] for chunk in step.chunks])
-        positions = np.array([chunk.start for chunk in step.chunks])
-        plan = plan_sampling(self.table, rows, positions + 1)
-        output = graphs.run(rows, positions)
-        logits, tokens = output.logits[: len(rows)], output.tokens[: len(rows)]
+    def _finish(self, step: StepInput, replayed: Replayed) -> PendingStep:
+        """Take a replayed step's greedy tokens, or sample from its logits where a row wants it."""
+        rows, positions, tokens = replayed.rows, replayed.positions, replayed.tokens
+        plan = plan_sampling(self.table, rows, positions)
         best = None
         if plan.features:
-            tokens = sample(logits, plan)
-            places = rows * self.table.max_model_len + positions + 1
+            tokens = sample(replayed.logits, plan)
+            places = rows * self.table.max_model_len + positions
             (targets,) = upload([places], torch.int64, self.device)
             self.table.flat_tokens.index_copy_(0, targets, tokens.clamp_min(0).int())
             if plan.logprobs is not None:
-                best = logprobs(logits, tokens, _widest(plan.logprobs, logits.shape[-1]))
+                width = _widest(plan.logprobs, replayed.logits.shape[-1])
+                best = logprobs(replayed.logits, tokens, width)
         seq_ids = tuple(chunk.seq_id for chunk in step.chunks)
         return PendingStep(step.step_id, seq_ids, (), plan, tokens, best, ())
-
-    def _is_plain_decode(self, step: StepInput) -> bool:
-        """Whether each chunk is one token that gets a successor: what the graphs are made for."""
-        if step.num_generations != len(step.chunks):
-            return False
-        extras, row_of = self.table.extras, self.table.row_of
-        for chunk in step.chunks:
-            extra = extras[row_of[chunk.seq_id]]
-            if not chunk.samples or (extra and extra.new.sampling.prompt_logprobs is not None):
-                return False
-        return True
 
     def _capturable(self) -> bool:
         """Whether ops that need lengths run by kernels that read them from the device."""
@@ -172,33 +163,6 @@ class ModelRunner:
                 logger.info("no CUDA graphs: %s runs by its reference", choice.context.op)
                 return False
         return True
-
-    def _capture_graphs(self) -> None:
-        table, settings = self.table, self.settings
-        assert settings.max_num_seqs is not None
-        mirror = BlockTableMirror(settings.max_num_seqs + 1, table.blocks.shape[1], self.device)
-        mirror.blocks[table.padding_row] = self.num_blocks
-        config = self.model.model_config  # type: ignore[attr-defined]  # as _capturable saw
-
-        def make_step(size: int, max_kv_len: int) -> DecodeStep:
-            return DecodeStep(
-                self.model,
-                flat_tokens=table.flat_tokens,
-                max_model_len=self.max_model_len,
-                blocks=mirror.blocks,
-                block_size=settings.block_size,
-                caches=self.caches,
-                num_groups=self._num_groups,
-                size=size,
-                padding_row=table.padding_row,
-                max_kv_len=max_kv_len,
-                ops=config.ops,
-                dtype=config.dtype,
-            )
-
-        graphs = DecodeGraphs(make_step, settings.max_num_seqs, self.max_model_len)
-        graphs.capture_all()
-        self.mirror, self.graphs = mirror, graphs
 
     def _sample(self, step_id: int, batch: Batch, logits: torch.Tensor) -> PendingStep:
         plan = plan_sampling(self.table, batch.sample_rows, batch.sample_positions)
