@@ -72,3 +72,33 @@ def test_every_hook_is_documented_with_its_signature() -> None:
     for name in hookspecs.HOOK_NAMES:
         arguments = ", ".join(inspect.signature(getattr(hookspecs, name)).parameters)
         assert f"### `{name}({arguments})`" in text
+
+
+def test_every_hook_says_since_when_and_whether_it_goes() -> None:
+    """Page and hookspecs agree; a hook that warns its implementers says so in both."""
+    text = HOOKS.read_text("utf-8")
+    for name in hookspecs.HOOK_NAMES:
+        spec = getattr(hookspecs, name)
+        (since,) = re.findall(r"\.\. versionadded:: (\S+)", inspect.getdoc(spec) or "")
+        goes = re.findall(r"\.\. deprecated:: (\S+)", inspect.getdoc(spec) or "")
+        told = f"Deprecated since {goes[0]}" if goes else "Not deprecated"
+        section = text.split(f"### `{name}(")[1].split("\n### ")[0]
+        assert f"*Since {since}. {told}" in section, name
+        assert bool(goes) == bool(spec.llmfw_spec["warn_on_impl"]), name
+        kind = "First result" if spec.llmfw_spec["firstresult"] else "All results"
+        assert kind in section, name
+        documented = set(re.findall(r":param (\w+):", inspect.getdoc(spec) or ""))
+        arguments = set(inspect.signature(spec).parameters)
+        assert documented == arguments, name
+        assert arguments <= set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)), name
+
+
+def test_hooks_named_in_the_pages_exist() -> None:
+    pages = [path.read_text("utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))]
+    readmes = [path.read_text("utf-8") for path in sorted(ROOT.glob("*/README.md"))]
+    named = set(
+        re.findall(
+            r"\bllmfw_(?:config|model|layer|weight|kernel)\w*(?=[(`])", "".join(pages + readmes)
+        )
+    )
+    assert named - set(hookspecs.HOOK_NAMES) == set()

@@ -24,20 +24,6 @@ class TestContract(ModelContract):
 
     architecture = "{{ cookiecutter.architecture }}"
     distribution = "{{ cookiecutter.distribution }}"
-{% if cookiecutter.__tiny_config %}
-    tiny_config = {{ cookiecutter.__tiny_config }}
-{% else %}
-    tiny_config = {
-        "model_type": "{{ cookiecutter.model_type }}",
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
-{% endif %}
 {% if cookiecutter.config == 'own' %}
     reference = staticmethod(reference)
 {% endif %}

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import test_contract
 from llmfw import LLM, SamplingParams
 from llmfw.plugins import Catalog
 
-ARCHITECTURE = test_contract.TestContract.architecture
+from {{ cookiecutter.import_name }} import TINY
+
+ARCHITECTURE = "{{ cookiecutter.architecture }}"
 DISTRIBUTION = "{{ cookiecutter.distribution }}"
 
 
@@ -25,7 +26,7 @@ def test_the_package_imports_without_torch() -> None:
 
 
 def test_a_tiny_random_model_generates(tmp_path: Path) -> None:
-    config = {**test_contract.TestContract.tiny_config, "architectures": [ARCHITECTURE]}
+    config = {**TINY, "architectures": [ARCHITECTURE]}
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     with LLM(
         tmp_path, plugin=DISTRIBUTION, device="cpu", load_format="dummy", skip_tokenizer_init=True

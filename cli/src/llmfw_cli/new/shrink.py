@@ -29,7 +29,8 @@ def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> di
     group = heads // (read("num_key_value_heads") or heads)
     head_dim = read("head_dim") or hidden // heads
     ours = HIDDEN // HEADS
-    few = min(layers, 4 if raw.get("layer_types") else 2)
+    varied = any(isinstance(value, list) and len(value) == layers for value in raw.values())
+    few = min(layers, 4 if varied else 2)
     sizes: dict[str, Any] = {
         "hidden_size": HIDDEN,
         "num_attention_heads": HEADS,

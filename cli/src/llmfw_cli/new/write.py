@@ -38,7 +38,7 @@ def answers_of(found: Recognition) -> dict[str, str]:
         "__spec": spec,
         "__imports": f"DecoderSpec, ModelConfig, {rope}StockDecoderForCausalLM",
         "__weights": source.chain(rules, 4 if "config." in source.chain(rules) else 0),
-        "__tiny_config": source.literal(tiny, 4),
+        "__tiny_config": source.literal(tiny, 0),
     }
 
 

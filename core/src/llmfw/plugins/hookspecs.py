@@ -63,6 +63,8 @@ def llmfw_config(raw: Mapping[str, Any], model_dir: Path) -> Any | None:
 
     Core's default makes the class that transformers knows for `model_type`.
     Called once for each model, first of all hooks. Stops at the first result that is not None.
+
+    .. versionadded:: 0.1
     """
 
 
@@ -80,6 +82,8 @@ def llmfw_model(model_config: ModelConfig[Any]) -> DecoderModelForCausalLM[Any, 
     Core's default is a stock decoder of `num_hidden_layers` layers, each from `llmfw_layer`.
     Called once for each model and rank, after `llmfw_config`, within `torch.device("meta")`.
     Stops at the first result that is not None.
+
+    .. versionadded:: 0.1
     """
 
 
@@ -108,6 +112,8 @@ def llmfw_layer(
     Core's default is the stock layer of that kind.
     Called once for each part of each layer while the model is built. Stops at the first result that
     is not None; wrappers see that result.
+
+    .. versionadded:: 0.1
     """
 
 
@@ -132,6 +138,8 @@ def llmfw_weight_map(model_config: ModelConfig[Any], checkpoint: Checkpoint) -> 
     as their declared shards say.
     Called once for each model and rank, after the model is built and before any tensor is read.
     Stops at the first result that is not None.
+
+    .. versionadded:: 0.1
     """
 
 
@@ -157,6 +165,8 @@ def llmfw_kernels(device: DeviceInfo) -> Sequence[Kernel] | None:
     Core's default offers none; each op has its torch reference.
     Called once for each model, before it is built. All results count; the op table chooses by
     requirements and priority.
+
+    .. versionadded:: 0.1
     """
 
 

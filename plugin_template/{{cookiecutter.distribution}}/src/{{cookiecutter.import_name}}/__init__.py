@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmfw.plugins import hookimpl
 
@@ -13,9 +13,25 @@ if TYPE_CHECKING:
     from {{ cookiecutter.import_name }}.configuration import {{ cookiecutter.__config_class }}
 {% endif %}
 
+# A configuration that runs in milliseconds: `llmfw check` and the tests build it.
+TINY: dict[str, Any] = {% if cookiecutter.__tiny_config %}{{ cookiecutter.__tiny_config }}
+{% else %}{
+    "model_type": "{{ cookiecutter.model_type }}",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+{% endif %}
+
 
 class Plugin:
     """The model's hooks; torch is imported only when a model is built."""
+
+    tiny_configs: ClassVar[dict[str, dict[str, Any]]] = {"{{ cookiecutter.architecture }}": TINY}
 {% if cookiecutter.config == 'own' %}
 
     @hookimpl
