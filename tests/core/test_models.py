@@ -326,3 +326,8 @@ def test_linear_names_its_shards_for_print():
     assert "q_proj" in text
     assert isinstance(Linear(2, 2), torch.nn.Module)
     logging.getLogger("llmfw").debug(text)
+
+
+def test_positions_of_a_wrapper_are_its_text_parts():
+    config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=77))
+    assert ModelConfig(pretrained_config=config).max_positions == 77
