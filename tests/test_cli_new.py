@@ -59,10 +59,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 
-def saved(folder: Path, model_type: str, **fields: Any) -> Path:
-    """A tiny random checkpoint, as transformers saves it."""
+def saved(folder: Path, model_type: str, *, alone: bool = False, **fields: Any) -> Path:
+    """A tiny random checkpoint, as transformers saves it; `alone` leaves the usual sizes out."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**SIZES, **fields})
+    config = CONFIG_MAPPING[model_type](**{**({} if alone else SIZES), **fields})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -127,6 +127,32 @@ def test_a_bias_by_distance_is_told(tmp_path: Path) -> None:
     assert "config.json says alibi" in done.stdout
     assert "NOT RIGHT YET" in done.stdout
     assert "every tensor of the checkpoint is accounted for" in done.stdout
+
+
+def test_experts_are_told_once(tmp_path: Path) -> None:
+    fields = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}
+    model = saved(tmp_path / "model", "olmoe", **fields)
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert "a mixture of experts" in done.stdout
+    assert done.stdout.count("mlp.experts.{i}.down_proj.weight [64, 96]") == 1
+
+
+def test_a_model_without_positions_is_told(tmp_path: Path) -> None:
+    model = saved(
+        tmp_path / "model", "bloom", alone=True, hidden_size=64, vocab_size=160, n_layer=2, n_head=4
+    )
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert "nothing tells how positions enter" in done.stdout
+    assert "transformer.word_embeddings_layernorm.bias [64]" in done.stdout
+
+
+def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    model = saved(
+        tmp_path / "model", "mamba", alone=True, hidden_size=64, vocab_size=160, num_hidden_layers=2
+    )
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert done.exit_code == 3
+    assert "--base blank" in done.output
 
 
 def test_a_model_that_transformers_lacks_gets_a_configuration(tmp_path: Path) -> None:

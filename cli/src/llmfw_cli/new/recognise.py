@@ -202,7 +202,7 @@ def _model_switches(
     elif base.rope is None:
         dim = "config.rotary_dim" if getattr(config, "rotary_dim", None) else str(base.head_dim)
         limit = "config.max_position_embeddings"
-        if not getattr(config, "alibi", False):
+        if getattr(config, "max_position_embeddings", None) and not getattr(config, "alibi", False):
             found["rope"] = f"RopeParams(dim={dim}, max_positions={limit})"
     head = modules.around.get(places.get("lm_head", ""))
     if head is None and not base.tied:

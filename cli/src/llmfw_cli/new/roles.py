@@ -35,6 +35,7 @@ _FOUR = (
     ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
 )
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_EXPERT = re.compile(r"expert")
 _EMBEDDING = re.compile(
     r"embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|token_embedding|^embeddings?$"
 )
@@ -50,6 +51,8 @@ def parts_of_layer(modules: Modules) -> dict[str, str]:
         place = _part(path, parameters)
         if place is not None:
             places.setdefault(place, path)
+    if any(_EXPERT.search(path) for path in modules.layer):  # then `gate` is the router's
+        places = {place: path for place, path in places.items() if not place.startswith("mlp.")}
     return places
 
 

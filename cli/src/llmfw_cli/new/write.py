@@ -12,6 +12,7 @@ from llmfw_cli.new.rules import weight_rules
 from llmfw_cli.new.settle import Settled
 from llmfw_cli.new.shrink import names_of, shrink
 
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 _ENDINGS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model)$")
 
 
@@ -84,6 +85,24 @@ def _hints(found: Recognition) -> Iterator[str]:
     """Known reasons why a stock decoder may not be the model."""
     if getattr(found.config, "alibi", False):
         yield "config.json says alibi: the stock attention has no such bias"
+    elif not positions_known(found):
+        yield "nothing tells how positions enter: there is neither a table nor a rotary embedding"
+    if any("expert" in path for path in found.modules.layer):
+        yield "a mixture of experts: give the spec moe=MoEParams(...), stack the experts' weights"
+
+
+def positions_known(found: Recognition) -> bool:
+    """Whether there is a table of positions, or a rotary embedding in the configuration."""
+    from llmfw_cli.new.trial import spec_of
+
+    spec = spec_of(found, found.config)
+    return spec.rope is not None or spec.learned_positions is not None
+
+
+def collapsed(text: str) -> list[str]:
+    """Lines that differ in numbers of layers or experts alone, once."""
+    general = [_NUMBER.sub(".{i}", line) for line in text.splitlines()]
+    return list(dict.fromkeys(general))
 
 
 def lines(told: dict[str, Any]) -> list[str]:
@@ -102,20 +121,22 @@ def lines(told: dict[str, Any]) -> list[str]:
             f"(greatest difference {told['difference']:.1e})"
         )
     elif told["difference"] is not None:
-        text += told["hints"]
         text.append(
             "NOT RIGHT YET: a tiny random model of this kind differs from transformers' by "
             f"{told['difference']:.1e}"
         )
     else:
         text.append(f"not compared with transformers: {told['no_trial']}")
+    if not told["agrees"]:
+        text += told["hints"]
     if told["unrecognised"]:
-        text += ["not recognised:", *(f"  {name}" for name in told["unrecognised"])]
+        names = collapsed("\n".join(told["unrecognised"]))
+        text += ["not recognised:", *(f"  {name}" for name in names)]
     if told["unread_fields"]:
         text.append("fields of config.json that nobody looked at:")
         text += [f"  {name}: {value}" for name, value in told["unread_fields"].items()]
     if told["problems"]:
-        text += ["the checkpoint does not load yet:", *told["problems"].splitlines()]
+        text += ["the checkpoint does not load yet:", *collapsed(told["problems"])]
     else:
         text.append("every tensor of the checkpoint is accounted for")
     return text
