@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything of tests/gpu on a machine with an NVIDIA GPU, without a network.
-#   OUT=/some/folder bash tests/gpu/run_all.sh STAGE...     stages: tests bench sanitize, or S:W1 and the like
+#   OUT=/some/folder bash tests/gpu/run_all.sh STAGE...     stages: models tests bench sanitize, or S:W1 and the like
 # Installs the packages without their dependencies, for their entry points.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,4 +16,13 @@ done
 if [ ${#works[@]} -gt 0 ]; then
   timeout "${LIMIT:-240}" python3 tests/gpu/workloads.py "$OUT/workloads.json" "${works[@]}" 2>&1 | tee "$OUT/workloads.log" | tail -60
 fi
-[ ${#stages[@]} -eq 0 ] || bash tests/gpu/first_run.sh "${stages[@]}"
+if [[ " ${stages[*]} " == *" models "* ]]; then # several processes at once: each takes little of the cache
+  export PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+  timeout "${LIMIT:-240}" python3 -m pytest tests/gpu/test_models.py tests/gpu/test_engine.py tests/gpu/test_families.py \
+    -q -n 6 -p no:cacheprovider -o addopts="--import-mode=importlib" -o filterwarnings=default --tb=short \
+    >"$OUT/models.log" 2>&1
+  tail -30 "$OUT/models.log"
+  stages=("${stages[@]/models/}")
+fi
+stages=(${stages[*]})
+[ ${#stages[@]} -eq 0 ] || bash tests/gpu/kernels.sh "${stages[@]}"

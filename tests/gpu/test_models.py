@@ -59,7 +59,8 @@ def checkpoint(request, tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Modu
 
 
 def engine(folder: Path, **settings: Any) -> LLM:
-    return LLM(folder, skip_tokenizer_init=True, device="cuda", max_num_seqs=32, **settings)
+    settings = {"max_num_seqs": 32, "kv_cache_memory": "256MiB", **settings}
+    return LLM(folder, skip_tokenizer_init=True, device="cuda", **settings)
 
 
 def tokens(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> list[list[int]]:

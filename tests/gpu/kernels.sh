@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Kernel tests, benchmark and sanitizer of the CuPy pack on a machine with an NVIDIA GPU and no network.
-#   OUT=/some/folder bash tests/gpu/first_run.sh [tests] [bench] [sanitize]      (default: all three)
+#   OUT=/some/folder bash tests/gpu/kernels.sh [tests] [bench] [sanitize]      (default: all three)
 # Installs nothing: the packages are read from their source folders.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-OUT=${OUT:-/tmp/llmfw-first-run}
+OUT=${OUT:-/tmp/llmfw-gpu}
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD/core/src:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 export LLMFW_CACHE=${LLMFW_CACHE:-/tmp/llmfw-cache} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
