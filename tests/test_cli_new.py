@@ -46,6 +46,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {**GROUPED, "attention_multiplier": 0.2},
         {"residual_scale": "config.residual_multiplier"},
     ),
+    "glm4": ({**GROUPED, "head_dim": 16}, {"block": '"sandwich"'}),
+    "cohere2": (
+        {**GROUPED, "num_hidden_layers": 4, "sliding_window": 8},
+        {"rope": "None", "local_rope": "RopeParams.from_config(config, interleaved=True)"},
+    ),
     "cohere": (GROUPED, {"block": '"parallel"', "norm_bias": "False"}),
     "exaone4": (GROUPED, {"block": '"post_norm"', "qk_norm": "True"}),
     "gptj": ({"rotary_dim": 8}, {"block": '"parallel"', "lm_head_bias": "True"}),

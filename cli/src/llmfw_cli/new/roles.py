@@ -28,7 +28,7 @@ _FIRST = (
 )
 _SECOND = (
     "post_attention_layernorm ln_2 ln2 ffn_norm norm_2 norm2 final_layer_norm ffn_layernorm "
-    "mlp_norm pre_mlp_layernorm"
+    "mlp_norm pre_mlp_layernorm pre_feedforward_layernorm"
 )
 _FOUR = (
     ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),

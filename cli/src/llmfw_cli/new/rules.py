@@ -92,4 +92,15 @@ def _renamed(found: Recognition) -> list[source.Rule]:
             table[_layer(found, path)] = f"model.layers.{{i}}.{place}.{{p}}"
     if same:
         table[f"{found.modules.prefix}.{{i}}.{{rest*}}"] = "model.layers.{i}.{rest*}"
-    return source.renames({old: new for old, new in table.items() if old != new})
+    return source.renames(_ordered({old: new for old, new in table.items() if old != new}))
+
+
+def _ordered(table: dict[str, str]) -> dict[str, str]:
+    """Renames in an order in which no name is taken that another row still has to give away."""
+    waiting, ordered = dict(table), dict[str, str]()
+    while waiting:
+        free = next(
+            (old for old, new in waiting.items() if new not in waiting), next(iter(waiting))
+        )
+        ordered[free] = waiting.pop(free)
+    return ordered

@@ -92,7 +92,10 @@ def _questions(found: Recognition) -> Iterator[list[dict[str, Any]]]:
     rope = switches.get("rope", "RopeParams.from_config(config)")
     if rope != "None":
         turned = f"{rope[:-1]}, interleaved=True)"
-        yield [{}, {"switches": {"rope": turned}}]
+        answers: list[dict[str, Any]] = [{}, {"switches": {"rope": turned}}]
+        if getattr(found.config, "layer_types", None):  # rotation in layers with a window alone
+            answers += [{"switches": {"rope": "None", "local_rope": r}} for r in (rope, turned)]
+        yield answers
     norm = _norm(found)
     if norm == "layer, no bias":
         yield [{}, {"switches": {"norm": '"rms"', "norm_bias": ""}}]
