@@ -183,6 +183,18 @@ def test_defaults_are_shrunk() -> None:
         shrunk_config("NobodyKnowsForCausalLM")
 
 
+def test_the_family_of_that_name_is_taken_where_several_share_a_model() -> None:
+    assert shrunk_config("LlamaForCausalLM")["model_type"] == "llama"
+    assert shrunk_config("GPT2LMHeadModel")["model_type"] == "gpt2"
+
+
+def test_a_configuration_that_is_not_tiny_is_refused() -> None:
+    large = {**SCALED.config, "hidden_size": 4096, "num_hidden_layers": 8}
+    with planted(SCALED, SCALED.plugin), Subject(SCALED.architecture, large) as subject:
+        with pytest.raises(ConfigError, match="million parameters"):
+            subject.checkpoint()
+
+
 def test_a_real_configuration_is_shrunk_and_keeps_its_switches(tmp_path: Path) -> None:
     real = {
         "architectures": [SCALED.architecture],

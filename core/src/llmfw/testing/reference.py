@@ -19,6 +19,9 @@ from llmfw.weights import Checkpoint
 ATTENTION = "eager"
 """transformers' plainest attention: its faster ones leave out soft caps and sinks."""
 
+MOST_PARAMETERS = 20_000_000
+"""Of a model that is made tiny for checks."""
+
 ReferenceFactory = Callable[[Any], nn.Module]
 """Called with the pretrained configuration; its `state_dict` has the checkpoint's names, and
 `forward(input_ids [1, tokens])` gives logits [1, tokens, vocab], bare, first of a tuple, or as
@@ -53,6 +56,28 @@ def transformers_config(raw: Mapping[str, Any]) -> Any | None:
         return None
     with quiet_transformers():
         return CONFIG_MAPPING[model_type].from_dict(dict(raw))
+
+
+def require_tiny(config: Any) -> None:
+    """Refuse a configuration that was meant to be tiny and is not; nothing is allocated.
+
+    Raises:
+        ConfigError: If transformers' model of it is larger than any tiny one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+        except ValueError:
+            return  # make_reference tells
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > MOST_PARAMETERS:
+        raise ConfigError(
+            f"the tiny configuration gives {type(model).__name__} {count / 1e6:.0f} million "
+            f"parameters; {MOST_PARAMETERS // 1_000_000} are the most",
+            hint="give smaller sizes in `tiny_config`: hidden size 64, two layers, vocabulary 128",
+        )
 
 
 def make_reference(

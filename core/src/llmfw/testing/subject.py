@@ -22,6 +22,7 @@ from llmfw.testing.reference import (
     ReferenceFactory,
     make_reference,
     randomize,
+    require_tiny,
     transformers_config,
     write_checkpoint,
 )
@@ -125,6 +126,8 @@ class Subject:
     def reference_model(self, weights: str = "plain") -> nn.Module:
         """The reference with weights of one of `SCALES`."""
         if weights not in self._references:
+            if self.reference is None:
+                require_tiny(self.reference_config())
             model = make_reference(self.reference_config(), self.reference, dtype=torch.float32)
             randomize(model, scale=SCALES[weights])
             self._references[weights] = model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,9 +27,12 @@ _SMALL: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "sliding_window": 12,
+    "max_window_layers": 1,
     "dropout": 0.0,
     "attention_dropout": 0.0,
 }
+_DROPPED = {"dtype", "torch_dtype", "quantization_config", "transformers_version", "architectures"}
+_DROPPED |= {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"}
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
@@ -58,7 +60,7 @@ def declared_tiny_config(plugin: object, architecture: str) -> dict[str, Any] | 
 
 
 def shrunk_config(architecture: str) -> dict[str, Any]:
-    """The defaults of transformers' configuration class, in small.
+    """The defaults of transformers' configuration class, in small, with grouped heads.
 
     Raises:
         ConfigError: If transformers does not know the architecture.
@@ -66,48 +68,57 @@ def shrunk_config(architecture: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     model_type = model_type_of(architecture)
-    config_class = CONFIG_MAPPING[model_type]
-    own = _fields_of(config_class)
-    renamed = dict(getattr(config_class, "attribute_map", {}) or {})
-    defaults = config_class()
-    raw: dict[str, Any] = {"model_type": model_type}
-    for name, value in _SMALL.items():
-        field = renamed.get(name, name)
-        present = field in own and getattr(defaults, field, None) is not None
-        if present or (field in own and name in ("num_key_value_heads", "head_dim")):
-            raw[field] = value
-    return raw
+    small = shrink({**CONFIG_MAPPING[model_type]().to_dict(), "model_type": model_type})
+    if "num_key_value_heads" in small:
+        small["num_key_value_heads"] = _SMALL["num_key_value_heads"]
+    return small
 
 
 def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A real config.json in small: its switches stay, its sizes do not."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = raw.get("model_type")
-    known = model_type in CONFIG_MAPPING
-    names = dict(getattr(CONFIG_MAPPING[model_type], "attribute_map", {}) or {}) if known else {}
-    small = dict(raw)
-    for name, value in _SMALL.items():
-        for field in {name, names.get(name, name)}:
-            if small.get(field) is not None:
-                small[field] = value
+    small = {name: value for name, value in raw.items() if name not in _DROPPED}
+    for name, field in _field_names(raw.get("model_type")):
+        if small.get(field) is not None:
+            small[field] = _SMALL[name]
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
     if kv_heads is not None:
         small["num_key_value_heads"] = {heads: 4, 1: 1}.get(kv_heads, 2)
-    if small.get("layer_types"):
-        kinds = list(dict.fromkeys(small["layer_types"]))
-        small["layer_types"] = (kinds + kinds)[:2]
-    for field in ("rope_scaling", "rope_parameters"):
-        if isinstance(small.get(field), Mapping):
-            small[field] = _small_rope(small[field])
-    for field in ("dtype", "torch_dtype", "quantization_config", *_NO_TOKENS):
-        small.pop(field, None)
+    layers = raw.get("num_hidden_layers")
+    for name, value in small.items():
+        if name in ("rope_scaling", "rope_parameters") and isinstance(value, Mapping):
+            small[name] = _small_rope(value)
+        elif name.endswith("_config") and isinstance(value, Mapping):
+            small[name] = shrink(value)
+        elif isinstance(value, list) and layers and len(value) == layers:
+            small[name] = _two_of(value)
     return small
+
+
+def _field_names(model_type: str | None) -> list[tuple[str, str]]:
+    """Our names of sizes, each with the names that a configuration may have for it."""
+    from transformers import CONFIG_MAPPING
+
+    known = CONFIG_MAPPING.get(model_type)
+    aliases = dict(getattr(known, "attribute_map", None) or {})
+    pairs = [(name, name) for name in _SMALL]
+    return pairs + [(name, aliases[name]) for name in _SMALL if name in aliases]
+
+
+def _two_of(values: list[Any]) -> list[Any]:
+    """Two entries of a list that has one a layer: of different kinds where there are."""
+    kinds: list[Any] = []
+    for value in values:
+        if value not in kinds:
+            kinds.append(value)
+    return (kinds + kinds)[:2]
 
 
 def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Factors for each feature cut to the small head; the original length to the small one."""
-    small = dict(rope)
+    small: dict[str, Any] = {
+        name: _small_rope(value) if isinstance(value, Mapping) else value
+        for name, value in rope.items()
+    }
     for name in ("short_factor", "long_factor"):
         if isinstance(small.get(name), list):
             small[name] = small[name][: _SMALL["head_dim"] // 2]
@@ -124,9 +135,13 @@ def model_type_of(architecture: str) -> str:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if name == architecture:
-            return str(model_type)
+    found = [
+        str(model_type)
+        for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        if name == architecture
+    ]
+    if found:  # several families may share a model: the one of that name comes first
+        return min(found, key=lambda each: (not _is_named(architecture, each), len(each)))
     raise ConfigError(
         f"transformers has no causal model called {architecture}",
         hint="give a tiny configuration with its model_type: `tiny_config` in the contract test, "
@@ -134,6 +149,6 @@ def model_type_of(architecture: str) -> str:
     )
 
 
-def _fields_of(config_class: type) -> set[str]:
-    names = set(inspect.signature(config_class).parameters)
-    return names | set(getattr(config_class, "__dataclass_fields__", {}))
+def _is_named(architecture: str, model_type: str) -> bool:
+    plain = model_type.replace("_", "").replace("-", "")
+    return architecture.lower().startswith(plain)

@@ -20,8 +20,8 @@ from llmfw.testing.packed import PackedSession
 from llmfw.testing.verify_report import Stage
 from llmfw.testing.verify_sides import Sides, Steps
 
-RELATIVE = {"float16": 0.01, "bfloat16": 0.05}
-"""Of the largest logit of the prompt, in dtypes that round."""
+RELATIVE = {"float16": 0.025, "bfloat16": 0.12}
+"""Of the largest logit of the prompt, in dtypes that round: twice what 30 sound layers gave."""
 
 
 @dataclass(frozen=True)
