@@ -148,7 +148,7 @@ def test_a_thousand_requests_with_aborts_and_preemptions(checkpoint):
     for index in range(0, count, 10):  # some share a prefix
         prompts[index] = prompts[0][:64] + prompts[index][:20]
     lengths = [rng.randint(1, 60) for _ in range(count)]
-    llm = engine(folder, dtype="bfloat16", kv_cache_memory="2MiB")
+    llm = engine(folder, dtype="bfloat16", kv_cache_memory="1MiB")
     with llm:
         handles = [
             llm.generate_async(
