@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, StableLmConfig
+
+from tiny_tokenizer import tiny_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.parent for path in ROOT.glob("builtin_models/*/pyproject.toml"))
@@ -91,7 +94,8 @@ def test_wheels_hold_what_they_need(wheels: list[Path]) -> None:
     for files in names.values():
         assert any(name.endswith("/py.typed") for name in files)
         assert any(name.endswith("/licenses/LICENSE") for name in files)
-        assert not any("tests/" in name for name in files)
+        own = [name for name in files if "/template/" not in name]  # what llmfw new renders
+        assert not any("tests/" in name for name in own)
     core = ROOT / "core" / "src"
     sources = {
         path.relative_to(core).as_posix()
@@ -124,3 +128,33 @@ def test_the_installed_command_answers_and_knows_when_its_plugin_is_gone(
     assert "LlamaForCausalLM" in refusal.stderr
     assert "Traceback" not in refusal.stderr
     assert refusal.stdout == ""
+
+
+def test_a_plugin_of_ones_own_installs_answers_and_goes(
+    installed: Environment, tmp_path: Path
+) -> None:
+    """`llmfw new --from`, pip install of the directory, run, uninstall, all from wheels."""
+    checkpoint = tmp_path / "tiny-stablelm"
+    config = StableLmConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(checkpoint)
+    tiny_backend().save(str(checkpoint / "tokenizer.json"))
+    question = ("--model", str(checkpoint), "--prompt", "ab", "--max-tokens", "4", "--json")
+
+    written = run(
+        [installed.folder / "bin" / "llmfw", "new", "--from", checkpoint, "--no-trial"], tmp_path
+    )
+    assert written.returncode == 0, written.stderr
+    (plugin,) = (path.parent for path in tmp_path.glob("*/pyproject.toml"))
+    done = installed.pip("install", "--no-deps", "--no-index", "--no-build-isolation", str(plugin))
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = installed.llmfw("run", *question)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["plugin"].startswith(plugin.name)
+
+    assert installed.pip("uninstall", "--yes", plugin.name).returncode == 0
+    refusal = installed.llmfw("run", *question)
+    assert refusal.returncode == UNKNOWN_ARCHITECTURE, refusal.stderr
+    assert "StableLmForCausalLM" in refusal.stderr
