@@ -127,7 +127,7 @@ class MyModel(DecoderModel):
         return self.norm(hidden_states)
 
 
-@register_auto_model("MyModelForCausalLM")
+@register_auto_model("GuideModelForCausalLM")
 class MyModelForCausalLM(DecoderModelForCausalLM[MyModel, MyConfig]):
     def __init__(self, model_config: ModelConfig[MyConfig]):
         super().__init__(
@@ -233,7 +233,7 @@ TINY = {
 
 
 def test_the_pytorch_guides_model_gives_transformers_logits():
-    hf = tiny_hf(LlamaConfig(**TINY, num_key_value_heads=2), "MyModelForCausalLM")
+    hf = tiny_hf(LlamaConfig(**TINY, num_key_value_heads=2), "GuideModelForCausalLM")
     model = build(ModelConfig(pretrained_config=hf.config, max_model_len=64, block_size=4))
     assert isinstance(model, MyModelForCausalLM)
     model.load_weights(hf.state_dict())
@@ -253,10 +253,12 @@ def test_the_older_guides_model_gives_transformers_logits():
 
 
 def test_from_hugging_face_loads_a_directory(tmp_path):
-    hf = tiny_hf(LlamaConfig(**TINY, num_key_value_heads=2), "MyModelForCausalLM")
+    hf = tiny_hf(LlamaConfig(**TINY, num_key_value_heads=2), "GuideModelForCausalLM")
     hf.save_pretrained(tmp_path)
     raw = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(raw.replace('"LlamaForCausalLM"', '"MyModelForCausalLM"'))
+    (tmp_path / "config.json").write_text(
+        raw.replace('"LlamaForCausalLM"', '"GuideModelForCausalLM"')
+    )
     model = MyModelForCausalLM.from_hugging_face(tmp_path, kernels="reference")
     ids = random_prompts(1, 128, 10, 10)[0]
     got = PackedSession(model).step({"a": ids})["a"]
@@ -265,5 +267,5 @@ def test_from_hugging_face_loads_a_directory(tmp_path):
 
 
 def teardown_module() -> None:
-    for name in ("MyModelForCausalLM", "OldModelForCausalLM"):
+    for name in ("GuideModelForCausalLM", "OldModelForCausalLM"):
         unregister_local(name)
