@@ -51,6 +51,7 @@ FAMILY_FILES = {
     "src/PACKAGE/modeling.py",
     "src/PACKAGE/py.typed",
     "src/PACKAGE/weights.py",
+    "tests/test_contract.py",
 }
 # What a family may have besides: a configuration that transformers lacks, kernels, demo weights.
 FAMILY_MAY_HAVE = re.compile(

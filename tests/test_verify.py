@@ -127,3 +127,9 @@ TOKENIZER = json.dumps(
         "pre_tokenizer": {"type": "Whitespace"},
     }
 )
+
+
+def test_a_checkpoint_without_a_tokenizer_is_verified_on_random_ids() -> None:
+    with planted(SCALED, SCALED.plugin), Subject(SCALED.architecture, SCALED.config) as subject:
+        report = verify_model(str(subject.checkpoint()), num_prompts=2, max_tokens=4)
+    assert report.passed, list(report.rows())

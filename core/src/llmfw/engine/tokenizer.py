@@ -13,6 +13,10 @@ from llmfw.errors import RequestError, TokenizerError
 
 logger = logging.getLogger("llmfw.engine")
 
+#: What transformers can make a tokenizer from where there is no tokenizer.json.
+OLDER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", *OLDER_FILES)
+
 _SPECIAL_NAMES = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
@@ -142,8 +146,7 @@ def _from_transformers(
     folder: Path, config: Mapping[str, Any], templates: Mapping[str, str]
 ) -> Tokenizer:
     """The slow way for checkpoints without tokenizer.json: transformers converts older files."""
-    older = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-    if not any((folder / name).is_file() for name in older):
+    if not any((folder / name).is_file() for name in OLDER_FILES):
         raise TokenizerError(
             f"{folder} has no tokenizer.json",
             hint="give tokenizer=DIRECTORY, or skip_tokenizer_init=True and prompts as token ids",

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from llmfw.config import text_config
+from llmfw.engine.tokenizer import TOKENIZER_FILES
 from llmfw.errors import ConfigError, WeightError
 from llmfw.llm import LLM
 from llmfw.models import prepare_model
@@ -78,6 +80,8 @@ def verify_model(
     length = min(CONTEXT, config.max_model_len or CONTEXT)
     engine = {**settings, "attention_backend": settings.get("attn_backend", "auto")}
     engine.pop("attn_backend", None)
+    folder = prepared.source.model_dir
+    engine["skip_tokenizer_init"] = not any((folder / each).is_file() for each in TOKENIZER_FILES)
 
     def make_ours() -> LLM:
         return LLM(model, dtype=dtype, **{"max_model_len": length, **engine})
@@ -194,7 +198,7 @@ def _prompts(llm: LLM, count: int, longest: int) -> list[list[int]]:
     """Text in the model's own tokens where it has a tokenizer, random ids for more."""
     texts = PROMPTS[:count]
     if llm.tokenizer is None:
-        return random_prompts(count, int(llm.loaded.model.config.vocab_size), 1, 32)
+        return random_prompts(count, int(text_config(llm.loaded.model.config).vocab_size), 1, 32)
     found = [llm.tokenizer.encode(text)[:longest] for text in texts]
     vocab = max(max(ids) for ids in found)
     return found + random_prompts(count - len(found), vocab, 1, 32)
