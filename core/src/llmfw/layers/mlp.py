@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from llmfw.layers.activation import Activation, activation, gated_op
 from llmfw.layers.layer import Layer
 from llmfw.layers.linear import Linear

@@ -275,7 +275,13 @@ INPUTS: dict[str, OpInputs] = {
         _gated_linear,
     ),
     "grouped_linear": OpInputs(
-        _shapes("num_groups in_features out_features", (1, 1, 1), (5, 33, 7), (16, 64, 96), (128, 256, 512)),
+        _shapes(
+            "num_groups in_features out_features",
+            (1, 1, 1),
+            (5, 33, 7),
+            (16, 64, 96),
+            (128, 256, 512),
+        ),
         _grouped_linear,
     ),
     "moe_route": OpInputs(_shapes("num_experts top_k", (1, 1), (8, 2), (60, 4)), _moe_route),

@@ -8,7 +8,7 @@ import torch
 def moe_route(
     logits: torch.Tensor, top_k: int, scoring: str = "softmax", renormalize: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose top_k experts a token by logits [T, E]: (weights float32 [T, k], experts int64 [T, k]).
+    """Choose top_k experts a token by logits [T, E]: weights float32, experts int64 [T, k].
 
     scoring: "softmax" weighs by the softmax over all experts, and with `renormalize` makes the
     chosen weights sum to one; "topk_softmax" weighs by the softmax over the chosen logits. In
@@ -26,7 +26,7 @@ def moe_route(
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows of group g times weight[g]^T: x [R, in] sorted by group, weight [G, out, in] -> [R, out].
+    """Rows of group g times weight[g]^T: x [R, in] by group, weight [G, out, in] -> [R, out].
 
     ends: int32 [G], where each group's rows end (the sums of their counts up to it).
     """
