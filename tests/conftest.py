@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,10 @@ def has_nvidia_gpu() -> bool:
 def root() -> Path:
     """The repository's root."""
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random weights in every run: torch seeds itself from the system's entropy."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
