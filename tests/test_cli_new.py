@@ -61,6 +61,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "gpt_bigcode": ({}, {"learned_positions": "config.max_position_embeddings"}),
     "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, {"position_offset": "2"}),
     "starcoder2": (GROUPED, {"o_bias": "True"}),
+    "olmo2": (GROUPED, {"block": '"post_norm"', "qk_norm": '"full"'}),
+    "olmo3": (
+        {**GROUPED, "num_hidden_layers": 4, "sliding_window": 8},
+        {"block": '"post_norm"', "qk_norm": '"full"'},
+    ),
 }
 
 

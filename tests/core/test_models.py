@@ -175,7 +175,7 @@ def test_every_block_runs_the_same_in_one_piece_and_in_steps(block: str, norm: s
                 block=block,
                 norm=norm,
                 gated=norm == "rms",
-                qk_norm=True,
+                qk_norm=True if norm == "rms" else "full",
                 learned_positions=64,
                 position_offset=2,
                 embed_scale=2.0,

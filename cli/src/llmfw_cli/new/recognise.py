@@ -157,10 +157,10 @@ def _layer_switches(
         "qkv_bias": has("bias", *qkv),
         "o_bias": has("bias", "self_attn.o_proj"),
         "mlp_bias": has("bias", *mlp),
-        "qk_norm": has("weight", "self_attn.q_norm"),
         "gated": gated,
     }
     found = {name: str(value) for name, value in truth.items() if getattr(base, name) != value}
+    found |= _qk_norm(base, modules, inner)
     kv_heads = _kv_heads(base, modules, inner, transposed)
     if kv_heads != base.num_kv_heads:
         found["num_kv_heads"] = fields.count_expression(config, kv_heads)
@@ -169,6 +169,15 @@ def _layer_switches(
     if width != base.intermediate_size:
         found["intermediate_size"] = fields.width_expression(config, width)
     return found
+
+
+def _qk_norm(base: DecoderSpec, modules: Modules, inner: Mapping[str, str]) -> dict[str, str]:
+    """A norm of the queries as wide as a head, or as all heads."""
+    weight = modules.layer.get(inner.get("self_attn.q_norm", ""), {}).get("weight")
+    if weight is None:
+        return {}
+    all_heads = base.num_heads * base.head_dim
+    return {"qk_norm": '"full"' if weight[0] == all_heads != base.head_dim else "True"}
 
 
 def _kv_heads(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class Attention(Layer):
     """Multi-head, grouped-query or multi-query attention with a paged KV cache.
 
     The submodules are `qkv_proj` (fused from q_proj, k_proj and v_proj), `o_proj` and, with
-    `qk_norm`, `q_norm` and `k_norm` over each head.
+    `qk_norm`, `q_norm` and `k_norm` over each head or over all heads together.
 
     Args:
         hidden_size: Width of the hidden states.
@@ -42,7 +42,8 @@ class Attention(Layer):
         q_scaling: The scale is divided by it.
         sliding_window: How many of the last keys a query sees, itself included; None for all.
         softcap: Scores become softcap * tanh(scores / softcap).
-        qk_norm: Whether q and k are normalised a head before rotation.
+        qk_norm: Whether q and k are normalised before rotation: a head, or all heads together where
+            it is "full".
         norm_kind, norm_eps, norm_offset: Of those norms; the kind is "rms" or "layer".
         sinks: Whether there is a learned extra logit a head (`sinks` [heads]).
         out_name: Name of the output projection in the checkpoint.
@@ -70,7 +71,7 @@ class Attention(Layer):
         q_scaling: float = 1.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | Literal["full"] = False,
         norm_kind: str = "rms",
         norm_eps: float = 1e-6,
         norm_offset: float = 0.0,
@@ -120,15 +121,15 @@ class Attention(Layer):
         self.add_module(out_name, out_proj)
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
+        self.norm_all_heads = qk_norm == "full"
+        if self.norm_all_heads and tp > 1:
+            raise ConfigError("norms over all heads run on one tensor-parallel rank only")
         if qk_norm:
-            norm = {
-                "hidden_size": self.head_dim,
-                "eps": norm_eps,
-                "norm_kind": norm_kind,
-                "offset": norm_offset,
-            }
-            self.q_norm = config.make("norm", "q_norm", layer_idx=layer_idx, **norm)
-            self.k_norm = config.make("norm", "k_norm", layer_idx=layer_idx, **norm)
+            norm = {"eps": norm_eps, "norm_kind": norm_kind, "offset": norm_offset}
+            for name, size in (("q_norm", q_size), ("k_norm", kv_size)):
+                width = size if self.norm_all_heads else self.head_dim
+                made = config.make("norm", name, layer_idx=layer_idx, hidden_size=width, **norm)
+                setattr(self, name, made)
         rope = pos_embd_params.rope if pos_embd_params is not None else rope
         self.rotary_emb = RotaryEmbedding(rope, head_dim=self.head_dim) if rope else None
         empty = torch.empty(self.num_heads, device="meta")
@@ -146,7 +147,8 @@ class Attention(Layer):
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
         """Resolve the two attention ops for this layer's shapes."""
-        fused_norm = isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)
+        plain = isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)
+        fused_norm = plain and not self.norm_all_heads
         heads = {
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
@@ -199,7 +201,7 @@ class Attention(Layer):
                 q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
                 eps, offset = self.q_norm.eps, self.q_norm.offset  # type: ignore[assignment]
             else:
-                qkv = self._norm_heads(qkv)
+                qkv = self._normalized(qkv)
         q = self._rope_and_cache(
             qkv,
             position_ids,
@@ -228,15 +230,15 @@ class Attention(Layer):
             self.sinks,
         )
 
-    def _norm_heads(self, qkv: torch.Tensor) -> torch.Tensor:
+    def _normalized(self, qkv: torch.Tensor) -> torch.Tensor:
         """Apply norms that are not plain RMSNorms over a head."""
         assert self.q_norm is not None
         assert self.k_norm is not None
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
-        q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim)))
-        k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        return torch.cat((q.flatten(1), k.flatten(1), v), dim=-1)
+        if not self.norm_all_heads:
+            q, k = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k))
+        return torch.cat((self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), v), dim=-1)
 
     def extra_repr(self) -> str:
         """Shape and switches, for print(model)."""
