@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine_models import CPU, VOCAB, HistoryModel, StatelessModel, TinyAttentionModel, memory_for
+from llmfw.attention.backend import get_attention_backend
 from llmfw.attention.metadata import CacheSpec
 from llmfw.engine import kv_cache
 from llmfw.engine.model_runner import ModelRunner
@@ -55,6 +56,16 @@ def test_caches_are_zeroed_in_the_backends_layout():
     assert cache.k.shape[0] >= made.num_blocks
     assert cache.k.shape[1:] == (4, 2, 8)
     assert not cache.k.any()
+
+
+def test_a_latent_cache_is_one_tensor_and_v_a_view_of_it():
+    spec = CacheSpec(1, 12, torch.float32, v_head_dim=8, kind="latent")
+    kv_cache.check_specs({0: spec})
+    assert spec.bytes_per_token == 12 * 4
+    cache = kv_cache.allocate({0: spec}, 3, 4, CPU, get_attention_backend("auto"))[0]
+    assert (cache.k.shape, cache.v.shape) == ((3, 4, 1, 12), (3, 4, 1, 8))
+    cache.k[2, 1, 0] = torch.arange(12.0)
+    assert cache.v[2, 1, 0].tolist() == list(range(8))
 
 
 def test_models_without_cache_and_with_groups():

@@ -25,8 +25,9 @@ AttentionOps = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
 class AttentionBackend:
     """One way to keep and read the cache.
 
-    The paged layout is [blocks, block_size, kv_heads, head_dim] for K and for V. `vanilla` always
-    runs the torch references, `paged` whatever the op table chose.
+    The paged layout is [blocks, block_size, kv_heads, head_dim] for K and for V; a latent cache is
+    one such tensor, and V a view of its first features. `vanilla` always runs the torch references,
+    `paged` whatever the op table chose.
     """
 
     name: str
@@ -44,7 +45,8 @@ class AttentionBackend:
         v_dim = spec.head_dim if spec.v_head_dim is None else spec.v_head_dim
         shape = (num_blocks, block_size, spec.num_kv_heads)
         k = _zeros((*shape, spec.head_dim), spec.dtype, device)
-        v = _zeros((*shape, v_dim), spec.dtype, device)
+        latent = spec.kind == "latent"
+        v = k[..., :v_dim] if latent else _zeros((*shape, v_dim), spec.dtype, device)
         return LayerCache(k, v, group)
 
     def resolve(

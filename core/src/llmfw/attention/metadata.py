@@ -13,7 +13,7 @@ class CacheSpec:
     """What one stateful module keeps for each token or request.
 
     Equal specs form one group with one block table; `kind` is "full", "sliding", "latent" or
-    "recurrent".
+    "recurrent". "latent" keeps one tensor of head_dim features, whose first v_head_dim are V.
     """
 
     num_kv_heads: int
@@ -26,7 +26,8 @@ class CacheSpec:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token in one layer."""
-        width = self.head_dim + (self.head_dim if self.v_head_dim is None else self.v_head_dim)
+        v_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
+        width = self.head_dim if self.kind == "latent" else self.head_dim + v_dim
         return self.num_kv_heads * width * self.dtype.itemsize
 
 
@@ -47,7 +48,8 @@ class CacheGroupView:
 class LayerCache:
     """One layer's K and V and the group it belongs to.
 
-    k: [blocks, block_size, kv_heads, head_dim], v: [blocks, block_size, kv_heads, v_head_dim]
+    k: [blocks, block_size, kv_heads, head_dim], v: [blocks, block_size, kv_heads, v_head_dim]; of
+    a latent cache v is a view of k.
     """
 
     k: torch.Tensor

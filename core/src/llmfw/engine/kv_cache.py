@@ -16,7 +16,7 @@ logger = logging.getLogger("llmfw.engine")
 
 DEFAULT_FRACTION = 0.9
 DEFAULT_CPU_BYTES = GIB
-_PAGED_KINDS = ("full", "sliding")
+_PAGED_KINDS = ("full", "sliding", "latent")
 
 
 def check_specs(specs: Mapping[int, CacheSpec]) -> None:
