@@ -68,6 +68,35 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+LOCAL = {**GROUPED, "num_local_experts": 8, "num_experts_per_tok": 2}
+MIXTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "olmoe": (
+        {**GROUPED, **EXPERTS},
+        {"qk_norm": '"full"', "moe": "MoEParams.from_config(config)"},
+    ),
+    "qwen2_moe": (
+        {
+            **GROUPED,
+            **EXPERTS,
+            "num_hidden_layers": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [1],
+        },
+        {"moe_layers": "(True, False, True, True)"},
+    ),
+    "mixtral": (LOCAL, {"moe": "MoEParams.from_config(config, renormalize=True)"}),
+    "granitemoeshared": (
+        {**LOCAL, "shared_intermediate_size": 48},
+        {
+            "moe": "MoEParams.from_config(config, shared_size=config.shared_intermediate_size, "
+            "renormalize=True)"
+        },
+    ),
+}
+KINDS |= MIXTURES
+
 
 def saved(folder: Path, model_type: str, *, alone: bool = False, **fields: Any) -> Path:
     """A tiny random checkpoint, as transformers saves it; `alone` leaves the usual sizes out."""
@@ -124,11 +153,11 @@ def test_a_written_plugin_is_well_formed_and_loads_the_checkpoint(tmp_path: Path
 
 
 def test_what_is_not_recognised_is_told_with_its_tensors(tmp_path: Path) -> None:
-    model = saved(tmp_path / "model", "olmo2", **GROUPED)
+    model = saved(tmp_path / "model", "cohere", use_qk_norm=True, **GROUPED)
     done = run("new", "--from", str(model), "--output", str(tmp_path))
     assert done.exit_code == 0, done.output
-    assert "self_attn.q_norm.weight: the tensor is [64], the model wants [16]" in done.stdout
-    assert "the checkpoint does not load yet" in (tmp_path / "olmo2-plugin/README.md").read_text()
+    assert "model.layers.{i}.self_attn.q_norm.weight [4, 16]" in done.stdout
+    assert "the checkpoint does not load yet" in (tmp_path / "cohere-plugin/README.md").read_text()
 
 
 def test_a_bias_by_distance_is_told(tmp_path: Path) -> None:
@@ -139,12 +168,22 @@ def test_a_bias_by_distance_is_told(tmp_path: Path) -> None:
     assert "every tensor of the checkpoint is accounted for" in done.stdout
 
 
-def test_experts_are_told_once(tmp_path: Path) -> None:
-    fields = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}
-    model = saved(tmp_path / "model", "olmoe", **fields)
+def test_a_router_of_its_own_kind_is_told(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "phimoe", **LOCAL)
     done = run("new", "--from", str(model), "--output", str(tmp_path))
-    assert "a mixture of experts" in done.stdout
-    assert done.stdout.count("mlp.experts.{i}.down_proj.weight [64, 96]") == 1
+    assert "NOT RIGHT YET" in done.stdout
+    assert "router_jitter_noise" in done.stdout
+    assert "every tensor of the checkpoint is accounted for" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["granitemoeshared", "qwen2_moe"])
+def test_a_written_mixture_loads_its_checkpoint(kind: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", kind, **MIXTURES[kind][0])
+    done = run("new", "--from", str(model), "--output", str(tmp_path), "--json")
+    told = json.loads(done.stdout)
+    assert told["problems"] == ""
+    command(Path(told["path"]), "-m", "ruff", "check", "--select", "E,F,I", ".")
+    command(Path(told["path"]), "-m", "ruff", "format", "--check", ".")
 
 
 def test_a_model_without_positions_is_told(tmp_path: Path) -> None:

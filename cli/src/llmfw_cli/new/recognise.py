@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmfw_cli.new import fields, render, roles
+from llmfw_cli.new import experts, fields, render, roles
+from llmfw_cli.new.experts import ExpertTensors
 from llmfw_cli.new.tensors import Modules, Shape, sort_tensors
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Recognition:
         modules: The tensors by place.
         places: Checkpoint paths by their place in our model; those of a layer by the place in it.
         switches: Changes to `DecoderSpec.from_config(config)`, as Python expressions.
+        experts: The experts' tensors, where there are some.
         transposed: Whether matrices are stored as [in, out].
         qkv_order: How the rows of a fused q, k, v are ordered: "plain" (all of q, of k, of v),
             "by head" (q, k and v of each head), "by group" (the queries of a group, its k, its v).
@@ -40,6 +42,7 @@ class Recognition:
     modules: Modules
     places: Mapping[str, str]
     switches: Mapping[str, str]
+    experts: ExpertTensors | None = None
     transposed: bool = False
     qkv_order: str = "plain"
 
@@ -65,10 +68,12 @@ def recognise_shapes(
 ) -> Recognition:
     """As `recognise`, from what was read."""
     modules = sort_tensors(shapes)
-    inner = roles.parts_of_layer(modules)
-    block, norms = roles.norms_of_layer(modules, inner)
-    places = {**inner, **norms, **roles.parts_around(modules)}
     base = _base_spec(config)
+    mixture = experts.experts_of_layer(modules, base.hidden_size)
+    inner = roles.parts_of_layer(modules, mixture.taken if mixture else ())
+    block, norms = roles.norms_of_layer(modules, inner)
+    routed = mixture.places if mixture else {}
+    places = {**inner, **routed, **norms, **roles.parts_around(modules)}
     transposed = _is_transposed(modules, inner, base.hidden_size)
     switches = {
         **dict(fields.switches_of(config)),
@@ -77,6 +82,8 @@ def recognise_shapes(
         **_layer_switches(base, modules, inner, config, transposed),
         **_model_switches(base, modules, places, config),
     }
+    if mixture:
+        switches |= experts.moe_switches(mixture, modules.sparse, config, base)
     return Recognition(
         raw=raw,
         config=config,
@@ -85,6 +92,7 @@ def recognise_shapes(
         modules=modules,
         places=places,
         switches=switches,
+        experts=mixture,
         transposed=transposed,
         qkv_order=_likely_order(base.num_heads, _kv_heads(base, modules, inner, transposed), inner),
     )
@@ -150,7 +158,8 @@ def _layer_switches(
     def has(parameter: str, *places: str) -> bool:
         return any(parameter in modules.layer.get(inner.get(place, ""), {}) for place in places)
 
-    gated = has("weight", "mlp.gate_proj", "mlp.gate_up_proj")
+    has_mlp = "mlp.down_proj" in inner
+    gated = has("weight", "mlp.gate_proj", "mlp.gate_up_proj") if has_mlp else base.gated
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
     mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj")
     truth = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from llmfw_cli.new.tensors import Modules, Shape
 
@@ -19,8 +19,8 @@ IN_ATTENTION = {
 IN_MLP = {
     "gate_proj": "gate_proj w1 gate linear_1",
     "up_proj": "up_proj c_fc fc1 fc_in dense_h_to_4h w3 wi lin1 up fc linear_v",
-    "down_proj": "down_proj c_proj fc2 fc_out dense_4h_to_h w2 wo lin2 down proj",
-    "gate_up_proj": "gate_up_proj gate_and_up_proj",
+    "down_proj": "down_proj c_proj fc2 fc_out dense_4h_to_h w2 wo lin2 down proj output_linear",
+    "gate_up_proj": "gate_up_proj gate_and_up_proj input_linear",
 }
 _FIRST = (
     "input_layernorm ln_1 ln1 attention_norm attn_norm norm_1 norm1 self_attn_layer_norm "
@@ -44,16 +44,24 @@ _FINAL_NORM = re.compile(r"(^|\.)(norm|norm_f|ln_f|final_layernorm|final_layer_n
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
 
 
-def parts_of_layer(modules: Modules) -> dict[str, str]:
-    """Paths in a layer by their place in ours, such as "self_attn.q_proj"; known ones only."""
+def parts_of_layer(modules: Modules, taken: Collection[str] = ()) -> dict[str, str]:
+    """Paths in a layer by their place in ours, such as "self_attn.q_proj"; known ones only.
+
+    Args:
+        modules: The tensors by place.
+        taken: Paths whose place is known already.
+    """
     places: dict[str, str] = {}
     for path, parameters in modules.layer.items():
-        place = _part(path, parameters)
+        place = None if path in taken or _EXPERT.search(path) else _part(path, parameters)
         if place is not None:
             places.setdefault(place, path)
-    if any(_EXPERT.search(path) for path in modules.layer):  # then `gate` is the router's
-        places = {place: path for place, path in places.items() if not place.startswith("mlp.")}
     return places
+
+
+def in_mlp(leaf: str) -> str | None:
+    """What a linear layer of an MLP is for, by its name."""
+    return _named(leaf, IN_MLP)
 
 
 def norms_of_layer(modules: Modules, taken: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -106,7 +114,7 @@ def _part(path: str, parameters: Mapping[str, Shape]) -> str | None:
         role = _named(leaf, IN_ATTENTION)
         wanted = 1 if role in ("q_norm", "k_norm") else 2
         return f"self_attn.{role}" if role and dimensions == wanted else None
-    role = _named(leaf, IN_MLP)
+    role = in_mlp(leaf)
     return f"mlp.{role}" if role and dimensions == 2 else None
 
 

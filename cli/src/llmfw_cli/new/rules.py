@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmfw_cli.new import source
+from llmfw_cli.new.experts import count_expression
 from llmfw_cli.new.recognise import Recognition
 
 QKV = "self_attn.qkv_proj"
+EXPERTS = "model.layers.{i}.mlp.experts"
+STOCK_LEAVES = ("gate_proj", "up_proj", "down_proj")
 BUFFERS = {
     "bias": "the causal mask, computed here",
     "masked_bias": "the value of masked scores, computed here",
@@ -16,7 +19,13 @@ BUFFERS = {
 
 def weight_rules(found: Recognition) -> list[source.Rule]:
     """Each rule of the map, in order."""
-    return [*_ignored(found), *_transposed(found), *_reordered(found), *_renamed(found)]
+    return [
+        *_ignored(found),
+        *_stacked(found),
+        *_transposed(found),
+        *_reordered(found),
+        *_renamed(found),
+    ]
 
 
 def _layer(found: Recognition, path: str, parameter: str = "{p}") -> str:
@@ -36,6 +45,23 @@ def _ignored(found: Recognition) -> Iterator[source.Rule]:
             if "weight" not in parameters and parameter in BUFFERS and len(shape) != 1:
                 name = source.quoted(_layer(found, path, parameter))
                 yield source.rule("ignore", name, source.quoted(BUFFERS[parameter]))
+
+
+def _stacked(found: Recognition) -> Iterator[source.Rule]:
+    """Experts become the stacked weights of ours."""
+    mixture = found.experts
+    if mixture is None:
+        return
+    for parameter, name in mixture.stacked.items():
+        old, new = f"{found.modules.prefix}.{{i}}.{name}", f"{EXPERTS}.{parameter}"
+        if old != new:
+            yield source.rule("rename", source.quoted(old), source.quoted(new))
+    if not mixture.leaves:
+        return
+    path = f"{found.modules.prefix}.{{i}}.{mixture.base}.{{e}}"
+    names = [] if mixture.leaves == STOCK_LEAVES else [source.quoted(x) for x in mixture.leaves]
+    count = count_expression(mixture, found.config)
+    yield source.rule("stack_experts", source.quoted(EXPERTS), source.quoted(path), count, *names)
 
 
 def _transposed(found: Recognition) -> Iterator[source.Rule]:

@@ -102,12 +102,21 @@ def _questions(found: Recognition) -> Iterator[list[dict[str, Any]]]:
     if norm == "rms":
         yield [{}, {"switches": {"norm_offset": "1.0"}}]
         yield [{}, {"switches": {"embed_scale": "config.hidden_size**0.5"}}]
+    if "moe" in switches:
+        yield list(_routings(switches["moe"]))
     if (
         "lm_head" in found.places
         and switches.get("tied") is None
         and found.config.tie_word_embeddings
     ):
         yield [{}, {"switches": {"tied": "False"}}]
+
+
+def _routings(moe: str) -> Iterator[dict[str, Any]]:
+    """How the router's logits may become weights."""
+    yield {}
+    for given in ("renormalize=True", "renormalize=False", 'scoring="topk_softmax"'):
+        yield {"switches": {"moe": f"{moe[:-1]}, {given})"}}
 
 
 def _norm(found: Recognition) -> str:

@@ -8,7 +8,13 @@ from typing import Any
 HIDDEN, HEADS, VOCABULARY, POSITIONS = 64, 4, 128, 128
 _NOT_NEEDED = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
+_INNER = (
+    "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
+)  # fmt: skip
+_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+_FEW_EXPERTS, _FEW_CHOSEN = 8, 2
+_CHOSEN = {"num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"}
 
 
 def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -51,6 +57,10 @@ def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> di
             continue
         if isinstance(value, int) and not isinstance(value, bool) and common in sizes:
             small[name] = sizes[common]
+        elif isinstance(value, int) and name in _EXPERTS:
+            small[name] = min(value, _FEW_EXPERTS)
+        elif isinstance(value, int) and name in _CHOSEN:
+            small[name] = min(value, _FEW_CHOSEN)
         elif isinstance(value, int) and name in _INNER:
             small[name] = HIDDEN * value // hidden // 8 * 8 or HIDDEN
         elif common.endswith("_token_id"):

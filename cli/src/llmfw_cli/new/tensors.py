@@ -21,6 +21,8 @@ class Modules:
         around: All other modules, by full path.
         uneven: Tensors that some layers have and others lack.
         count: How many layers there are.
+        sparse: Which layers have experts, in order. Where only some have, `layer` holds the modules
+            of both kinds.
     """
 
     prefix: str
@@ -28,6 +30,7 @@ class Modules:
     around: Mapping[str, Mapping[str, Shape]]
     uneven: tuple[str, ...]
     count: int
+    sparse: tuple[bool, ...] = ()
 
 
 def sort_tensors(shapes: Mapping[str, Shape]) -> Modules:
@@ -39,23 +42,33 @@ def sort_tensors(shapes: Mapping[str, Shape]) -> Modules:
     for name, found in matches.items():
         if found["prefix"] == prefix:
             layers.setdefault(found["index"], {})[found["rest"]] = shapes[name]
-    everywhere = set.intersection(*(set(layer) for layer in layers.values())) if layers else set()
+    by_number = [layers[index] for index in sorted(layers, key=int)]
+    sparse = tuple(
+        any("expert" in rest or len(shape) == 3 for rest, shape in layer.items())
+        for layer in by_number
+    )
+    shared: dict[str, Shape] = {}
+    for kind in (False, True):
+        alike = [layer for layer, has in zip(by_number, sparse, strict=True) if has is kind]
+        if alike:
+            common = set.intersection(*(set(layer) for layer in alike))
+            shared |= {rest: shape for rest, shape in alike[0].items() if rest in common}
     uneven = tuple(
         f"{prefix}.{index}.{rest}"
         for index, layer in layers.items()
         for rest in layer
-        if rest not in everywhere
+        if rest not in shared
     )
-    first = next(iter(layers.values()), {})
     around = [
         name for name in shapes if not (name in matches and matches[name]["prefix"] == prefix)
     ]
     return Modules(
         prefix=prefix,
-        layer=_by_module((rest, shape) for rest, shape in first.items() if rest in everywhere),
+        layer=_by_module(shared.items()),
         around=_by_module((name, shapes[name]) for name in around),
         uneven=uneven,
         count=len(layers),
+        sparse=sparse,
     )
 
 

@@ -22,7 +22,8 @@ def answers_of(found: Recognition) -> dict[str, str]:
     if found.switches:
         switches = [source.assigned(name, text, 12) for name, text in found.switches.items()]
         spec = source.call("DecoderSpec.from_config", ["config", *switches], 8, len("spec = "))
-    rope = "RopeParams, " if "RopeParams" in spec else ""
+    named = ["DecoderSpec", "ModelConfig", "StockDecoderForCausalLM"]
+    named += [name for name in ("MoEParams", "RopeParams") if name in spec]
     rules = weight_rules(found)
     tiny = {"model_type": found.raw.get("model_type")}
     tiny |= {
@@ -37,7 +38,7 @@ def answers_of(found: Recognition) -> dict[str, str]:
         "config": "transformers" if knows(found.raw) else "own",
         "model_type": str(found.raw.get("model_type") or ""),
         "__spec": spec,
-        "__imports": f"DecoderSpec, ModelConfig, {rope}StockDecoderForCausalLM",
+        "__imports": ", ".join(sorted(named, key=str.casefold)),
         "__weights": source.chain(rules, 4 if "config." in source.chain(rules) else 0),
         "__tiny_config": source.literal(tiny, 0),
     }
@@ -65,7 +66,7 @@ def report(settled: Settled, problems: str) -> dict[str, Any]:
 
 def unrecognised(found: Recognition) -> list[str]:
     """Tensors that have no place in the stock decoder, the layers' with {i}."""
-    placed = set(found.places.values())
+    placed = {*found.places.values(), *(found.experts.taken if found.experts else ())}
     names = [
         f"{found.modules.prefix}.{{i}}.{path}.{parameter} {list(shape)}"
         for path, parameters in found.modules.layer.items()
@@ -87,7 +88,7 @@ def _hints(found: Recognition) -> Iterator[str]:
         yield "config.json says alibi: the stock attention has no such bias"
     elif not positions_known(found):
         yield "nothing tells how positions enter: there is neither a table nor a rotary embedding"
-    if any("expert" in path for path in found.modules.layer):
+    if found.experts is None and any("expert" in path for path in found.modules.layer):
         yield "a mixture of experts: give the spec moe=MoEParams(...), stack the experts' weights"
 
 
