@@ -182,6 +182,7 @@ def test_a_written_mixture_loads_its_checkpoint(kind: str, tmp_path: Path) -> No
     done = run("new", "--from", str(model), "--output", str(tmp_path), "--json")
     told = json.loads(done.stdout)
     assert told["problems"] == ""
+    assert told["unread_fields"] == {}
     command(Path(told["path"]), "-m", "ruff", "check", "--select", "E,F,I", ".")
     command(Path(told["path"]), "-m", "ruff", "format", "--check", ".")
 

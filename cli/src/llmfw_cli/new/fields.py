@@ -39,6 +39,13 @@ _READ = set(
     original_max_position_embeddings multi_query num_kv_heads n_head_kv
 """.split()  # noqa: SIM905 - words read better than a list of strings
 )
+_READ_OF_EXPERTS = set(
+    """
+    num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_k
+    moe_topk moe_top_k moe_intermediate_size norm_topk_prob mlp_only_layers decoder_sparse_step
+    first_k_dense_replace router_aux_loss_coef
+""".split()  # noqa: SIM905
+)
 _IDLE_BEGINNINGS = ("summary_", "_", "initializer_", "use_cache", "output_")
 _IDLE_ENDINGS = (
     "dropout",
@@ -91,9 +98,17 @@ def shapes_computation(name: str) -> bool:
     return not (name.startswith(_IDLE_BEGINNINGS) or name.endswith(_IDLE_ENDINGS))
 
 
-def unread(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that set something and that nothing here looks at."""
+def unread(raw: Mapping[str, Any], switches: Mapping[str, str], *, experts: bool) -> dict[str, Any]:
+    """Fields that set something and that nothing here looks at.
+
+    Args:
+        raw: The contents of config.json.
+        switches: The spec's changes, as expressions; a field in them was looked at.
+        experts: Whether a mixture of experts was recognised.
+    """
     known = {*_READ, *SWITCHES, *PARALLEL, *WIDTHS, *KV_HEADS}
+    known |= _READ_OF_EXPERTS if experts else set()
+    known |= set(re.findall(r"config\.(\w+)", " ".join(switches.values())))
     return {
         name: value
         for name, value in raw.items()

@@ -58,7 +58,9 @@ def report(settled: Settled, problems: str) -> dict[str, Any]:
         "difference": settled.distance,
         "no_trial": settled.reason,
         "unrecognised": unrecognised(found),
-        "unread_fields": fields.unread(found.raw),
+        "unread_fields": fields.unread(
+            found.raw, found.switches, experts=found.experts is not None
+        ),
         "hints": list(_hints(found)),
         "problems": problems,
     }
