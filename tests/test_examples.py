@@ -17,8 +17,9 @@ from transformers import CONFIG_MAPPING
 from cli_helpers import run, write_tiny_model
 from llmfw.models import load_model
 from llmfw.plugins import load_plugin_module, register_local, unregister_local
+from llmfw.weights import open_checkpoint
 from parity import assert_same_logits, ours_from, random_prompts, tiny_hf
-from test_cli_new import GROUPED, SIZES
+from test_cli_new import GROUPED, MIXTURES, SIZES
 from test_plugin_template import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,9 @@ NEW_MODELS: dict[str, tuple[dict[str, Any], str | None]] = {
     "FalconForCausalLM": ({}, None),
     "GPTBigCodeForCausalLM": ({}, None),
     "Starcoder2ForCausalLM": (GROUPED, None),
+    "Olmo2ForCausalLM": (GROUPED, None),
+    "OlmoeForCausalLM": (MIXTURES["olmoe"][0], None),
+    "GraniteMoeSharedForCausalLM": (MIXTURES["granitemoeshared"][0], None),
 }
 MODEL_TYPES = {
     "GPTBigCodeForCausalLM": "gpt_bigcode",
@@ -122,7 +126,8 @@ def test_a_plugin_from_a_checkpoint_is_right(architecture: str, tmp_path: Path) 
     invalidate_caches()
     try:
         register_local(architecture, import_module(package.name).plugin, str(package))
-        assert_same_logits(hf, ours_from(hf), random_prompts(3, 128, 10, 60))
+        ours = ours_from(hf, checkpoint=open_checkpoint(tmp_path / "model"))
+        assert_same_logits(hf, ours, random_prompts(3, 128, 10, 60))
     finally:
         unregister_local(architecture)
         sys.path.remove(str(package.parent))
