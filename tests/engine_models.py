@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from llmfw.attention.metadata import AttentionMetadata, CacheSpec
+from llmfw.attention import AttentionMetadata, CacheSpec, StateSpec, StateTensor
 from llmfw.engine.engine import LLMEngine
 from llmfw.engine.executor import InProcessExecutor
 from llmfw.engine.model_runner import ModelRunner
@@ -20,7 +20,16 @@ VOCAB = 97
 CPU = torch.device("cpu")
 
 
-class HistoryModel(nn.Module):
+class TestModel(nn.Module):
+    """What all of them have: no recurrent state."""
+
+    __test__ = False  # pytest
+
+    def state_specs(self) -> dict[int, StateSpec]:
+        return {}
+
+
+class HistoryModel(TestModel):
     """The next token is a function of every token and position, read back from the cache.
 
     Stale or foreign cache entries, wrong slots, tables, lengths or positions all change the result,
@@ -85,9 +94,15 @@ class HistoryModel(nn.Module):
         return self.logits_of(*seen[0])
 
     def logits_of(self, tokens: Sequence[int], positions: Sequence[int]) -> list[float]:
-        state = 7
+        state = 0
         for token, position in zip(tokens, positions, strict=True):
-            state = (state * 31 + token * 17 + position * 5 + 1) % 1_000_003
+            state = self.next_state(state, token, position)
+        return self.logits_after(state)
+
+    def next_state(self, state: int, token: int, position: int) -> int:
+        return ((state + 7) * 31 + token * 17 + position * 5 + 1) % 1_000_003
+
+    def logits_after(self, state: int) -> list[float]:
         best = state % self.vocab_size
         return [-0.2 * ((token - best) % self.vocab_size) for token in range(self.vocab_size)]
 
@@ -99,7 +114,52 @@ class HistoryModel(nn.Module):
         return tokens[len(prompt) :]
 
 
-class TinyAttentionModel(nn.Module):
+class RecurrentModel(HistoryModel):
+    """As `HistoryModel`, from a number that each request carries along; with groups from both."""
+
+    def __init__(self, vocab: int = VOCAB, *, groups: int = 0, width: int = 1) -> None:
+        super().__init__(vocab, groups=groups)
+        self.width = width
+
+    def cache_specs(self) -> dict[int, CacheSpec]:
+        return super().cache_specs() if self.groups else {}
+
+    def state_specs(self) -> dict[int, StateSpec]:
+        tensors = {
+            "odd": StateTensor((3,), torch.bfloat16),  # so that the next one needs alignment
+            "history": StateTensor((self.width,), torch.int64),
+        }
+        return {7: StateSpec(tensors)}
+
+    def forward(
+        self, attn_metadata: AttentionMetadata, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        logits = super().forward(attn_metadata, input_ids, position_ids) if self.groups else None
+        if not self.groups:
+            self.before_step(attn_metadata)
+            self.steps.append(attn_metadata)
+        state = attn_metadata.states[7]["history"]
+        rows = []
+        ends = attn_metadata.cu_query_lens.tolist()
+        slots = attn_metadata.state_slots.tolist()
+        assert len(set(slots)) == len(slots)
+        for slot, start, end in zip(slots, ends, ends[1:], strict=False):
+            history = int(state[slot, 0])
+            assert position_ids[start] > 0 or history == 0
+            for token, position in zip(
+                input_ids[start:end].tolist(), position_ids[start:end].tolist(), strict=True
+            ):
+                history = self.next_state(history, token, position)
+                rows.append(self.logits_after(history))
+            state[slot] = history
+        found = torch.tensor(rows)
+        if attn_metadata.logits_indices is not None:
+            found = found[attn_metadata.logits_indices]
+        assert logits is None or torch.equal(found, logits)
+        return found
+
+
+class TinyAttentionModel(TestModel):
     """Two attention layers with rotary positions over the paged cache, random weights."""
 
     max_positions: int | None = 256
@@ -146,7 +206,7 @@ class TinyAttentionModel(nn.Module):
         return x @ self.head.T
 
 
-class StatelessModel(nn.Module):
+class StatelessModel(TestModel):
     """No cache at all: the next token follows from the last token and its position."""
 
     max_positions: int | None = None

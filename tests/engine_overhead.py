@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine_models import CPU, run
-from llmfw.attention.metadata import AttentionMetadata, CacheSpec
+from llmfw.attention import AttentionMetadata, CacheSpec, StateSpec
 from llmfw.engine.engine import LLMEngine, scheduler_config
 from llmfw.engine.executor import InProcessExecutor
 from llmfw.engine.model_runner import ModelRunner
@@ -43,6 +43,9 @@ class NoModel(nn.Module):
 
     def cache_specs(self) -> dict[int, CacheSpec]:
         return {layer: CacheSpec(3, 64, torch.bfloat16) for layer in range(30)}
+
+    def state_specs(self) -> dict[int, StateSpec]:
+        return {}
 
     def forward(
         self, attn_metadata: AttentionMetadata, input_ids: torch.Tensor, position_ids: torch.Tensor

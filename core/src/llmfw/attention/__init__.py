@@ -2,6 +2,7 @@
 
 from llmfw.attention.backend import BACKENDS, AttentionBackend, get_attention_backend
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, CacheSpec, LayerCache
+from llmfw.attention.state import StateCache, StateSpec, StateTensor
 
 __all__ = [
     "BACKENDS",
@@ -10,5 +11,8 @@ __all__ = [
     "CacheGroupView",
     "CacheSpec",
     "LayerCache",
+    "StateCache",
+    "StateSpec",
+    "StateTensor",
     "get_attention_backend",
 ]

@@ -44,19 +44,23 @@ class AttentionBackend:
         """A layer's cache of `num_blocks` blocks, zeroed."""
         v_dim = spec.head_dim if spec.v_head_dim is None else spec.v_head_dim
         shape = (num_blocks, block_size, spec.num_kv_heads)
-        k = _zeros((*shape, spec.head_dim), spec.dtype, device)
+        k = zeros((*shape, spec.head_dim), spec.dtype, device)
         latent = spec.kind == "latent"
-        v = k[..., :v_dim] if latent else _zeros((*shape, v_dim), spec.dtype, device)
+        v = k[..., :v_dim] if latent else zeros((*shape, v_dim), spec.dtype, device)
         return LayerCache(k, v, group)
 
     def resolve(
-        self, config: ModelConfig[Any], rope_shape: dict[str, int], shape: dict[str, int]
+        self,
+        config: ModelConfig[Any],
+        rope_shape: dict[str, int],
+        shape: dict[str, int],
+        rope_op: str = "rope_and_cache",
     ) -> AttentionOps:
-        """The callables for `rope_and_cache` and `paged_attention` of one layer's static shapes."""
+        """The callables for `rope_op` and `paged_attention` of one layer's static shapes."""
         if self.reference_only:
-            return reference_of("rope_and_cache"), reference_of("paged_attention")
+            return reference_of(rope_op), reference_of("paged_attention")
         return (
-            config.ops.resolve("rope_and_cache", config.dtype, **rope_shape),
+            config.ops.resolve(rope_op, config.dtype, **rope_shape),
             config.ops.resolve("paged_attention", config.dtype, **shape),
         )
 
@@ -81,7 +85,7 @@ def get_attention_backend(name: str) -> AttentionBackend:
     return BACKENDS[name]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on a CPU the pages are touched only when first written (torch.zeros: 1 s a GiB)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What one stateful module keeps for each token or request.
+    """What one attention module keeps for each token.
 
-    Equal specs form one group with one block table; `kind` is "full", "sliding", "latent" or
-    "recurrent". "latent" keeps one tensor of head_dim features, whose first v_head_dim are V.
+    Equal specs form one group with one block table; `kind` is "full", "sliding" or "latent".
+    "latent" keeps one tensor of head_dim features, whose first v_head_dim are V.
     """
 
     num_kv_heads: int
@@ -74,6 +74,10 @@ class AttentionMetadata:
     groups: block tables and slots by cache group.
     caches: K and V by layer index.
     max_query_len, max_kv_len: upper bounds, on the host.
+    states: by layer index the state of recurrent modules, by name [slots, ...] of all requests;
+        that of a request that begins with this step is zeros.
+    state_slots: int64 [requests], where in them each request's state lies (device); None for a
+        model without.
     """
 
     query_lens: tuple[int, ...]
@@ -88,6 +92,8 @@ class AttentionMetadata:
     max_query_len: int = 0
     max_kv_len: int = 0
     extra: Mapping[str, object] = field(default_factory=dict)
+    states: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    state_slots: torch.Tensor | None = None
 
     @property
     def num_requests(self) -> int:

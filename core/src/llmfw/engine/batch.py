@@ -45,6 +45,7 @@ class BatchBuilder:
         caches: K and V by layer index.
         num_groups: Groups of layers; they share one block table.
         device: Where the tensors go.
+        states: Recurrent state by layer index; a sequence's slot is its row of the table.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class BatchBuilder:
         caches: Mapping[int, LayerCache],
         num_groups: int,
         device: torch.device,
+        states: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
         self.table = table
+        self.states = states or {}
         self.caches = caches
         self.num_groups = num_groups
         self.device = device
@@ -154,6 +157,8 @@ class BatchBuilder:
         ]
         if logits_indices is not None:
             wide.append(logits_indices)
+        if self.states:
+            wide.append(rows)
         token_index, position_ids, slots_, targets, *indices = self._upload(wide, torch.int64)
         tables = table.blocks[rows, : -(-max_kv_len // size)]
         cu, kv, flat_tables = self._upload(
@@ -169,9 +174,11 @@ class BatchBuilder:
             positions=position_ids,
             groups=(view,) * self.num_groups,
             caches=self.caches,
-            logits_indices=indices[0] if indices else None,
+            logits_indices=None if logits_indices is None else indices[0],
             max_query_len=max(query_lens),
             max_kv_len=max_kv_len,
+            states=self.states,
+            state_slots=indices[-1] if self.states else None,
         )
         return Batch(
             input_ids=table.flat_tokens.index_select(0, token_index).long(),

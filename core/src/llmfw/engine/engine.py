@@ -372,13 +372,12 @@ class LLMEngine:
 
 def scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerConfig:
     """What the scheduler may do, from the worker's facts and the settings."""
-    assert settings.max_num_seqs is not None
     assert settings.max_num_batched_tokens is not None
     return SchedulerConfig(
         num_blocks=facts.num_blocks,
         block_size=facts.block_size,
         max_model_len=facts.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=facts.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         enable_prefix_caching=settings.enable_prefix_caching and facts.shares_prefixes,
         enable_chunked_prefill=settings.enable_chunked_prefill,

@@ -1,4 +1,4 @@
-"""The memory of the KV cache: how many blocks fit, and K and V of each layer."""
+"""The memory of the caches: how many requests' state and how many blocks fit, and K and V."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from llmfw.attention.backend import AttentionBackend
 from llmfw.attention.metadata import CacheSpec, LayerCache
+from llmfw.attention.state import StateSpec, slot_bytes
 from llmfw.engine.settings import GIB, EngineSettings, parse_memory
 from llmfw.errors import ConfigError, DeviceError
 
@@ -25,7 +26,8 @@ def check_specs(specs: Mapping[int, CacheSpec]) -> None:
         if spec.kind not in _PAGED_KINDS:
             raise ConfigError(
                 f"layer {layer} keeps {spec.kind!r} state, which the engine does not serve",
-                hint=f"kinds served: {', '.join(_PAGED_KINDS)}",
+                hint=f"kinds served: {', '.join(_PAGED_KINDS)}; state of one size a request is "
+                "declared by state_spec()",
             )
 
 
@@ -42,13 +44,49 @@ def block_bytes(specs: Mapping[int, CacheSpec], block_size: int) -> int:
     return block_size * sum(spec.bytes_per_token for spec in specs.values())
 
 
+def count_sequences(
+    states: Mapping[int, StateSpec],
+    specs: Mapping[int, CacheSpec],
+    settings: EngineSettings,
+    device: torch.device,
+) -> int:
+    """Most sequences in flight: as set, or fewer where the memory holds the state of no more.
+
+    One more slot is for padded batches. Beside K and V the state takes at most half the memory.
+
+    Raises:
+        DeviceError: If not even one sequence's state fits.
+    """
+    assert settings.max_num_seqs is not None
+    each = slot_bytes(states)
+    if each == 0:
+        return settings.max_num_seqs
+    budget = _budget(settings, device) // (2 if specs else 1)
+    held = budget // each - 1
+    if held < 1:
+        raise DeviceError(
+            f"recurrent state has {budget} bytes, a sequence and a spare slot take {2 * each}",
+            hint="raise kv_cache_memory",
+        )
+    if held < settings.max_num_seqs:
+        logger.warning(
+            "max_num_seqs is %d instead of %d: kv_cache_memory holds the state of no more",
+            held,
+            settings.max_num_seqs,
+        )
+    return int(min(held, settings.max_num_seqs))
+
+
 def count_blocks(
     specs: Mapping[int, CacheSpec],
     settings: EngineSettings,
     max_model_len: int,
     device: torch.device,
+    state_bytes: int = 0,
 ) -> int:
     """Blocks of the cache: what the memory holds, at most what all sequences at full length need.
+
+    None for a model that keeps no K and V. `state_bytes` of the memory are taken by other state.
 
     Raises:
         DeviceError: If not even one block fits.
@@ -58,8 +96,8 @@ def count_blocks(
     needed = settings.max_num_seqs * -(-max_model_len // size)
     each = block_bytes(specs, size)
     if each == 0:
-        return needed
-    budget = _budget(settings, device)
+        return 0
+    budget = _budget(settings, device) - state_bytes
     blocks = min(needed, budget // each)
     if blocks < 1:
         raise DeviceError(

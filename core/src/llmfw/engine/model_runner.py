@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from llmfw.attention.backend import get_attention_backend
 from llmfw.attention.metadata import AttentionMetadata, CacheSpec
+from llmfw.attention.state import StateCache, StateSpec, slot_bytes
 from llmfw.engine import kv_cache
 from llmfw.engine.batch import Batch, BatchBuilder, upload
 from llmfw.engine.graph_runner import GraphRunner, Replayed
@@ -24,7 +26,12 @@ from llmfw.sampling_params import SamplingParams
 
 logger = logging.getLogger("llmfw.engine")
 
-_DEVICE_SIDE_OPS = ("rope_and_cache", "paged_attention", "grouped_linear")
+_DEVICE_SIDE_OPS = (
+    "rope_and_cache",
+    "latent_rope_and_cache",
+    "paged_attention",
+    "grouped_linear",
+)
 
 
 class Model(Protocol):
@@ -35,7 +42,10 @@ class Model(Protocol):
         """Most positions it can be given, or None for any."""
 
     def cache_specs(self) -> Mapping[int, CacheSpec]:
-        """What each layer keeps, by layer index."""
+        """What each layer keeps for each token, by layer index."""
+
+    def state_specs(self) -> Mapping[int, StateSpec]:
+        """What each layer keeps for each request, by layer index."""
 
     def __call__(
         self, attn_metadata: AttentionMetadata, input_ids: torch.Tensor, position_ids: torch.Tensor
@@ -45,13 +55,19 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class RunnerFacts:
-    """What the scheduler must know of the worker."""
+    """What the scheduler must know of the worker.
+
+    num_blocks: of the KV cache; 0 for a model that keeps none.
+    kv_cache_bytes, state_bytes: of all blocks; of the recurrent state of all sequences.
+    """
 
     max_model_len: int
     num_blocks: int
     block_size: int
+    max_num_seqs: int
     shares_prefixes: bool
     kv_cache_bytes: int
+    state_bytes: int
 
 
 class ModelRunner:
@@ -81,21 +97,25 @@ class ModelRunner:
         self.settings = settings
         self.device = device
         self.specs = dict(model.cache_specs())
+        self.state_specs = dict(model.state_specs())
         kv_cache.check_specs(self.specs)
         wanted = self._wanted_len()
-        assert settings.max_num_seqs is not None
         if device.type != "cpu":
             self._warm_up(wanted)
-        num_blocks = kv_cache.count_blocks(self.specs, settings, wanted, device)
+        num_seqs = kv_cache.count_sequences(self.state_specs, self.specs, settings, device)
+        self.settings = settings = replace(settings, max_num_seqs=num_seqs)
+        self.max_num_seqs = num_seqs
+        num_blocks = kv_cache.count_blocks(self.specs, settings, wanted, device, self._state_bytes)
         self.max_model_len = self._fit(wanted, num_blocks)
         self.num_blocks = num_blocks
-        self.table = RequestTable(
-            settings.max_num_seqs, self.max_model_len, settings.block_size, device
-        )
+        self.state = StateCache(self.state_specs, num_seqs + 1, device)  # as rows of the table
+        self.table = RequestTable(num_seqs, self.max_model_len, settings.block_size, device)
         self.caches = kv_cache.allocate(  # one block more, for padded batches
             self.specs, num_blocks + 1, settings.block_size, device, self._backend
         )
-        self.builder = BatchBuilder(self.table, self.caches, self._num_groups, device)
+        self.builder = BatchBuilder(
+            self.table, self.caches, self._num_groups, device, self.state.layers
+        )
         self.graphs: GraphRunner | None = None
         if device.type == "cuda" and settings.cuda_graphs and self._capturable():
             self.graphs = GraphRunner(
@@ -111,21 +131,28 @@ class ModelRunner:
     def _num_groups(self) -> int:
         return len(kv_cache.group_of_specs(self.specs))
 
+    @property
+    def _state_bytes(self) -> int:
+        return (self.max_num_seqs + 1) * slot_bytes(self.state_specs)
+
     def facts(self) -> RunnerFacts:
         """What the scheduler must know."""
         return RunnerFacts(
             self.max_model_len,
             self.num_blocks,
             self.settings.block_size,
-            shares_prefixes=bool(self.specs),
+            self.max_num_seqs,
+            shares_prefixes=bool(self.specs) and not self.state_specs,
             kv_cache_bytes=self.num_blocks
             * kv_cache.block_bytes(self.specs, self.settings.block_size),
+            state_bytes=self._state_bytes,
         )
 
     def launch(self, step: StepInput) -> PendingStep:
         """Start a step; on a GPU this returns before it is done, and nothing here waits for it."""
         self.table.apply(step)
         with torch.inference_mode():
+            self._begin_states(step)
             replayed = None if self.graphs is None else self.graphs.run(step)
             if replayed is not None:
                 return self._finish(step, replayed)
@@ -136,6 +163,14 @@ class ModelRunner:
     def reset(self) -> None:
         """Forget all sequences."""
         self.table.clear()
+
+    def _begin_states(self, step: StepInput) -> None:
+        """Zero the state of sequences that begin, or begin again after preemption."""
+        if not self.state_specs:
+            return
+        rows = [self.table.row_of[chunk.seq_id] for chunk in step.chunks if chunk.start == 0]
+        if rows:
+            self.state.clear(upload([np.array(rows)], torch.int64, self.device)[0])
 
     def _finish(self, step: StepInput, replayed: Replayed) -> PendingStep:
         """Take a replayed step's greedy tokens, or sample from its logits where a row wants it."""
@@ -157,6 +192,9 @@ class ModelRunner:
         """Whether ops that need lengths run by kernels that read them from the device."""
         config = getattr(self.model, "model_config", None)
         if config is None or self._backend.reference_only:
+            return False
+        if self.state_specs:
+            logger.info("no CUDA graphs: they do not carry recurrent state")
             return False
         for choice in config.ops.choices.values():
             if choice.chosen == "reference" and choice.context.op in _DEVICE_SIDE_OPS:
@@ -208,7 +246,7 @@ class ModelRunner:
 
     def _fit(self, wanted: int, num_blocks: int) -> int:
         capacity = num_blocks * self.settings.block_size
-        if wanted <= capacity:
+        if not self.specs or wanted <= capacity:
             return wanted
         if self.settings.max_model_len is not None:
             raise DeviceError(
@@ -235,7 +273,8 @@ class ModelRunner:
         caches = kv_cache.allocate(
             self.specs, count * per_request, size, self.device, self._backend
         )
-        builder = BatchBuilder(table, caches, self._num_groups, self.device)
+        state = StateCache(self.state_specs, count, self.device)
+        builder = BatchBuilder(table, caches, self._num_groups, self.device, state.layers)
         greedy = SamplingParams(temperature=0.0).resolved()
         blocks = [tuple(range(i * per_request, (i + 1) * per_request)) for i in range(count)]
         step = StepInput(

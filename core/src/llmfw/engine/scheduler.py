@@ -22,7 +22,8 @@ class SchedulerConfig:
     """Limits of a step and switches.
 
     Args:
-        num_blocks, block_size: The cache: blocks, and tokens a block.
+        num_blocks, block_size: The cache: blocks, and tokens a block; no blocks for a model that
+            keeps nothing for each token.
         max_model_len: Most tokens of a sequence, prompt and output.
         max_num_seqs: Most sequences in flight.
         max_num_batched_tokens: Most tokens of a step.
@@ -102,8 +103,11 @@ class Scheduler:
 
     @property
     def capacity(self) -> int:
-        """Tokens that the whole cache holds."""
-        return self.config.num_blocks * self.config.block_size
+        """Tokens that the whole cache holds; those of all sequences where they take no blocks."""
+        config = self.config
+        if not config.num_blocks:
+            return config.max_num_seqs * config.max_model_len
+        return config.num_blocks * config.block_size
 
     @property
     def has_work(self) -> bool:
@@ -233,7 +237,8 @@ class Scheduler:
             fresh = self._blocks_for(cached + count) - len(shared)
             # One block for each running sequence stays free, lest it be preempted at once.
             if (
-                fresh + len(self.running) > self.pool.num_free - self.pool.count_idle(shared)
+                fresh
+                and fresh + len(self.running) > self.pool.num_free - self.pool.count_idle(shared)
                 and self.running
             ):
                 return
@@ -319,6 +324,8 @@ class Scheduler:
         return self.config.enable_chunked_prefill or tokens > self.config.max_num_batched_tokens
 
     def _blocks_for(self, tokens: int) -> int:
+        if not self.config.num_blocks:
+            return 0
         return -(-tokens // self.config.block_size)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 
 from llmfw.attention.metadata import AttentionMetadata, CacheSpec
+from llmfw.attention.state import StateSpec
 from llmfw.config import Mapping as RankMapping
 from llmfw.config import ModelConfig, TConfig
 from llmfw.errors import ConfigError
@@ -19,11 +20,21 @@ TSelf = TypeVar("TSelf", bound="PretrainedModel[Any]")
 
 @runtime_checkable
 class StatefulLayer(Protocol):
-    """A module that keeps state for each token or request."""
+    """A module that keeps something for each token."""
 
     layer_idx: int
 
     def cache_spec(self) -> CacheSpec:
+        """What it keeps."""
+
+
+@runtime_checkable
+class RecurrentLayer(Protocol):
+    """A module that keeps state of one size for each request."""
+
+    layer_idx: int
+
+    def state_spec(self) -> StateSpec:
         """What it keeps."""
 
 
@@ -74,6 +85,24 @@ class PretrainedModel(Layer, Generic[TConfig]):
             for module in self.modules()
             if isinstance(module, StatefulLayer)
         }
+
+    def state_specs(self) -> dict[int, StateSpec]:
+        """What each layer keeps for each request, by layer index; empty without such state.
+
+        Raises:
+            ConfigError: If two modules keep state under one layer index.
+        """
+        found: dict[int, StateSpec] = {}
+        for name, module in self.named_modules():
+            if not isinstance(module, RecurrentLayer):
+                continue
+            if module.layer_idx in found:
+                raise ConfigError(
+                    f"{name} keeps state as layer {module.layer_idx}, as another module does",
+                    hint="give each module with a state_spec() a layer_idx of its own",
+                )
+            found[module.layer_idx] = module.state_spec()
+        return found
 
     @property
     def max_positions(self) -> int | None:
