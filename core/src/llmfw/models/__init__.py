@@ -10,7 +10,8 @@ from llmfw.models.decoder import (
     StockDecoderLayer,
     StockDecoderModel,
 )
-from llmfw.models.load import LoadedModel, PreparedModel, load_model, prepare_model
+from llmfw.models.load import LoadedModel, load_model
+from llmfw.models.prepare import PreparedModel, prepare_model
 from llmfw.models.pretrained import PretrainedModel
 from llmfw.models.spec import DecoderSpec
 

@@ -145,12 +145,7 @@ class _Loader:
     def load(self, filled: FilledSlot) -> None:
         slot = filled.slot
         dtype = self._dtype_of(filled)
-        with torch.no_grad():
-            value = torch.empty(slot.shape, dtype=dtype, device=self.device)
-            if slot.zeroed:
-                value.zero_()
-            else:
-                self._fill(filled, value)
+        value = read_parameter(filled, self.checkpoint, dtype, self.device)
         _assign(self.model.get_submodule(slot.owner), slot.attribute, value, slot.is_buffer)
         with self._lock:
             self.done += value.nbytes
@@ -159,20 +154,42 @@ class _Loader:
             if self.progress is not None:
                 self.progress(self.done, self.total, slot.path)
 
-    def _fill(self, filled: FilledSlot, value: torch.Tensor) -> None:
+    def _dtype_of(self, filled: FilledSlot) -> torch.dtype:
+        return loaded_dtype(filled, self.dtype)
+
+
+def loaded_dtype(filled: FilledSlot, dtype: LoadDtype) -> torch.dtype:
+    """The dtype that a parameter gets; `dtype` as `load_weights` takes it."""
+    if filled.dtype is not None:
+        return filled.dtype
+    if dtype == "stored":
+        return stored_dtype(filled)
+    if dtype == "declared" or not filled.slot.dtype.is_floating_point:
+        return filled.slot.dtype
+    return dtype
+
+
+def stored_dtype(filled: FilledSlot) -> torch.dtype:
+    """The dtype that holds every tensor that fills a parameter."""
+    return reduce(torch.promote_types, (fill.expr.dtype for fill in filled.fills))
+
+
+def read_parameter(
+    filled: FilledSlot,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """A parameter's value as planned, of the slot's shape."""
+    with torch.no_grad():
+        value = torch.empty(filled.slot.shape, dtype=dtype, device=device)
+        if filled.slot.zeroed:
+            return value.zero_()
         for fill in filled.fills:
             whole = len(filled.fills) == 1
             out = value if whole else value.narrow(0, fill.part.start, fill.part.rows)
-            fill.expr.write(out, self.checkpoint)
-
-    def _dtype_of(self, filled: FilledSlot) -> torch.dtype:
-        if filled.dtype is not None:
-            return filled.dtype
-        if self.dtype == "stored":
-            return reduce(torch.promote_types, (fill.expr.dtype for fill in filled.fills))
-        if self.dtype == "declared" or not filled.slot.dtype.is_floating_point:
-            return filled.slot.dtype
-        return self.dtype
+            fill.expr.write(out, checkpoint)
+        return value
 
 
 def _nbytes(filled: FilledSlot, dtype: torch.dtype) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmfw.errors import CheckpointError
 from llmfw.weights.checkpoint import Checkpoint
+from llmfw.weights.converted_config import is_converted
 from llmfw.weights.safetensors_reader import open_safetensors
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -17,6 +18,8 @@ _PICKLE_CURE = (
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a directory with safetensors, or a `.safetensors` or `.gguf` file; headers only.
+
+    Of a converted checkpoint, the first rank's tensors.
 
     Raises:
         CheckpointError: If there is nothing to open, it is damaged, or it is a pickle (those can
@@ -41,6 +44,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open_directory(path: Path) -> Checkpoint:
+    if is_converted(path):
+        from llmfw.weights.converted import ConvertedCheckpoint
+
+        return ConvertedCheckpoint(path)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return open_safetensors(path)
     ggufs = sorted(path.glob("*.gguf"))

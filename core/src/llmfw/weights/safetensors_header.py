@@ -38,6 +38,7 @@ _DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):
     _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+DTYPE_CODES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _DOWNLOAD = "the file is damaged or not fully downloaded: download it again"
 
@@ -56,6 +57,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CheckpointError: If the file is missing, truncated, or its header does not describe its data
             exactly once; names the file and, where there is one, the tensor.
     """
+    text, size = read_header_text(file)
+    return infos_of(file, text, size)
+
+
+def read_header_text(file: Path) -> tuple[bytes, int]:
+    """The header's JSON as it stands in the file, and the bytes of the whole file.
+
+    Raises:
+        CheckpointError: If the file is missing or truncated.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -71,15 +82,29 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{file}: cannot be read: {exc.strerror or exc}", hint=_DOWNLOAD, file=str(file)
         ) from exc
+    return text, size
+
+
+def infos_of(file: Path, text: bytes, size: int) -> dict[str, TensorInfo]:
+    """The tensors that a header describes, in the order of their data.
+
+    Args:
+        file: The file that it is or was the header of, for messages.
+        text: The JSON.
+        size: Bytes of the whole file.
+
+    Raises:
+        CheckpointError: As `read_header`.
+    """
     entries = _parse(file, text)
     entries.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     ranges: list[_Range] = []
     for name, entry in entries.items():
-        infos[name], span = _tensor_info(file, name, entry, 8 + length)
+        infos[name], span = _tensor_info(file, name, entry, 8 + len(text))
         ranges.append(span)
     ranges.sort(key=lambda span: (span.begin, span.end))
-    _check_ranges(file, ranges, size - 8 - length)
+    _check_ranges(file, ranges, size - 8 - len(text))
     return {span.name: infos[span.name] for span in ranges}
 
 

@@ -42,6 +42,7 @@ class SafetensorsCheckpoint:
         self, path: Path, files: Sequence[Path], index: Mapping[str, str] | None = None
     ) -> None:
         self.path = path
+        self.files = tuple(files)
         self._infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
         self._local = threading.local()

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from llmfw.errors import ConfigError, LlmfwError, PluginLoadError
+from llmfw.weights.converted_config import HF_FOLDER, is_converted
 
 logger = logging.getLogger("llmfw.weights")
 
 ALIAS_GROUP = "llmfw.aliases"
+ENGINE_MANIFEST = "manifest.json"
+ENGINE_CHECKPOINT = "checkpoint"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 _HUB_COPIES = ("consolidated*", "original/*", "onnx/*")  # the same weights once more
@@ -29,19 +32,24 @@ class ModelSource:
         model_dir: The directory with config.json and the tokenizer.
         checkpoint_path: What `open_checkpoint` opens for the weights: that directory, or a GGUF
             file.
-        kind: "directory", "gguf", "hub" or "alias".
+        kind: "directory", "gguf", "hub", "alias", "checkpoint" (converted) or "engine".
+        gguf: The GGUF file that the directory was unpacked from, where there is one.
+        engine_dir: The engine directory that names the checkpoint, where there is one.
     """
 
     name: str
     model_dir: Path
     checkpoint_path: Path
-    kind: Literal["directory", "gguf", "hub", "alias"]
+    kind: Literal["directory", "gguf", "hub", "alias", "checkpoint", "engine"]
+    gguf: Path | None = None
+    engine_dir: Path | None = None
 
 
 def resolve_model(model: str | Path) -> ModelSource:
     """Finds a model: a directory, a .gguf file, an alias that a plugin declares, or a hub id.
 
-    In this order; what exists on disk comes first. A GGUF file is unpacked into the cache.
+    In this order; what exists on disk comes first. A directory may be Hugging Face's, a converted
+    checkpoint or an engine. A GGUF file is unpacked into the cache.
 
     Raises:
         ConfigError: If it is none of these, or the hub cannot be reached.
@@ -67,7 +75,10 @@ def resolve_model(model: str | Path) -> ModelSource:
 
 def _directory(name: str, path: Path) -> ModelSource:
     if (path / "config.json").is_file():
-        return ModelSource(name, path, path, "directory")
+        return _converted(name, path) if is_converted(path) else _hf(name, path)
+    if (path / ENGINE_MANIFEST).is_file():
+        checkpoint = path / ENGINE_CHECKPOINT
+        return replace(_converted(name, checkpoint), kind="engine", engine_dir=path)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _file(name, ggufs[0])
@@ -75,6 +86,19 @@ def _directory(name: str, path: Path) -> ModelSource:
     raise ConfigError(
         f"{path}: {what} there", hint="give a directory with config.json, or one .gguf file"
     )
+
+
+def _hf(name: str, path: Path) -> ModelSource:
+    return ModelSource(name, path, path, "directory")
+
+
+def _converted(name: str, path: Path) -> ModelSource:
+    if not is_converted(path):
+        raise ConfigError(
+            f"{path}: the converted checkpoint of this engine is not there",
+            hint="was the checkpoint moved? Build the engine again: llmfw build CHECKPOINT ENGINE",
+        )
+    return ModelSource(name, path / HF_FOLDER, path, "checkpoint")
 
 
 def _file(name: str, path: Path) -> ModelSource:
@@ -85,7 +109,7 @@ def _file(name: str, path: Path) -> ModelSource:
     from llmfw.weights.gguf_unpack import unpack_gguf
 
     unpacked = unpack_gguf(path)
-    return ModelSource(name, unpacked.model_dir, unpacked.checkpoint_path, "gguf")
+    return ModelSource(name, unpacked.model_dir, unpacked.checkpoint_path, "gguf", gguf=path)
 
 
 def _aliases() -> dict[str, list[importlib.metadata.EntryPoint]]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from llmfw.errors import CheckpointError, WeightError
 from llmfw.weights.checkpoint import Checkpoint
-from llmfw.weights.expressions import Expr, Source
+from llmfw.weights.gather import Gather
 from llmfw.weights.plan import FilledSlot, LoadPlan
 from llmfw.weights.safetensors_reader import INDEX_NAME, SINGLE_NAME
 
@@ -31,42 +31,6 @@ class SaveReport:
     files: tuple[Path, ...]
     tensors: int
     left_out: tuple[str, ...]
-
-
-@dataclass
-class _Gather:
-    """The inverse's sink: puts parts together until a tensor of the checkpoint is whole."""
-
-    whole: dict[str, torch.Tensor] = field(default_factory=dict)
-    _partial: dict[Expr, tuple[torch.Tensor, list[int]]] = field(default_factory=dict)
-
-    def put(self, expr: Expr, dim: int, start: int, value: torch.Tensor) -> None:
-        if tuple(value.shape) == expr.shape:
-            self._finish(expr, value)
-            return
-        if expr not in self._partial:
-            self._partial[expr] = (torch.empty(expr.shape, dtype=value.dtype), [0])
-        buffer, filled = self._partial[expr]
-        if buffer.dtype != value.dtype:
-            names = ", ".join(source.name for source in expr.sources())
-            raise WeightError(
-                f"{names}: its parts are loaded as {buffer.dtype} and as {value.dtype}"
-            )
-        buffer.narrow(dim, start, value.shape[dim]).copy_(value)
-        filled[0] += value.numel()
-        if filled[0] == buffer.numel():
-            del self._partial[expr]
-            self._finish(expr, buffer)
-
-    def _finish(self, expr: Expr, value: torch.Tensor) -> None:
-        if isinstance(expr, Source):
-            self.whole[expr.name] = value.cpu().contiguous()
-        else:
-            expr.scatter(value, self)
-
-    def incomplete(self) -> list[str]:
-        """Tensors of which only a part was put."""
-        return sorted({source.name for expr in self._partial for source in expr.sources()})
 
 
 def save_checkpoint(
@@ -120,7 +84,8 @@ def save_checkpoint(
 def _gather(
     model: nn.Module, plan: LoadPlan, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    sink = _Gather()
+    whole: dict[str, torch.Tensor] = {}
+    sink = Gather(lambda source, value: whole.update({source.name: value.cpu().contiguous()}))
     for filled in plan.filled:
         _scatter(model, filled, sink)
     for ignored in plan.ignored:
@@ -132,11 +97,11 @@ def _gather(
             f"only a part of these tensors was loaded: {', '.join(partial)}",
             hint="pass checkpoint=, from which the ignored rest is copied",
         )
-    left_out = tuple(name for name in plan.tensor_names if name not in sink.whole)
-    return sink.whole, left_out
+    left_out = tuple(name for name in plan.tensor_names if name not in whole)
+    return whole, left_out
 
 
-def _scatter(model: nn.Module, filled: FilledSlot, sink: _Gather) -> None:
+def _scatter(model: nn.Module, filled: FilledSlot, sink: Gather) -> None:
     value = getattr(model.get_submodule(filled.slot.owner), filled.slot.attribute).detach()
     if tuple(value.shape) != filled.slot.shape:
         raise WeightError(
@@ -144,6 +109,11 @@ def _scatter(model: nn.Module, filled: FilledSlot, sink: _Gather) -> None:
             f"it was loaded as {list(filled.slot.shape)}",
             hint="save before post_load() or a kernel repacks the weights",
         )
+    scatter(filled, value, sink)
+
+
+def scatter(filled: FilledSlot, value: torch.Tensor, sink: Gather) -> None:
+    """Take a parameter apart into what filled it."""
     for fill in filled.fills:
         whole = len(filled.fills) == 1
         part = value if whole else value.narrow(0, fill.part.start, fill.part.rows)

@@ -1,0 +1,80 @@
+"""How a built model is filled: by its plugin's weight map, or from a converted checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from typing import Any
+
+from llmfw.errors import WeightError
+from llmfw.models.converted import identity_of
+from llmfw.models.prepare import PreparedModel
+from llmfw.models.pretrained import PretrainedModel
+from llmfw.weights import Checkpoint, LoadPlan, open_checkpoint, plan_weights
+from llmfw.weights.converted import ConvertedCheckpoint
+from llmfw.weights.converted_config import is_converted
+from llmfw.weights.converted_plan import plan_converted
+from llmfw.weights.layout import layout_digest
+from llmfw.weights.source_record import read_source
+
+logger = logging.getLogger("llmfw.models")
+
+
+def open_weights(prepared: PreparedModel) -> Checkpoint:
+    """The checkpoint of a prepared model, headers only; of a converted one, this rank's tensors."""
+    path = prepared.source.checkpoint_path
+    if is_converted(path):
+        return ConvertedCheckpoint(path, prepared.model_config.mapping.rank)
+    return open_checkpoint(path)
+
+
+def plan_of(
+    prepared: PreparedModel, model: PretrainedModel[Any], checkpoint: Checkpoint
+) -> LoadPlan:
+    """How a built model is filled: by its plugin's weight map, or from a converted checkpoint.
+
+    Args:
+        prepared: What the model was built from.
+        model: The model, on the meta device.
+        checkpoint: From `open_weights`, or the headers that a converted checkpoint has kept.
+
+    Raises:
+        WeightError: If tensors and parameters do not fit, or a converted checkpoint was made for
+            other modules.
+    """
+    config = model.model_config
+    if isinstance(checkpoint, ConvertedCheckpoint):
+        check_layout(prepared, model, checkpoint)
+        return plan_converted(model, checkpoint, config.mapping)
+    weight_map = prepared.host.hook.llmfw_weight_map(model_config=config, checkpoint=checkpoint)
+    return plan_weights(model, checkpoint, weight_map, config.mapping)
+
+
+def check_layout(
+    prepared: PreparedModel, model: PretrainedModel[Any], checkpoint: ConvertedCheckpoint
+) -> None:
+    """Hold a converted checkpoint against the modules of another version than it was made with.
+
+    The plan is made anew from the source's headers: where it is the same, so are the weights.
+
+    Raises:
+        WeightError: If the modules want their weights otherwise.
+    """
+    ours, theirs = identity_of(prepared.resolved), checkpoint.config.plugin
+    core = version("llmfw-core")
+    if (theirs, checkpoint.config.core_version) == (ours, core):
+        return
+    made = f"{theirs.label} and llmfw-core {checkpoint.config.core_version}"
+    here = f"{ours.label} and llmfw-core {core} are here"
+    source = read_source(checkpoint.path)
+    if source is None or not checkpoint.config.layouts:
+        logger.warning("%s was made with %s; %s", checkpoint.path, made, here)
+        return
+    plan = plan_of(prepared, model, source.headers())
+    if layout_digest(plan) != checkpoint.config.layouts[checkpoint.rank]:
+        raise WeightError(
+            f"{checkpoint.path}: was made with {made}; {here}, "
+            "and their modules want the weights otherwise",
+            hint="convert the model again: llmfw convert MODEL OUT",
+        )
+    logger.info("%s was made with %s; %s, and fill alike", checkpoint.path, made, here)

@@ -1,0 +1,110 @@
+"""From a model's name to everything that is known of it before it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmfw.config import Mapping, ModelConfig, architecture_of, read_config_json
+from llmfw.config.reading import read_json
+from llmfw.models.build import CoreDefaults
+from llmfw.models.converted import converted_config
+from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
+from llmfw.ops.device import device_info
+from llmfw.ops.table import OpTable
+from llmfw.plugins import (
+    Catalog,
+    PluginHost,
+    ResolvedPlugin,
+    collect_kernels,
+    load_kernel_packs,
+    load_plugin_module,
+    resolve_plugin,
+)
+from llmfw.weights import ModelSource, resolve_model
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """Everything known of a model before it is built: nothing heavy has happened yet."""
+
+    source: ModelSource
+    raw_config: dict[str, Any]
+    architecture: str
+    host: PluginHost
+    plugin_label: str
+    model_config: ModelConfig[Any]
+    generation_config: dict[str, Any]
+    resolved: ResolvedPlugin
+
+
+def prepare_model(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    plugin: str | None = None,
+    plugin_modules: Sequence[str] = (),
+    extensions: Sequence[str] = (),
+    kernels: str = "auto",
+    attn_backend: str = "auto",
+    max_model_len: int | None = None,
+    block_size: int = 16,
+    mapping: Mapping | None = None,
+) -> PreparedModel:
+    """Find the checkpoint, its plugin and its configuration; arguments as in `load_model`."""
+    for module in plugin_modules:
+        load_plugin_module(module)
+    source = resolve_model(str(model))
+    mapping = mapping or Mapping()
+    converted = converted_config(source, mapping)
+    raw = read_config_json(source.model_dir)
+    architecture = architecture_of(raw, f"{source.model_dir}/config.json")
+    catalog = Catalog.scan()
+    resolved = resolve_plugin(architecture, prefer=plugin, extensions=extensions, catalog=catalog)
+    host = PluginHost(
+        resolved.plugin,
+        name=resolved.label,
+        defaults=CoreDefaults(),
+        extensions=resolved.extensions,
+    )
+    config = host.hook.llmfw_config(raw=raw, model_dir=source.model_dir)
+    if not getattr(config, "architectures", None):
+        config.architectures = [architecture]
+    target = choose_device(device)
+    model_config = ModelConfig(
+        pretrained_config=config,
+        mapping=mapping,
+        dtype=choose_dtype(dtype, raw if converted is None else {"dtype": converted.dtype}),
+        device=target,
+        ops=op_table(host, target, kernels, catalog),
+        attn_backend=attn_backend,
+        max_model_len=choose_max_model_len(max_model_len, config),
+        block_size=block_size,
+    )
+    generation = source.model_dir / "generation_config.json"
+    return PreparedModel(
+        source=source,
+        raw_config=raw,
+        architecture=architecture,
+        host=host,
+        plugin_label=resolved.label,
+        model_config=model_config,
+        generation_config=read_json(generation) if generation.is_file() else {},
+        resolved=resolved,
+    )
+
+
+def op_table(host: PluginHost, device: torch.device, select: str, catalog: Catalog) -> OpTable:
+    """The kernels of the installed packs, the extensions and the model's plugin."""
+    info = device_info(device)
+    wanted = tuple(name for name in select.split(",") if name not in ("auto", "reference", ""))
+    packs, _ = load_kernel_packs(info.features, catalog, wanted)
+    found, _ = collect_kernels(packs, info, wanted)
+    for kernels in host.hook.llmfw_kernels(device=info):
+        found += [kernel.from_pack(kernel.pack or host.name) for kernel in kernels or ()]
+    return OpTable(info, tuple(found), select)

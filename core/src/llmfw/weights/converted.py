@@ -1,0 +1,107 @@
+"""Converted checkpoints: tensors under the modules' own names, one file a rank.
+
+    config.json              what it is: `converted_config`
+    rank0.safetensors ...    the parameters of each rank, fused and cut, in the modules' layouts
+    checksums.json           a checksum for each tensor
+    hf/                      the source's own files: config.json, tokenizer, templates
+    ignored.safetensors      tensors that the model does not take; they come back by an export
+    source.json              the source's headers and digests
+
+docs/checkpoint-format.md specifies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from llmfw.config.reading import read_json
+from llmfw.errors import CheckpointError, ConfigError
+from llmfw.weights.checksums import checksum
+from llmfw.weights.converted_config import read_converted_config
+from llmfw.weights.safetensors_reader import SafetensorsCheckpoint
+
+CHECKSUMS = "checksums.json"
+IGNORED = "ignored.safetensors"
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank{rank}.safetensors"
+
+
+class ConvertedCheckpoint(SafetensorsCheckpoint):
+    """One rank's tensors, under the names of the parameters that they fill.
+
+    Args:
+        path: The converted checkpoint's directory.
+        rank: Whose file.
+
+    Raises:
+        ConfigError: If config.json cannot be read.
+        CheckpointError: If the file is missing or damaged.
+    """
+
+    format = "llmfw"
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.config = read_converted_config(path)
+        if not 0 <= rank < self.config.world_size:
+            raise CheckpointError(
+                f"{path}: has no rank {rank}, it was converted for {self.config.world_size}",
+                hint="convert the model again for this many ranks",
+            )
+        self.rank = rank
+        super().__init__(path, [path / rank_file(rank)])
+        self._checksums = read_checksums(path).get(rank_file(rank), {})
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor, mapped from the file, its checksum compared."""
+        value = super().tensor(name)
+        self._compare(name, value)
+        return value
+
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> None:
+        """As the base class; a tensor read whole has its checksum compared."""
+        super().read_into(name, out, start)
+        if tuple(out.shape) == self.info(name).shape:
+            self._compare(name, out)
+
+    def _compare(self, name: str, value: torch.Tensor) -> None:
+        check(self.path / rank_file(self.rank), name, value, self._checksums)
+
+
+def check(file: Path, name: str, value: torch.Tensor, checksums: Mapping[str, str]) -> None:
+    """Compare a tensor with its checksum, where there is one.
+
+    Raises:
+        CheckpointError: If it differs.
+    """
+    wanted = checksums.get(name)
+    if wanted is not None and checksum(value) != wanted:
+        raise CheckpointError(
+            f"{file}: tensor '{name}' is not what was written: its checksum differs",
+            hint="the file is damaged: convert the model again, or copy it again",
+            file=str(file),
+            tensor=name,
+        )
+
+
+def read_checksums(folder: Path) -> dict[str, dict[str, str]]:
+    """Checksums by file and tensor; none where the writer kept none.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path)
+    except ConfigError as exc:
+        raise CheckpointError(exc.message, hint="convert the model again") from exc
+    if not all(isinstance(tensors, dict) for tensors in found.values()):
+        raise CheckpointError(f"{path}: is no table of checksums", hint="convert the model again")
+    return found
