@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         WeightError,
     )
     from llmfw.layers import (
+        MLA,
         MLP,
         Attention,
         ColumnLinear,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         LayerNorm,
         Linear,
         LMHead,
+        MLAParams,
         MoE,
         MoEParams,
         PositionalEmbeddingParams,
@@ -104,6 +106,8 @@ __all__ = [
     "Attention",
     "AttentionMetadata",
     "CacheSpec",
+    "MLA",
+    "MLAParams",
     "MLP",
     "GatedMLP",
     "MoE",
@@ -155,6 +159,8 @@ _NAMES = {
         "Layer",
         "LayerNorm",
         "Linear",
+        "MLA",
+        "MLAParams",
         "MLP",
         "MoE",
         "MoEParams",

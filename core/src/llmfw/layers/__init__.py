@@ -4,6 +4,7 @@ from llmfw.layers.attention import Attention
 from llmfw.layers.embedding import Embedding, LMHead
 from llmfw.layers.layer import Layer
 from llmfw.layers.linear import ColumnLinear, Linear, RowLinear
+from llmfw.layers.mla import MLA, MLAParams
 from llmfw.layers.mlp import MLP, GatedMLP
 from llmfw.layers.moe import Experts, MoE, MoEParams
 from llmfw.layers.norm import LayerNorm, RMSNorm
@@ -13,6 +14,7 @@ from llmfw.layers.rotary import RotaryEmbedding
 from llmfw.layers.stock import stock_layer
 
 __all__ = [
+    "MLA",
     "MLP",
     "Attention",
     "ColumnLinear",
@@ -23,6 +25,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "Linear",
+    "MLAParams",
     "MoE",
     "MoEParams",
     "PositionEmbeddingType",

@@ -168,6 +168,7 @@ class Attention(Layer):
             "window": self.sliding_window or 0,
             "softcap": int(self.softcap is not None),
             "sinks": int(self.sinks is not None),
+            "latent": 0,
         }
         backend = get_attention_backend(config.attn_backend)
         self._rope_and_cache, self._paged_attention = backend.resolve(config, rope_shape, shape)

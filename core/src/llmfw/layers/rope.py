@@ -123,6 +123,13 @@ class RopeParams:
             )
         return yarn_mscale(self.scale_factor, 1.0)
 
+    @property
+    def score_scale(self) -> float:
+        """What multi-head latent attention multiplies its scores by: mscale_all_dim's, squared."""
+        if self.rope_type == "default" or not self.mscale_all_dim:
+            return 1.0
+        return yarn_mscale(self.scale_factor, self.mscale_all_dim) ** 2
+
     def inv_freq(self, max_len: int | None = None) -> torch.Tensor:
         """The inverse frequencies, float32 [dim / 2].
 

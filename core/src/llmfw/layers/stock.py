@@ -11,6 +11,7 @@ from llmfw.errors import ConfigError
 from llmfw.layers.attention import Attention
 from llmfw.layers.embedding import Embedding, LMHead
 from llmfw.layers.linear import Linear
+from llmfw.layers.mla import MLA
 from llmfw.layers.mlp import MLP, GatedMLP
 from llmfw.layers.moe import Experts, MoE
 from llmfw.layers.norm import LayerNorm, RMSNorm
@@ -47,6 +48,7 @@ STOCK_LAYERS: dict[str, LayerMaker] = {
     "attention": lambda config, layer_idx, spec: Attention(
         config=config, layer_idx=layer_idx, **spec
     ),
+    "mla": lambda config, layer_idx, spec: MLA(config=config, layer_idx=layer_idx, **spec),
 }
 
 

@@ -38,25 +38,9 @@ class StockDecoderLayer(DecoderLayer):
         self.residual_scale = spec.residual_scale
         self.block = spec.block
         make = config.make
-        self.self_attn = make(
-            "attention",
-            "self_attn",
-            layer_idx=layer_idx,
-            hidden_size=spec.hidden_size,
-            num_attention_heads=spec.num_heads,
-            num_key_value_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            bias=spec.qkv_bias,
-            dense_bias=spec.o_bias,
-            rope=spec.rope_of(layer_idx),
-            scale=spec.attn_scale,
-            sliding_window=spec.window(layer_idx),
-            softcap=spec.attn_softcap,
-            qk_norm=spec.qk_norm,
-            norm_kind=spec.norm,
-            norm_eps=spec.norm_eps,
-            norm_offset=spec.norm_offset,
-        )
+        kind = "attention" if spec.mla is None else "mla"
+        attention = attention_arguments(spec, layer_idx)
+        self.self_attn = make(kind, "self_attn", layer_idx=layer_idx, **attention)
         moe = spec.moe_of(layer_idx)
         mlp = {"hidden_size": spec.hidden_size, "activation": spec.activation}
         if moe is not None:
@@ -163,6 +147,31 @@ _NORMS = {
     ),
     "post_norm": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
+
+
+def attention_arguments(spec: DecoderSpec, layer_idx: int) -> dict[str, Any]:
+    """The arguments of a layer's stock attention, or of its latent attention."""
+    shared = {
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": spec.num_heads,
+        "rope": spec.rope_of(layer_idx),
+        "scale": spec.attn_scale,
+    }
+    if spec.mla is not None:
+        return {**shared, "mla": spec.mla, "bias": spec.o_bias}
+    return {
+        **shared,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "bias": spec.qkv_bias,
+        "dense_bias": spec.o_bias,
+        "sliding_window": spec.window(layer_idx),
+        "softcap": spec.attn_softcap,
+        "qk_norm": spec.qk_norm,
+        "norm_kind": spec.norm,
+        "norm_eps": spec.norm_eps,
+        "norm_offset": spec.norm_offset,
+    }
 
 
 def norm_arguments(spec: DecoderSpec) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmfw.config import text_config
 from llmfw.errors import ConfigError
+from llmfw.layers.mla import MLAParams
 from llmfw.layers.moe import MoEParams
 from llmfw.layers.rope import RopeParams
 
@@ -24,6 +25,7 @@ class DecoderSpec:
     qk_norm: q and k are normalised a head, by the decoder's kind of norm.
     gated: the MLP is act(gate) * up instead of plain.
     moe: a mixture of experts in place of the MLP; moe_layers: in which layers (none named: in all).
+    mla: multi-head latent attention in place of attention, with rope, attn_scale and o_bias.
     rope: rotary embedding of every layer, None for none; local_rope: of the layers with a window,
         where it differs.
     learned_positions: size of a learned position table (None: none), position_offset: added to
@@ -58,6 +60,7 @@ class DecoderSpec:
     activation: str = "silu"
     moe: MoEParams | None = None
     moe_layers: tuple[bool, ...] = ()
+    mla: MLAParams | None = None
     rope: RopeParams | None = None
     local_rope: RopeParams | None = None
     learned_positions: int | None = None

@@ -161,7 +161,17 @@ def _compare(
 
 
 def _copied(arguments: tuple[object, ...]) -> list[object]:
-    return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    """Copies that keep their strides; views of one storage become views of one copy."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        old = tensor.untyped_storage()
+        new = storages.setdefault(old.data_ptr(), old.clone())
+        return tensor.new_empty(0).set_(
+            new, tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
+
+    return [copy(a) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
 def _tensors(result: object) -> list[object]:

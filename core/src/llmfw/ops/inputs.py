@@ -158,6 +158,32 @@ def _rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[
         yield Case(f"tokens={tokens}", arguments, written=(3, 4))
 
 
+def _latent_rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    device, heads, block_size = context.info.device, context["num_heads"], context["block_size"]
+    latent_dim, rotary_dim, positions = context["latent_dim"], context["rotary_dim"], 128
+    width = latent_dim + rotary_dim
+    norm = _normal(context, generator, latent_dim) if context["norm"] else None
+    angles = torch.rand(positions, rotary_dim // 2, generator=generator) * 6.28
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    for tokens in (0, 1, 5, 40):
+        blocks = tokens // block_size + 2
+        slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
+        slots[1:2] = -1  # a padded token
+        q = _normal(context, generator, tokens, heads, 24 + rotary_dim)
+        arguments = (
+            q[..., 24:],  # a view of a wider projection, as the layer has it
+            _normal(context, generator, tokens, width),
+            torch.randint(0, positions, (tokens,), generator=generator).to(device),
+            cos_sin,
+            _normal(context, generator, blocks, block_size, 1, width),
+            slots.to(device),
+            bool(context["interleaved"]),
+            norm,
+            1e-5,
+        )
+        yield Case(f"tokens={tokens}", arguments, written=(4,))
+
+
 # (new tokens, tokens in all) of each request; how many of them are context requests
 BATCHES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
     "decode one": (((1, 1),), 0),
@@ -217,10 +243,15 @@ def _paged_attention(context: OpContext, generator: torch.Generator) -> Iterator
     sinks = torch.randn(heads, generator=generator).to(device) if context["sinks"] else None
     for label, (requests, num_contexts) in BATCHES.items():
         metadata, view, blocks = paged_batch(requests, num_contexts, block_size, generator, device)
+        q = _normal(context, generator, sum(metadata.query_lens), heads, head_dim)
+        k = _normal(context, generator, blocks, block_size, kv_heads, head_dim)
+        v = k[..., : context["v_head_dim"]]
+        if not context.shape.get("latent"):
+            v = _normal(context, generator, *v.shape)
         arguments = (
-            _normal(context, generator, sum(metadata.query_lens), heads, head_dim),
-            _normal(context, generator, blocks, block_size, kv_heads, head_dim),
-            _normal(context, generator, blocks, block_size, kv_heads, context["v_head_dim"]),
+            q,
+            k,
+            v,
             metadata,
             view,
             head_dim**-0.5,
@@ -303,15 +334,26 @@ INPUTS: dict[str, OpInputs] = {
         ),
         _rope_and_cache,
     ),
+    "latent_rope_and_cache": OpInputs(
+        _shapes(
+            "num_heads latent_dim rotary_dim interleaved norm block_size",
+            (16, 512, 64, 1, 1, 16),
+            (3, 33, 6, 0, 1, 4),
+            (1, 8, 16, 1, 0, 8),
+        ),
+        _latent_rope_and_cache,
+    ),
     "paged_attention": OpInputs(
         _shapes(
-            "num_heads num_kv_heads head_dim v_head_dim window softcap sinks block_size",
-            (9, 3, 64, 64, 0, 0, 0, 16),
-            (4, 4, 80, 80, 0, 0, 0, 8),
-            (7, 1, 128, 128, 24, 0, 0, 16),
-            (4, 2, 33, 17, 0, 1, 0, 4),
-            (6, 2, 40, 40, 16, 1, 1, 16),
-            (5, 5, 16, 16, 0, 0, 1, 32),
+            "num_heads num_kv_heads head_dim v_head_dim window softcap sinks block_size latent",
+            (9, 3, 64, 64, 0, 0, 0, 16, 0),
+            (4, 4, 80, 80, 0, 0, 0, 8, 0),
+            (7, 1, 128, 128, 24, 0, 0, 16, 0),
+            (4, 2, 33, 17, 0, 1, 0, 4, 0),
+            (6, 2, 40, 40, 16, 1, 1, 16, 0),
+            (5, 5, 16, 16, 0, 0, 1, 32, 0),
+            (16, 1, 576, 512, 0, 0, 0, 16, 1),
+            (5, 1, 27, 19, 0, 0, 0, 4, 1),
         ),
         _paged_attention,
     ),

@@ -38,8 +38,11 @@ class OpContext:
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size
         rope_and_cache: num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, qk_norm (0 or
             1), block_size
+        latent_rope_and_cache: num_heads, latent_dim, rotary_dim, interleaved, norm (0 or 1),
+            block_size
         paged_attention: num_heads, num_kv_heads, head_dim, v_head_dim, window (0: none), softcap
-            (0 or 1), sinks (0 or 1), block_size
+            (0 or 1), sinks (0 or 1), block_size; latent (0 or 1): v_cache is a strided view, the
+            first v_head_dim features of k_cache
         embedding: num_embeddings, embedding_dim
         prepare_decode: nothing
         argmax: vocab_size

@@ -142,6 +142,35 @@ def rope_and_cache(
     return q  # type: ignore[no-any-return]
 
 
+def latent_rope_and_cache(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    interleaved: bool = False,
+    norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Normalise the latent, rotate q and the shared key, write latent and key to a latent cache.
+
+    q: [T, Hq, R], those features of the queries that are rotated. kv: [T, L + R], the latent, then
+    the key that all heads share. positions, cos_sin, slots: as in `rope_and_cache`. cache:
+    [blocks, block_size, 1, L + R]. norm: RMS norm weight [L] or None. Returns q [T, Hq, R].
+    """
+    rotary_dim = q.shape[-1]
+    latent, key = kv[:, None].split([kv.shape[-1] - rotary_dim, rotary_dim], dim=-1)
+    if norm is not None:
+        latent = rms_norm(latent, norm, eps)
+    if cos_sin is not None:
+        cos, sin = cos_sin[positions].chunk(2, dim=-1)
+        q = apply_rope(q, cos, sin, interleaved)
+        key = apply_rope(key, cos, sin, interleaved)
+    write_rows(torch.cat((latent, key), dim=-1), cache, slots)
+    return q
+
+
 def write_cache(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -150,11 +179,16 @@ def write_cache(
     slots: torch.Tensor,
 ) -> None:
     """Write k, v [T, Hkv, D] to their slots of the paged cache; a negative slot writes nothing."""
+    write_rows(k, k_cache, slots)
+    write_rows(v, v_cache, slots)
+
+
+def write_rows(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write rows [T, H, D] to their slots of cache [blocks, block_size, H, D], none if negative."""
     if bool((slots < 0).any()):
         kept = slots >= 0
-        k, v, slots = k[kept], v[kept], slots[kept]
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+        rows, slots = rows[kept], slots[kept]
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
 
 
 def paged_attention(
@@ -170,6 +204,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of packed queries over the paged cache, request by request.
 
+    v_cache may be a view of k_cache (a latent cache's first Dv features).
     q: [T, Hq, D]; query t of a request with n new tokens and kv_len keys stands at kv_len - n + t
         and sees
     the keys up to its own position, with a window only the last `window` of them. softcap: scores
@@ -253,6 +288,7 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "gelu_and_mul": gelu_and_mul,
     "gelu_tanh_and_mul": gelu_tanh_and_mul,
     "rope_and_cache": rope_and_cache,
+    "latent_rope_and_cache": latent_rope_and_cache,
     "paged_attention": paged_attention,
     "moe_route": moe_route,
     "prepare_decode": prepare_decode,

@@ -52,6 +52,8 @@ class Heads:
 def supports(context: OpContext) -> str | None:
     """Head sizes of whole mma tiles up to 256, blocks of whole half tiles."""
     heads = Heads.of(context)
+    if context.shape.get("latent"):
+        return "reads V from a tensor of its own, not from a latent cache"
     if heads.head_dim % 16 or heads.v_dim % 16 or max(heads.head_dim, heads.v_dim) > 256:
         return f"head sizes {heads.head_dim} and {heads.v_dim} are not multiples of 16 up to 256"
     if heads.block_size % 8:
