@@ -7,8 +7,9 @@ wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -262,6 +263,61 @@ def _paged_attention(context: OpContext, generator: torch.Generator) -> Iterator
         yield Case(label, arguments)
 
 
+def _state_batches(
+    context: OpContext, generator: torch.Generator, *shape: int, dtype: torch.dtype
+) -> Iterator[tuple[str, int, torch.Tensor, AttentionMetadata]]:
+    """Of each batch its label, packed tokens, recurrent state [slots, *shape] and metadata."""
+    device = context.info.device
+    for label, (requests, num_contexts) in BATCHES.items():
+        metadata, _, _ = paged_batch(requests, num_contexts, 16, generator, device)
+        count = len(requests) + 2
+        slots = torch.randperm(count, generator=generator)[:-2].to(device)
+        # Slots lie apart, with the state of other layers between them.
+        wide = torch.randn(count, math.prod(shape) + 16, generator=generator)
+        state = wide.to(device, dtype)[:, 16:].unflatten(1, shape)
+        metadata = replace(metadata, state_slots=slots)
+        yield label, sum(metadata.query_lens), state, metadata
+
+
+def _causal_conv1d(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    channels, taps = context["channels"], context["kernel_size"]
+    shape = (taps - 1, channels)
+    batches = _state_batches(context, generator, *shape, dtype=context.dtype)
+    for label, tokens, state, metadata in batches:
+        x, weight = (_normal(context, generator, n, channels) for n in (tokens, taps))
+        bias = _normal(context, generator, channels)
+        arguments = (x, weight.t().contiguous(), bias, state, metadata, True)
+        yield Case(label, arguments, written=(3,))
+        yield Case(f"{label} plain", (*arguments[:2], None, state, metadata, False), written=(3,))
+
+
+def _selective_scan(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    channels, width, device = context["channels"], context["state_size"], context.info.device
+    a = -16 * torch.rand(channels, width, generator=generator).to(device)
+    d, dt_bias = (torch.randn(channels, generator=generator).to(device) for _ in range(2))
+    batches = _state_batches(context, generator, channels, width, dtype=torch.float32)
+    for label, tokens, state, metadata in batches:
+        x, dt, z = (_normal(context, generator, tokens, channels) for _ in range(3))
+        b, c = (_normal(context, generator, tokens, width) for _ in range(2))
+        arguments = (x, dt, a, b, c, d, z, dt_bias, state, metadata)
+        yield Case(label, arguments, written=(8,))
+
+
+def _ssd_scan(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    heads, head_dim, device = context["num_heads"], context["head_dim"], context.info.device
+    groups, width = context["num_groups"], context["state_size"]
+    a = -16 * torch.rand(heads, generator=generator).to(device)
+    d, dt_bias = (torch.randn(heads, generator=generator).to(device) for _ in range(2))
+    batches = _state_batches(context, generator, heads, head_dim, width, dtype=torch.float32)
+    for label, tokens, state, metadata in batches:
+        x = _normal(context, generator, tokens, heads, head_dim)
+        dt = _normal(context, generator, tokens, heads)
+        b, c = (_normal(context, generator, tokens, groups, width) for _ in range(2))
+        limit = (0.05, 2.0) if label == "mixed" else (0.0, math.inf)
+        arguments = (x, dt, a, b, c, d, dt_bias, limit, state, metadata)
+        yield Case(label, arguments, written=(8,))
+
+
 def _prepare_decode(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     device, rows, length, block_size = context.info.device, 9, 40, 8
     tokens = torch.randint(0, 1000, (rows * length,), generator=generator, dtype=torch.int32)
@@ -356,6 +412,18 @@ INPUTS: dict[str, OpInputs] = {
             (5, 1, 27, 19, 0, 0, 0, 4, 1),
         ),
         _paged_attention,
+    ),
+    "causal_conv1d": OpInputs(
+        _shapes("channels kernel_size", (1, 2), (77, 4), (128, 3)), _causal_conv1d
+    ),
+    "selective_scan": OpInputs(
+        _shapes("channels state_size", (1, 1), (37, 16), (64, 5)), _selective_scan
+    ),
+    "ssd_scan": OpInputs(
+        _shapes(
+            "num_heads head_dim num_groups state_size", (1, 1, 1, 1), (6, 16, 2, 8), (4, 9, 4, 16)
+        ),
+        _ssd_scan,
     ),
     "prepare_decode": OpInputs(({},), _prepare_decode),
     "argmax": OpInputs(_shapes("vocab_size", (1,), (77,), (5000,)), _argmax),

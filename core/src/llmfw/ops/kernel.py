@@ -43,6 +43,9 @@ class OpContext:
         paged_attention: num_heads, num_kv_heads, head_dim, v_head_dim, window (0: none), softcap
             (0 or 1), sinks (0 or 1), block_size; latent (0 or 1): v_cache is a strided view, the
             first v_head_dim features of k_cache
+        causal_conv1d: channels, kernel_size
+        selective_scan: channels, state_size
+        ssd_scan: num_heads, head_dim, num_groups, state_size
         embedding: num_embeddings, embedding_dim
         prepare_decode: nothing
         argmax: vocab_size

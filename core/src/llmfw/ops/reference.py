@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llmfw.ops.reference_moe import grouped_linear, moe_route
+from llmfw.ops.reference_state import causal_conv1d, selective_scan, ssd_scan
 from llmfw.ops.reference_step import argmax, prepare_decode
 
 if TYPE_CHECKING:
@@ -291,6 +292,9 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "latent_rope_and_cache": latent_rope_and_cache,
     "paged_attention": paged_attention,
     "moe_route": moe_route,
+    "causal_conv1d": causal_conv1d,
+    "selective_scan": selective_scan,
+    "ssd_scan": ssd_scan,
     "prepare_decode": prepare_decode,
     "argmax": argmax,
 }
