@@ -21,6 +21,7 @@ from llmfw import (
     hookimpl,
 )
 from llmfw.plugins import register_local, unregister_local
+from llmfw.weights import load_into
 
 SIZES = {
     "vocab_size": 96,
@@ -43,11 +44,12 @@ class Plugin:
     spec_of: SpecOf
     weights: WeightMap = field(default_factory=WeightMap)
     make_layer: MakeLayer | None = None
+    model_class: type[StockDecoderForCausalLM] = StockDecoderForCausalLM
     tiny_configs: Mapping[str, Any] = field(default_factory=dict)
 
     @hookimpl
     def llmfw_model(self, model_config: ModelConfig[Any]) -> StockDecoderForCausalLM:
-        return StockDecoderForCausalLM(model_config, self.spec_of(model_config.pretrained_config))
+        return self.model_class(model_config, self.spec_of(model_config.pretrained_config))
 
     @hookimpl
     def llmfw_weight_map(self) -> WeightMap:
@@ -58,6 +60,14 @@ class Plugin:
         if self.make_layer is None:
             return None
         return self.make_layer(kind, role, model_config, layer_idx, spec)
+
+
+class LoadsByHand(StockDecoderForCausalLM):
+    """Its author fills it himself, and takes no bias of a projection."""
+
+    def load_weights(self, weights):
+        taken = [name for name in weights if not name.endswith("_proj.bias")]
+        load_into(self, {name: weights[name] for name in taken})
 
 
 # --- Rotary embedding, RMS norms, gated MLP, and four scales

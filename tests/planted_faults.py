@@ -14,6 +14,7 @@ from contract_plugins import (
     AsksForParts,
     ForgetsCache,
     LateDecode,
+    LoadsByHand,
     MixesRequests,
     Plugin,
     SpecOf,
@@ -129,6 +130,14 @@ FAULTS = {
         "scaled", replace(with_spec(SCALED, qkv_bias=False, o_bias=False), weights=IGNORED_BIAS),
         "accounts_for_every_tensor", ("is ignored ('not needed')", "_proj.bias", "the reference"),
         f"{A0}.qkv_proj", "output",
+    ),
+    "tensor that an author's own loader never reads": Fault(
+        "scaled",
+        replace(
+            with_spec(SCALED, qkv_bias=False, o_bias=False, mlp_bias=False),
+            model_class=LoadsByHand,
+        ),
+        "accounts_for_every_tensor", ("never read", "_proj.bias", "load_weights of LoadsByHand"),
     ),
     "parameter that nothing fills": Fault(
         "windowed", with_spec(WINDOWED, qk_norm=True), "accounts_for_every_tensor",

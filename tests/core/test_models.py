@@ -197,7 +197,7 @@ def test_every_block_runs_the_same_in_one_piece_and_in_steps(block: str, norm: s
     assert whole.std() > 1e-3
 
 
-def test_authors_own_load_weights_is_used_and_checked():
+def test_authors_own_load_weights_is_used_and_checked(caplog):
     hf = tiny_hf(LlamaConfig(**TINY), "LlamaForCausalLM")
 
     class Lazy(StockDecoderForCausalLM):
@@ -219,9 +219,10 @@ def test_authors_own_load_weights_is_used_and_checked():
                 return cls(model_config)
 
         model = build(tiny_config(), host(Plugin()))
-        load_by_author(model, hf.state_dict())
+        assert load_by_author(model, weights) == unread
         return model
 
+    weights, unread = hf.state_dict(), ()
     ids = [1, 2, 3, 4]
     got = PackedSession(loaded(Lazy)).step({"a": ids})["a"]
     torch.testing.assert_close(got, hf_logits(hf, ids), atol=1e-4, rtol=0)
@@ -231,6 +232,11 @@ def test_authors_own_load_weights_is_used_and_checked():
 
     with pytest.raises(WeightError, match=r"left 1 parameters unfilled: model\.norm\.weight"):
         loaded(Forgetful)
+
+    weights, unread = {**weights, "model.extra.weight": torch.ones(1)}, ("model.extra.weight",)
+    with caplog.at_level("WARNING", logger="llmfw.weights"):
+        loaded(Lazy)
+    assert "never read 1 tensors of the checkpoint: model.extra.weight" in caplog.text
 
 
 def test_load_weights_of_a_model_takes_a_state_dict():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,36 @@ from llmfw.errors import WeightError
 from llmfw.models.build import finish_loading, tie_heads
 from llmfw.models.pretrained import PretrainedModel
 from llmfw.weights import Checkpoint, WeightMap, load_into
+
+logger = logging.getLogger("llmfw.weights")
+
+
+class ReadTensors(Mapping[str, torch.Tensor]):
+    """Tensors by name, remembering which were read.
+
+    Args:
+        tensors: Where they come from.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._unread = dict.fromkeys(tensors)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._tensors[name]
+        self._unread.pop(name, None)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names of the tensors that nobody asked for, in order."""
+        return tuple(self._unread)
 
 
 class CheckpointTensors(Mapping[str, torch.Tensor]):
@@ -58,16 +89,22 @@ def load_into_model(
     )
 
 
-def load_by_author(model: PretrainedModel[Any], weights: Mapping[str, torch.Tensor]) -> None:
+def load_by_author(
+    model: PretrainedModel[Any], weights: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
     """Run the author's own `load_weights` and check that it filled all parameters.
+
+    Returns:
+        Names of the tensors that it never read; a warning names the first of them.
 
     Raises:
         WeightError: If a floating-point parameter was left untouched.
     """
     materialize(model, model.model_config.device)
     tie_heads(model)
+    tensors = ReadTensors(weights)
     with torch.no_grad():
-        model.load_weights(weights)
+        model.load_weights(tensors)
     untouched = [
         name
         for name, parameter in model.named_parameters()
@@ -79,7 +116,16 @@ def load_by_author(model: PretrainedModel[Any], weights: Mapping[str, torch.Tens
             + ", ".join(untouched[:8]),
             hint="or drop load_weights: the default loads by names and tells what does not fit",
         )
+    if tensors.unread:
+        logger.warning(
+            "load_weights of %s never read %d tensors of the checkpoint: %s%s",
+            type(model).__name__,
+            len(tensors.unread),
+            ", ".join(tensors.unread[:8]),
+            ", ..." if len(tensors.unread) > 8 else "",
+        )
     finish_loading(model)
+    return tensors.unread
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:

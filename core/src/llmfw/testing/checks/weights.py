@@ -12,7 +12,7 @@ from torch import nn
 
 from llmfw.errors import WeightError
 from llmfw.models import PreparedModel, PretrainedModel, build, prepare_model
-from llmfw.models.weights import has_own_load_weights
+from llmfw.models.weights import CheckpointTensors, has_own_load_weights, load_by_author
 from llmfw.testing.compare import logits_tolerance, reference_logits
 from llmfw.testing.failure import CheckFailure, CheckSkipped
 from llmfw.testing.subject import Subject
@@ -71,29 +71,43 @@ def tiny_parts(subject: Subject) -> Parts:
 def accounts_for_every_tensor(subject: Subject) -> None:
     """Each parameter is filled exactly once; each tensor is taken, or ignored and not needed.
 
-    A tensor is not needed when the reference's logits stay as they are while it is changed.
+    A tensor is not needed when the reference's logits stay as they are while it is changed. An
+    author's own `load_weights` ignores what it does not read.
 
     Raises:
         CheckFailure: Listing what does not fit, or naming the tensor ignored by mistake.
     """
     try:
-        plan = tiny_parts(subject).plan()
+        left_out = _ignored(prepare_model(subject.checkpoint(), **subject.settings))
     except WeightError as exc:
         raise misfit(exc) from exc
     ids = subject.prompts[0]
     reference = subject.reference_model()
     before = reference_logits(reference, ids)
-    for ignored in plan.ignored:
-        changed = _change(reference, ignored.name, ids)
+    for name, (reason, where) in left_out.items():
+        changed = _change(reference, name, ids)
         if changed is not None and changed > logits_tolerance(before):
             raise CheckFailure(
-                f"a tensor is ignored ({ignored.reason!r}) that the reference needs",
-                tensor=ignored.name,
+                f"a tensor is ignored ({reason!r}) that the reference needs",
+                tensor=name,
                 expected="a parameter that it fills",
                 got=f"nothing takes it; the reference's logits change by {changed:.2g} with it",
-                look=f"ignore({ignored.name}) in {WEIGHT_MAP};\n"
-                "does the module that should hold it have that parameter (a bias)?",
+                look=f"{where};\ndoes the module that should hold it have that parameter (a bias)?",
             )
+
+
+def _ignored(prepared: PreparedModel) -> dict[str, tuple[str, str]]:
+    """Tensors that fill nothing: why, and where that is said."""
+    model = build(prepared.model_config, prepared.host)
+    if has_own_load_weights(model):
+        checkpoint = open_checkpoint(prepared.source.checkpoint_path)
+        unread = load_by_author(model, CheckpointTensors(checkpoint))
+        where = f"load_weights of {type(model).__name__}"
+        return dict.fromkeys(unread, ("never read", where))
+    plan = parts_of(prepared).plan()
+    return {
+        each.name: (each.reason, f"ignore({each.name}) in {WEIGHT_MAP}") for each in plan.ignored
+    }
 
 
 def misfit(exc: WeightError) -> CheckFailure:
