@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmfw.attention import AttentionMetadata, CacheSpec
+    from llmfw.attention import AttentionMetadata, CacheSpec, StateSpec, StateTensor
     from llmfw.config import Mapping, ModelConfig, QuantConfig
     from llmfw.errors import (
         CheckpointError,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         MLA,
         MLP,
         Attention,
+        CausalConv1d,
         ColumnLinear,
         Embedding,
         GatedMLP,
@@ -106,6 +107,9 @@ __all__ = [
     "Attention",
     "AttentionMetadata",
     "CacheSpec",
+    "CausalConv1d",
+    "StateSpec",
+    "StateTensor",
     "MLA",
     "MLAParams",
     "MLP",
@@ -148,10 +152,11 @@ __all__ = [
 ]
 
 _NAMES = {
-    "llmfw.attention": ("AttentionMetadata", "CacheSpec"),
+    "llmfw.attention": ("AttentionMetadata", "CacheSpec", "StateSpec", "StateTensor"),
     "llmfw.config": ("Mapping", "ModelConfig", "QuantConfig"),
     "llmfw.layers": (
         "Attention",
+        "CausalConv1d",
         "ColumnLinear",
         "Embedding",
         "GatedMLP",

@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: If it cannot be read, is not UTF-8 JSON or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_plain_float)
     except FileNotFoundError as exc:
         raise ConfigError(f"{path} does not exist") from exc
     except (OSError, UnicodeDecodeError) as exc:
@@ -26,6 +26,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def _plain_float(value: dict[str, Any]) -> Any:
+    """What transformers writes for numbers that JSON lacks, as the number."""
+    tag = value.get("__float__")
+    return float(tag) if len(value) == 1 and tag in ("Infinity", "-Infinity", "NaN") else value
 
 
 def read_config_json(model_dir: Path) -> dict[str, Any]:

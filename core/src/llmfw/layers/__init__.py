@@ -1,6 +1,8 @@
 """The layers models are made of. They declare shapes and shards, and import no hook."""
 
+from llmfw.layers.activation import GatedActivation
 from llmfw.layers.attention import Attention
+from llmfw.layers.causal_conv import CausalConv1d
 from llmfw.layers.embedding import Embedding, LMHead
 from llmfw.layers.layer import Layer
 from llmfw.layers.linear import ColumnLinear, Linear, RowLinear
@@ -17,9 +19,11 @@ __all__ = [
     "MLA",
     "MLP",
     "Attention",
+    "CausalConv1d",
     "ColumnLinear",
     "Embedding",
     "Experts",
+    "GatedActivation",
     "GatedMLP",
     "LMHead",
     "Layer",

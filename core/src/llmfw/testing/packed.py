@@ -8,17 +8,24 @@ from typing import Any
 
 import torch
 
-from llmfw.attention import AttentionMetadata, CacheGroupView, LayerCache, get_attention_backend
+from llmfw.attention import (
+    AttentionMetadata,
+    CacheGroupView,
+    LayerCache,
+    StateCache,
+    get_attention_backend,
+)
 from llmfw.models import PretrainedModel
 
 
 class PackedSession:
-    """Sequences with their own blocks of the cache; `step` feeds some of them any number of tokens.
+    """Sequences with blocks and state of their own; `step` feeds some of them any number of tokens.
 
     Args:
         model: A built and loaded model.
         num_blocks: Blocks in the cache.
         block_size: Tokens in a block; the model's setting when left out.
+        num_slots: Most sequences of a model that keeps recurrent state.
     """
 
     def __init__(
@@ -27,6 +34,7 @@ class PackedSession:
         *,
         num_blocks: int = 64,
         block_size: int | None = None,
+        num_slots: int = 16,
     ) -> None:
         config = model.model_config
         self.model = model
@@ -37,6 +45,9 @@ class PackedSession:
             layer: backend.allocate(spec, num_blocks, self.block_size, self.device)
             for layer, spec in model.cache_specs().items()
         }
+        states = model.state_specs()
+        self.state = StateCache(states, num_slots if states else 0, self.device)
+        self._slots: dict[str, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
         self._blocks: dict[str, list[int]] = {}
         self._lengths: dict[str, int] = {}
@@ -64,6 +75,7 @@ class PackedSession:
     def _grow(self, name: str, count: int) -> None:
         length = self._lengths.get(name, 0) + count
         blocks = self._blocks.setdefault(name, [])
+        self._slots.setdefault(name, len(self._slots))
         while len(blocks) * self.block_size < length:
             blocks.append(self._free.pop())
         self._lengths[name] = length
@@ -99,4 +111,6 @@ class PackedSession:
             caches=self.caches,
             max_query_len=max(query_lens),
             max_kv_len=max(kv_lens),
+            states=self.state.layers,
+            state_slots=tensor([self._slots[name] for name in order], torch.int64),
         )
