@@ -126,7 +126,9 @@ def _add_commands() -> None:
         bench,
         chat,
         check,
+        convert,
         env,
+        export,
         inspect,
         kernels,
         new,
@@ -139,6 +141,8 @@ def _add_commands() -> None:
     app.command()(chat.chat)
     app.command()(inspect.inspect)
     app.command()(new.new)
+    app.command()(convert.convert)
+    app.command()(export.export)
     app.command()(verify.verify)
     app.command()(check.check)
     app.command()(env.env)

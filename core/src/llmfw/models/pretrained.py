@@ -12,7 +12,7 @@ from llmfw.attention.metadata import AttentionMetadata, CacheSpec
 from llmfw.attention.state import StateSpec
 from llmfw.config import Mapping as RankMapping
 from llmfw.config import ModelConfig, TConfig
-from llmfw.errors import ConfigError
+from llmfw.errors import ConfigError, UsageError
 from llmfw.layers.layer import Layer
 
 TSelf = TypeVar("TSelf", bound="PretrainedModel[Any]")
@@ -48,6 +48,7 @@ class PretrainedModel(Layer, Generic[TConfig]):
     def __init__(self, config: ModelConfig[TConfig]) -> None:
         super().__init__()
         self.model_config = config
+        self._came_from: tuple[str | Path, dict[str, Any]] | None = None
 
     @property
     def config(self) -> TConfig:
@@ -149,4 +150,30 @@ class PretrainedModel(Layer, Generic[TConfig]):
             raise ConfigError(
                 f"{hf_model_dir} is served by {type(loaded).__name__}, not {cls.__name__}"
             )
+        loaded._came_from = (hf_model_dir, {**settings, "dtype": dtype, "mapping": mapping})
         return loaded
+
+    def save_checkpoint(self, output_dir: str | Path) -> None:
+        """Write what `from_hugging_face` read as a converted checkpoint, as `llmfw convert` does.
+
+        The weights are read from that directory once more, since kernels may have brought those in
+        memory into layouts of their own. Files of all ranks of its mapping are written.
+
+        Args:
+            output_dir: The directory to make.
+
+        Raises:
+            UsageError: If the model did not come from `from_hugging_face`.
+            CheckpointError: If `output_dir` is there already or cannot be written.
+        """
+        from llmfw.models.convert import convert_checkpoint
+
+        if self._came_from is None:
+            raise UsageError(
+                f"this {type(self).__name__} was not loaded from a directory",
+                hint="load it by from_hugging_face(hf_model_dir, dtype, mapping)",
+            )
+        directory, given = self._came_from
+        known = ("dtype", "mapping", "plugin", "plugin_modules", "extensions")
+        settings = {name: value for name, value in given.items() if name in known}
+        convert_checkpoint(directory, output_dir, **settings)

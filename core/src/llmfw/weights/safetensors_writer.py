@@ -59,7 +59,8 @@ class SafetensorsWriter:
     def __init__(self, file: Path, header: bytes) -> None:
         self.file = file
         self.infos: dict[str, TensorInfo] = infos_of(file, header, _size(header))
-        if not _is_begun(file, header):
+        self.is_new = not _is_begun(file, header)
+        if self.is_new:
             with file.open("wb") as stream:
                 stream.write(len(header).to_bytes(8, "little") + header)
                 stream.truncate(_size(header))

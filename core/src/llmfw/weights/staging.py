@@ -118,6 +118,11 @@ def refuse_existing(target: Path) -> None:
         )
 
 
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON value as text."""
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
 def sync(path: Path) -> None:
     """Return once a file or directory is on the disk."""
     handle = os.open(path, os.O_RDONLY)

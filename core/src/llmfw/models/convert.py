@@ -1,0 +1,254 @@
+"""`llmfw convert`: a model's weights, fused and cut for its modules, in a directory of our own.
+
+Tensors stream through one at a time. The work of a process that was killed is kept and gone on
+with; the directory appears in one step, when all of it is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmfw.config import Mapping
+from llmfw.errors import CheckpointError, UsageError, WeightError
+from llmfw.models.build import build
+from llmfw.models.converted import identity_of
+from llmfw.models.plans import open_weights, plan_of
+from llmfw.models.prepare import PreparedModel, prepare_model
+from llmfw.models.settings import choose_dtype
+from llmfw.models.weights import has_own_load_weights
+from llmfw.weights import Checkpoint, LoadPlan
+from llmfw.weights.converted import CHECKSUMS, IGNORED, rank_file
+from llmfw.weights.converted_config import HF_FOLDER, ConvertedConfig, LossyStep, SourceSummary
+from llmfw.weights.layout import layout_digest
+from llmfw.weights.loader import loaded_dtype, read_parameter, stored_dtype
+from llmfw.weights.plan import FilledSlot, dtype_text, stored_as
+from llmfw.weights.safetensors_reader import INDEX_NAME
+from llmfw.weights.source_record import NAME as SOURCE_NAME
+from llmfw.weights.source_record import files_of, record_source
+from llmfw.weights.staging import Staging, refuse_existing, write_json
+from llmfw.weights.streaming import SYNC_BYTES, PendingTensor, Progress, stream_tensors
+from llmfw.weights.travel import carry_over
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was converted.
+
+    Args:
+        path: The directory.
+        config: Its config.json.
+        tensors: Parameters of all ranks.
+        nbytes: Bytes of their files and of the ignored tensors'.
+        resumed: Tensors that an earlier process had done.
+        seconds: Wall time of this process.
+    """
+
+    path: Path
+    config: ConvertedConfig
+    tensors: int
+    nbytes: int
+    resumed: int
+    seconds: float
+
+
+def convert_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    mapping: Mapping | None = None,
+    keep_ignored: bool = True,
+    progress: Progress | None = None,
+    sync_bytes: int = SYNC_BYTES,
+    **settings: Any,
+) -> ConvertReport:
+    """Write a model as a converted checkpoint: docs/checkpoint-format.md.
+
+    Args:
+        model: A Hugging Face directory, a GGUF file, an alias or a hub id.
+        out: The directory to make.
+        dtype: "auto" leaves each tensor in its own; a GGUF file's become the model's. Any other
+            converts all floating-point parameters, and the checkpoint says so.
+        mapping: Sizes of the parallel run that it is for; all ranks are written.
+        keep_ignored: Whether tensors that the model does not take are kept in a side file.
+        progress: Called after each tensor with (bytes done, bytes in all, name).
+        sync_bytes: How much is written between two entries of the journal.
+        **settings: `plugin`, `plugin_modules` and `extensions`, as `prepare_model` takes them.
+
+    Raises:
+        UsageError: For more than one pipeline stage.
+        WeightError: If tensors and parameters do not fit, or the model loads its weights itself.
+        CheckpointError: If the source cannot be read, `out` is there already, or the disk is full.
+        LlmfwError: Any other of the errors of `prepare_model`.
+    """
+    begin, out = time.perf_counter(), Path(out)
+    mapping = mapping or Mapping()
+    if mapping.pp_size > 1:
+        raise UsageError(
+            f"{mapping.pp_size} pipeline stages: models are not cut into stages yet",
+            hint="leave --pp out; --tp cuts each layer",
+        )
+    refuse_existing(out)
+    asked = None if dtype == "auto" else choose_dtype(dtype, {})
+    ranks = list(_ranks(model, asked, mapping, settings))
+    prepared, checkpoint = ranks[0].prepared, ranks[0].checkpoint
+    files = {rank_file(rank.number): list(rank.tensors(asked)) for rank in ranks}
+    if keep_ignored and ranks[0].plan.ignored:
+        files[IGNORED] = list(ranks[0].ignored())
+    state = _state_of(checkpoint)
+    identity = {
+        "source": state,
+        "plugin": identity_of(prepared.resolved).label,
+        "core": version("llmfw-core"),
+        "dtype": None if asked is None else dtype_text(asked),
+        "layouts": [layout_digest(rank.plan) for rank in ranks],
+        "files": list(files),
+    }
+    try:
+        with Staging(out, identity) as staging:
+            resumed = len(staging.done)
+            checksums = stream_tensors(staging, files, progress, sync_bytes)
+            record = record_source(checkpoint)
+            known = {INDEX_NAME, *(file.name for file in record.files)}
+            hf_folder = staging.folder / HF_FOLDER
+            left_behind = carry_over(prepared.source.model_dir, hf_folder, known)
+            if _state_of(checkpoint) != state:
+                raise CheckpointError(
+                    f"{checkpoint.path}: was changed while it was converted", hint="convert again"
+                )
+            (staging.folder / SOURCE_NAME).write_text(record.to_json(), encoding="utf-8")
+            write_json(staging.folder / CHECKSUMS, checksums)
+            config = _config_of(ranks, asked, record.digest, keep_ignored, left_behind)
+            (staging.folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+            staging.commit()
+    except OSError as exc:
+        raise CheckpointError(
+            f"{out}: cannot be written: {exc.strerror or exc}",
+            hint="make room and run it again: what is done is kept",
+            file=str(out),
+        ) from exc
+    tensors = sum(len(rank.plan.filled) for rank in ranks)
+    nbytes = sum(tensor.nbytes for each in files.values() for tensor in each)
+    return ConvertReport(out, config, tensors, nbytes, resumed, time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank of the run is filled from."""
+
+    number: int
+    prepared: PreparedModel
+    checkpoint: Checkpoint
+    plan: LoadPlan
+
+    def tensors(self, asked: torch.dtype | None) -> Iterator[PendingTensor]:
+        """Its parameters, in the order of the source's files."""
+        for filled in self.plan.filled:
+            dtype = _written_dtype(filled, asked, self.checkpoint.format)
+            read = partial(read_parameter, filled, self.checkpoint, dtype)
+            yield PendingTensor(filled.slot.path, filled.slot.shape, dtype, read)
+
+    def ignored(self) -> Iterator[PendingTensor]:
+        """What it does not take."""
+        for each in self.plan.ignored:
+            read = partial(each.expr.read, self.checkpoint)
+            yield PendingTensor(each.name, each.expr.shape, each.expr.dtype, read)
+
+
+def _ranks(
+    model: str | Path, asked: torch.dtype | None, mapping: Mapping, settings: dict[str, Any]
+) -> Iterator[_Rank]:
+    for number in range(mapping.world_size):
+        prepared = prepare_model(
+            model,
+            dtype="auto" if asked is None else asked,
+            device="cpu",
+            kernels="reference",
+            mapping=replace(mapping, rank=number),
+            **settings,
+        )
+        if prepared.source.kind in ("checkpoint", "engine"):
+            raise UsageError(
+                f"{model}: is a converted checkpoint already",
+                hint="llmfw export gives back what it was converted from",
+            )
+        built = build(prepared.model_config, prepared.host)
+        if has_own_load_weights(built):
+            raise WeightError(
+                f"{type(built).__name__} loads its weights by a load_weights of its own, "
+                "which cannot be told in advance",
+                hint="give the plugin a weight map in its place (docs/plugins/weights.md), or run "
+                "the model without converting it",
+            )
+        checkpoint = open_weights(prepared)
+        yield _Rank(number, prepared, checkpoint, plan_of(prepared, built, checkpoint))
+
+
+def _written_dtype(filled: FilledSlot, asked: torch.dtype | None, format: str) -> torch.dtype:
+    if asked is not None:
+        return loaded_dtype(filled, asked)
+    return loaded_dtype(filled, "declared") if format == "gguf" else stored_dtype(filled)
+
+
+def _state_of(checkpoint: Checkpoint) -> list[list[Any]]:
+    """What shows that the source's files have not changed, without reading them."""
+    stats = [(path, path.stat()) for path in files_of(checkpoint)]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _config_of(
+    ranks: Sequence[_Rank],
+    asked: torch.dtype | None,
+    digest: str,
+    keep_ignored: bool,
+    left_behind: tuple[str, ...],
+) -> ConvertedConfig:
+    first = ranks[0]
+    prepared, plan = first.prepared, first.plan
+    mapping = prepared.model_config.mapping
+    source = prepared.source
+    kinds = {each.slot.path: each.dtype for each in plan.filled if each.dtype is not None}
+    return ConvertedConfig(
+        architecture=prepared.architecture,
+        dtype=dtype_text(prepared.model_config.dtype),
+        plugin=identity_of(prepared.resolved),
+        core_version=version("llmfw-core"),
+        source=SourceSummary(Path(source.name).name, source.kind, digest),
+        tp_size=mapping.tp_size,
+        pp_size=mapping.pp_size,
+        quantization=prepared.model_config.quant_config,
+        converted_dtype=None if asked is None else dtype_text(asked),
+        layouts=tuple(layout_digest(rank.plan) for rank in ranks),
+        parameter_dtypes={path: dtype_text(dtype) for path, dtype in kinds.items()},
+        ties=plan.ties,
+        lossy=tuple(_lossy(first, asked, keep_ignored)),
+        left_behind=left_behind,
+    )
+
+
+def _lossy(rank: _Rank, asked: torch.dtype | None, keep_ignored: bool) -> Iterator[LossyStep]:
+    """What an export will not give back."""
+    source, plan = rank.prepared.source, rank.plan
+    if source.gguf is not None:
+        yield LossyStep("gguf", f"{source.gguf.name} was dequantised and is no GGUF file any more")
+    changed: dict[str, int] = {}
+    for filled in plan.filled:
+        dtype = _written_dtype(filled, asked, rank.checkpoint.format)
+        for fill in filled.fills:
+            if fill.expr.dtype != dtype and dtype != stored_dtype(filled):
+                change = f"{stored_as(fill.expr)[0]} to {dtype_text(dtype)}"
+                changed[change] = changed.get(change, 0) + 1
+    for change, count in changed.items():
+        yield LossyStep("dtype", f"{count} tensors from {change}")
+    if plan.ignored and not keep_ignored:
+        names = ", ".join(each.name for each in plan.ignored[:4])
+        more = f" and {len(plan.ignored) - 4} more" if len(plan.ignored) > 4 else ""
+        yield LossyStep("ignored", f"not kept: {names}{more}")
