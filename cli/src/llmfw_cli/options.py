@@ -90,6 +90,15 @@ class ServingOptions(OptionGroup):
             rich_help_panel=MODEL,
         ),
     ] = None
+    no_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--no-fallback",
+            envvar="LLMFW_NO_FALLBACK",
+            help="Only a plugin that names the architecture may serve it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False
     extension: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,6 +132,7 @@ class ServingOptions(OptionGroup):
             "device": self.device,
             "plugin": self.plugin,
             "plugin_modules": tuple(self.plugin_module or ()),
+            "fallback": not self.no_fallback,
             "extensions": (*read_list("LLMFW_EXTENSIONS"), *(self.extension or ())),
             "kernels": self.kernels,
             "attn_backend": self.attn_backend,

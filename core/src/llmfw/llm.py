@@ -40,6 +40,7 @@ class LLM:
         skip_tokenizer_init: Load no tokenizer: prompts and answers are token ids.
         plugin: The distribution whose plugin serves the model, where several could.
         plugin_modules: Files or modules that register models, imported first.
+        fallback: Whether an installed fallback may serve a model that no plugin names.
         extensions: Names of installed extensions to use.
         kernels: "auto", "reference", or a comma list that picks kernels by name.
         attention_backend: "auto", "vanilla" (torch alone) or another backend's name.
@@ -74,6 +75,7 @@ class LLM:
         skip_tokenizer_init: bool = False,
         plugin: str | None = None,
         plugin_modules: Sequence[str] = (),
+        fallback: bool = True,
         extensions: Sequence[str] = (),
         kernels: str = "auto",
         attention_backend: str = "auto",
@@ -120,6 +122,7 @@ class LLM:
             device=device,
             plugin=plugin,
             plugin_modules=plugin_modules,
+            fallback=fallback,
             extensions=extensions,
             kernels=kernels,
             attn_backend=attention_backend,

@@ -55,8 +55,9 @@ def load_model(
         threads: How many threads read the checkpoint.
         progress: Called with (bytes done, bytes in all, name of the parameter).
         seed: Of dummy weights.
-        **settings: `dtype`, `device`, `plugin`, `plugin_modules`, `extensions`, `kernels`,
-            `attn_backend`, `max_model_len`, `block_size`, `mapping`, as `prepare_model` takes them.
+        **settings: `dtype`, `device`, `plugin`, `plugin_modules`, `fallback`, `extensions`,
+            `kernels`, `attn_backend`, `max_model_len`, `block_size`, `mapping`, as `prepare_model`
+            takes them.
 
     Raises:
         ConfigError: If the model or its configuration cannot be read.

@@ -49,6 +49,7 @@ def prepare_model(
     device: str | torch.device = "auto",
     plugin: str | None = None,
     plugin_modules: Sequence[str] = (),
+    fallback: bool = True,
     extensions: Sequence[str] = (),
     kernels: str = "auto",
     attn_backend: str = "auto",
@@ -65,7 +66,9 @@ def prepare_model(
     raw = read_config_json(source.model_dir)
     architecture = architecture_of(raw, f"{source.model_dir}/config.json")
     catalog = Catalog.scan()
-    resolved = resolve_plugin(architecture, prefer=plugin, extensions=extensions, catalog=catalog)
+    resolved = resolve_plugin(
+        architecture, prefer=plugin, extensions=extensions, catalog=catalog, fallback=fallback
+    )
     host = PluginHost(
         resolved.plugin,
         name=resolved.label,

@@ -12,7 +12,7 @@ from importlib import metadata
 from packaging.utils import canonicalize_name
 
 from llmfw.errors import PluginLoadError
-from llmfw.plugins.choose import choose_owner
+from llmfw.plugins.choose import FALLBACK, choose_owner
 
 MODELS, KERNELS, EXTENSIONS, ALIASES = (
     "llmfw.models",
@@ -31,7 +31,8 @@ class PluginEntry:
 
     Args:
         group: One of `GROUPS`.
-        name: In `llmfw.models` the architecture, else the name of the pack, extension or alias.
+        name: In `llmfw.models` the architecture, or "*" for a fallback; else the name of the pack,
+            extension or alias.
         value: "module:attribute" or "module".
         dist: The distribution's name, as it spells it.
         version: Its version.
@@ -49,6 +50,11 @@ class PluginEntry:
     def label(self) -> str:
         """Distribution and version, e.g. "llmfw-foo 0.1.0"."""
         return f"{self.dist} {self.version}"
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether it serves the architectures that no other plugin owns."""
+        return self.group == MODELS and self.name == FALLBACK
 
     @property
     def key(self) -> str:
@@ -129,7 +135,7 @@ class Catalog:
 
     @cached_property
     def models(self) -> Mapping[str, tuple[PluginEntry, ...]]:
-        """Architecture -> the entries that serve it."""
+        """Architecture -> the entries that serve it; fallbacks are under "*"."""
         return self._group(MODELS)
 
     @cached_property
@@ -152,13 +158,20 @@ class Catalog:
         """Normalised distribution name -> its entries."""
         return _grouped((entry.key, entry) for entry in self.entries)
 
-    def find(self, architecture: str, prefer: str | None = None) -> PluginEntry:
-        """The one entry that serves `architecture`.
+    def owners(self, architecture: str) -> tuple[PluginEntry, ...]:
+        """The entries that serve `architecture` by its name, which fallbacks do not."""
+        return () if architecture == FALLBACK else self.models.get(architecture, ())
+
+    def find(
+        self, architecture: str, prefer: str | None = None, *, fallback: bool = True
+    ) -> PluginEntry:
+        """The one entry that serves `architecture`: its owner, else a fallback.
 
         Args:
             architecture: As in `config.json`.
             prefer: The distribution that must serve it (`--plugin`). Without it, LLMFW_PREFER
                 decides between several owners.
+            fallback: Whether a fallback may serve it; LLMFW_NO_FALLBACK=1 rules them out, too.
 
         Raises:
             UnknownArchitectureError: If none serves it, or `prefer` does not.
@@ -166,7 +179,7 @@ class Catalog:
             UsageError: If `prefer` or a plugin variable of the environment names what is not
                 installed.
         """
-        return choose_owner(self, architecture, prefer)
+        return choose_owner(self, architecture, prefer, fallback=fallback)
 
     def _group(self, group: str) -> Mapping[str, tuple[PluginEntry, ...]]:
         return _grouped((entry.name, entry) for entry in self.entries if entry.group == group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,29 @@ if TYPE_CHECKING:
     from llmfw.plugins.catalog import Catalog, PluginEntry
 
 
-def choose_owner(catalog: Catalog, architecture: str, prefer: str | None = None) -> PluginEntry:
+FALLBACK = "*"
+"""The name in `llmfw.models` of a plugin that serves architectures which no other one owns."""
+
+
+def choose_owner(
+    catalog: Catalog, architecture: str, prefer: str | None = None, *, fallback: bool = True
+) -> PluginEntry:
     """The entry of `catalog` that serves `architecture`; see `Catalog.find`."""
     switches = PluginSwitches.from_environment(catalog.distributions)
-    owners = catalog.models.get(architecture, ())
+    if not fallback:
+        switches = replace(switches, no_fallback="--no-fallback")
+    owners = catalog.owners(architecture)
+    fallbacks = () if switches.no_fallback else catalog.models.get(FALLBACK, ())
     if prefer is not None:
-        owners = _demanded(catalog, architecture, prefer)
+        owners = fallbacks = _demanded(catalog, architecture, prefer, (*owners, *fallbacks))
     allowed = [entry for entry in owners if switches.refusal(entry.dist) is None]
-    if not allowed:
-        raise unknown_architecture(catalog, architecture, switches)
-    return one_of(allowed, switches, f"the architecture {architecture!r}", flag="--plugin")
+    if allowed:
+        return one_of(allowed, switches, f"the architecture {architecture!r}", flag="--plugin")
+    allowed = [entry for entry in fallbacks if switches.refusal(entry.dist) is None]
+    if allowed:
+        what = f"the fallback for {architecture!r}, which no other plugin owns,"
+        return one_of(allowed, switches, what, flag="--plugin")
+    raise unknown_architecture(catalog, architecture, switches)
 
 
 def one_of(
@@ -45,13 +59,30 @@ def one_of(
 
 
 def unknown_architecture(
-    catalog: Catalog, architecture: str, switches: PluginSwitches | None = None
+    catalog: Catalog,
+    architecture: str,
+    switches: PluginSwitches | None = None,
+    *,
+    refusal: str | None = None,
 ) -> UnknownArchitectureError:
-    """The error for an architecture that nobody serves: what is installed, near, to be done."""
+    """The error for an architecture that nobody serves: what is installed, near, to be done.
+
+    Args:
+        catalog: What is installed.
+        architecture: What was asked for.
+        switches: What the environment says of plugins.
+        refusal: Why a fallback that was asked does not serve it either, in one sentence.
+    """
     switches = switches or PluginSwitches()
     lines = [f"no installed plugin serves the architecture {architecture!r}"]
-    for entry in catalog.models.get(architecture, ()):
+    for entry in catalog.owners(architecture):
         lines.append(f"{entry.label} would, but is {switches.refusal(entry.dist)}")
+    if refusal is None:
+        for entry in catalog.models.get(FALLBACK, ()):
+            off = switches.refusal(entry.dist) or f"switched off by {switches.no_fallback}"
+            lines.append(f"{entry.label}, a fallback, might, but is {off}")
+    else:
+        lines.append(refusal)
     lines.append(f"installed: {_served(catalog)}")
     near = get_close_matches(architecture, catalog.models, n=3)
     if near and architecture not in near:
@@ -66,16 +97,20 @@ def unknown_architecture(
     )
 
 
-def _demanded(catalog: Catalog, architecture: str, prefer: str) -> tuple[PluginEntry, ...]:
+def _demanded(
+    catalog: Catalog, architecture: str, prefer: str, candidates: tuple[PluginEntry, ...]
+) -> tuple[PluginEntry, ...]:
     owned = catalog.distributions.get(canonicalize_name(prefer))
     if owned is None:
         raise UsageError(
             f"--plugin {prefer}: no plugin of that name is installed",
             hint=nearest_hint(prefer, catalog.distributions, "installed"),
         )
-    serving = tuple(entry for entry in catalog.models.get(architecture, ()) if entry in owned)
+    serving = tuple(entry for entry in candidates if entry in owned)
+    serving = tuple(entry for entry in serving if entry.name == architecture) or serving
     if not serving:
-        serves = ", ".join(e.name for e in owned if e.group == "llmfw.models") or "no architecture"
+        names = [_name_of(entry) for entry in owned if entry.group == "llmfw.models"]
+        serves = ", ".join(names) or "no architecture"
         raise UnknownArchitectureError(
             f"--plugin {prefer}: {owned[0].label} does not serve the architecture {architecture!r}",
             hint=f"it serves: {serves}\nleave --plugin out to take whichever plugin does",
@@ -85,11 +120,15 @@ def _demanded(catalog: Catalog, architecture: str, prefer: str) -> tuple[PluginE
     return serving
 
 
+def _name_of(entry: PluginEntry) -> str:
+    return "the fallback, for others" if entry.name == FALLBACK else entry.name
+
+
 def _served(catalog: Catalog) -> str:
     by_label: dict[str, list[str]] = {}
-    for architecture, entries in catalog.models.items():
+    for entries in catalog.models.values():
         for entry in entries:
-            by_label.setdefault(entry.label, []).append(architecture)
+            by_label.setdefault(entry.label, []).append(_name_of(entry))
     return "; ".join(
         f"{label} ({', '.join(names)})" for label, names in sorted(by_label.items())
     ) or ("no model plugin")

@@ -49,6 +49,7 @@ def resolve_plugin(
     prefer: str | None = None,
     extensions: Sequence[str] = (),
     catalog: Catalog | None = None,
+    fallback: bool = True,
 ) -> ResolvedPlugin:
     """Find and load the plugin of `architecture`, and the extensions asked for.
 
@@ -60,6 +61,7 @@ def resolve_plugin(
             local plugins.
         extensions: Names from the group `llmfw.extensions`.
         catalog: What is installed; scanned when left out.
+        fallback: Whether a fallback may serve it where no plugin names it.
 
     Raises:
         UnknownArchitectureError: If nothing serves it.
@@ -71,7 +73,7 @@ def resolve_plugin(
     load_plugin_modules()
     catalog = catalog or Catalog.scan()
     local = find_local(architecture) if prefer is None else None
-    entry = catalog.find(architecture, prefer) if local is None else None
+    entry = catalog.find(architecture, prefer, fallback=fallback) if local is None else None
     named = tuple(_find_extension(catalog, name) for name in extensions)
     if local is not None:
         _tell_what_it_hides(local, catalog)
@@ -115,7 +117,7 @@ def _find_extension(catalog: Catalog, name: str) -> PluginEntry:
 
 
 def _tell_what_it_hides(local: LocalPlugin, catalog: Catalog) -> None:
-    hidden = [entry.label for entry in catalog.models.get(local.architecture, ())]
+    hidden = [entry.label for entry in catalog.owners(local.architecture)]
     if hidden:
         logger.warning(
             "%s is served by %s, not by the installed %s",

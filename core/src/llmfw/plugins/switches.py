@@ -5,6 +5,7 @@
 | `LLMFW_PLUGINS` | distribution names, comma separated | only these plugins may serve |
 | `LLMFW_DISABLE_PLUGINS` | distribution names | these may not |
 | `LLMFW_PREFER` | distribution names, best first | which one serves where several could |
+| `LLMFW_NO_FALLBACK` | 0 or 1 | only plugins that name an architecture may serve it |
 | `LLMFW_PLUGIN_MODULES` | files or modules, comma separated | loaded as by `--plugin-module` |
 | `LLMFW_TRACE_HOOKS` | 0 or 1 | log every hook call with its time |
 """
@@ -86,14 +87,16 @@ class PluginSwitches:
     only: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
     prefer: tuple[str, ...] = ()
+    no_fallback: str = ""  # what rules fallbacks out
 
     @classmethod
     def from_environment(cls, installed: Collection[str]) -> PluginSwitches:
-        """Read and validate LLMFW_PLUGINS, LLMFW_DISABLE_PLUGINS and LLMFW_PREFER."""
+        """Read and validate the variables that choose plugins."""
         return cls(
             only=read_distributions("LLMFW_PLUGINS", installed),
             disabled=read_distributions("LLMFW_DISABLE_PLUGINS", installed),
             prefer=read_distributions("LLMFW_PREFER", installed),
+            no_fallback="LLMFW_NO_FALLBACK" if read_flag("LLMFW_NO_FALLBACK") else "",
         )
 
     def refusal(self, dist: str) -> str | None:
