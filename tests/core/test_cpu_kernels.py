@@ -212,11 +212,30 @@ def test_inputs_other_than_declared_go_to_the_reference() -> None:
     assert double.dtype is torch.float64
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run(torch.randn(3, 9), weight, None)
+    heads = resolve("head_linear", num_heads=2, in_features=8, out_features=4)
+    x, weight = torch.randn(3, 2, 16)[..., ::2], torch.randn(2, 4, 8)
+    torch.testing.assert_close(heads(x, weight), torch.einsum("thi,hoi->tho", x, weight))
     norm = resolve("rms_norm", hidden_size=8)
     wide = torch.randn(2, 8, dtype=torch.float64)
     out = norm(wide, torch.ones(8, dtype=torch.float64), 1e-5)
     assert isinstance(out, torch.Tensor)
     assert out.dtype is torch.float64
+
+
+@native
+def test_values_whose_rows_are_not_regular_go_to_the_reference() -> None:
+    shape = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 4, "block_size": 4}
+    run = resolve("paged_attention", **shape, window=0, softcap=0, sinks=0)
+    metadata, view, blocks = paged_batch(
+        ((5, 5),), 1, 4, torch.Generator().manual_seed(0), INFO.device
+    )
+    q, k = torch.randn(5, 2, 8), torch.randn(blocks, 4, 2, 8)
+    last = torch.randn(blocks, 4, 2, 8)[..., 4:]
+    swapped = torch.randn(blocks, 2, 4, 4).transpose(1, 2)
+    for v in (last, swapped):
+        arguments = (metadata, view, 0.3)
+        expected = reference.paged_attention(q, k, v, *arguments)
+        torch.testing.assert_close(run(q, k, v, *arguments), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_row_limit_follows_the_cpu() -> None:

@@ -207,6 +207,7 @@ def test_a_loop_over_experts_is_not_captured_in_a_cuda_graph():
     """The reference of grouped_linear waits for the device to learn where groups end."""
     runner = object.__new__(ModelRunner)
     runner._backend = SimpleNamespace(reference_only=False)
+    runner.state_specs = {}
     runner.model = SimpleNamespace(model_config=config())
     assert runner._capturable()
     runner.model.model_config.ops.resolve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,27 +93,38 @@ class LatentProjection(Layer):
         self.weight = nn.Parameter(empty, requires_grad=False)
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
-        """Give the weight the model's dtype."""
+        """Give the weight the model's dtype and resolve both products."""
         if not isinstance(method_for(config.quant_config, [name]), UnquantizedLinearMethod):
             raise ConfigError(
                 f"{name} cannot be quantised: its weight is applied in parts",
                 hint=f"exclude {name} from quantisation",
             )
         self._declare(config.dtype)
+        self._to_latent = self._product(config, self.mla.qk_nope_head_dim, self.mla.kv_lora_rank)
+        self._from_latent = self._product(config, self.mla.kv_lora_rank, self.mla.v_head_dim)
+
+    def _product(
+        self, config: ModelConfig[Any], in_features: int, out_features: int
+    ) -> Callable[..., torch.Tensor]:
+        sizes = {"in_features": in_features, "out_features": out_features}
+        return config.ops.resolve("head_linear", config.dtype, num_heads=self.heads, **sizes)
+
+    def post_load(self) -> None:
+        """Cut the weight into its two parts, in the layouts that the kernels want."""
+        if self.weight.is_meta:
+            return
+        by_head = self.weight.view(self.heads, -1, self.mla.kv_lora_rank)
+        keys, values = by_head.split([self.mla.qk_nope_head_dim, self.mla.v_head_dim], dim=1)
+        self._keys = _prepared(self._to_latent, keys.transpose(1, 2))  # [heads, rank, nope]
+        self._values = _prepared(self._from_latent, values)  # [heads, v_head_dim, rank]
 
     def absorb(self, q: torch.Tensor) -> torch.Tensor:
         """q [tokens, heads, qk_nope_head_dim] -> [tokens, heads, kv_lora_rank]."""
-        key_rows = self._by_head()[:, : self.mla.qk_nope_head_dim]  # [heads, nope, rank]
-        return torch.bmm(q.transpose(0, 1), key_rows).transpose(0, 1)
+        return self._to_latent(q, self._keys)
 
     def expand(self, latent: torch.Tensor) -> torch.Tensor:
         """latent [tokens, heads, kv_lora_rank] -> [tokens, heads * v_head_dim]."""
-        value_rows = self._by_head()[:, self.mla.qk_nope_head_dim :]  # [heads, v_head_dim, rank]
-        values = torch.bmm(latent.transpose(0, 1), value_rows.transpose(1, 2))
-        return values.transpose(0, 1).flatten(1)
-
-    def _by_head(self) -> torch.Tensor:
-        return self.weight.view(self.heads, -1, self.mla.kv_lora_rank)
+        return self._from_latent(latent, self._values).flatten(1)
 
 
 class MLA(Layer):
@@ -297,3 +309,9 @@ class MLA(Layer):
             f"heads={self.num_heads}, latent={mla.kv_lora_rank}, "
             f"qk={mla.qk_nope_head_dim} + {mla.qk_rope_head_dim}, v={mla.v_head_dim}"
         )
+
+
+def _prepared(kernel: Callable[..., torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """The weight in the layout of a kernel that has one of its own."""
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = getattr(kernel, "prepare", None)
+    return weight if prepare is None else prepare(weight)

@@ -74,6 +74,16 @@ def _grouped_linear(context: OpContext, generator: torch.Generator) -> Iterator[
         yield Case(f"rows={rows}", (x, weight, ends.to(context.info.device)))
 
 
+def _head_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    heads, width, outs = context["num_heads"], context["in_features"], context["out_features"]
+    for tokens in (0, 1, 2, 7, 33):
+        x = _normal(context, generator, tokens, heads, width + 8)[..., :width]
+        rows = _normal(context, generator, heads, 5 + outs, width)[:, 5:]
+        yield Case(f"tokens={tokens}", (x, rows))
+        columns = _normal(context, generator, heads, 5 + width, outs)[:, 5:]
+        yield Case(f"tokens={tokens} transposed", (x, columns.transpose(1, 2)))
+
+
 def _moe_route(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     experts, top_k = context["num_experts"], context["top_k"]
     for tokens in (0, 1, 5, 33):
@@ -370,6 +380,10 @@ INPUTS: dict[str, OpInputs] = {
             (128, 256, 512),
         ),
         _grouped_linear,
+    ),
+    "head_linear": OpInputs(
+        _shapes("num_heads in_features out_features", (1, 1, 1), (5, 33, 7), (16, 128, 512)),
+        _head_linear,
     ),
     "moe_route": OpInputs(_shapes("num_experts top_k", (1, 1), (8, 2), (60, 4)), _moe_route),
     "embedding": OpInputs(_shapes("num_embeddings embedding_dim", (11, 33), (50, 64)), _embedding),

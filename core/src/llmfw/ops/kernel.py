@@ -32,6 +32,7 @@ class OpContext:
     shape: per op:
         linear: in_features, out_features, bias (0 or 1)
         grouped_linear: num_groups, in_features, out_features
+        head_linear: num_heads, in_features, out_features
         moe_route: num_experts, top_k
         gated_linear: in_features, intermediate_size, bias (0 or 1)
         rms_norm, add_rms_norm, layer_norm: hidden_size
@@ -69,9 +70,9 @@ class Kernel:
         op: Name of the op; its reference gives the meaning and the signature.
         name: Unique name such as "cupy.rms_norm".
         factory: "module:function", imported only when the kernel is chosen. `function(context)`
-            gives the callable, with the reference's signature. A callable for `linear` may have
-            `prepare(weight) -> Tensor`, called once after loading, whose result is passed as
-            `weight` from then on.
+            gives the callable, with the reference's signature. A callable for `linear` or
+            `head_linear` may have `prepare(weight) -> Tensor`, called once after loading, whose
+            result is passed as `weight` from then on.
         requires: Device features that must all be there, e.g. ("cuda", "sm_80", "cupy").
         dtypes: Names of the dtypes served.
         supports: Given the context, None when the kernel serves it, else the reason why not.

@@ -25,6 +25,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, weight, bias)
 
 
+def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each head's rows times its own weight: x [T, H, in], weight [H, out, in] -> [T, H, out]."""
+    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+
+
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """silu_and_mul(linear(x, weight, bias)): weight [2I, in] and bias [2I] are gate, then up."""
     return silu_and_mul(linear(x, weight, bias))
@@ -280,6 +285,7 @@ def _attend(
 REFERENCES: dict[str, Callable[..., object]] = {
     "linear": linear,
     "grouped_linear": grouped_linear,
+    "head_linear": head_linear,
     "gated_linear": gated_linear,
     "embedding": embedding,
     "rms_norm": rms_norm,

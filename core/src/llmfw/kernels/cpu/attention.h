@@ -1,5 +1,6 @@
 // paged_attention: softmax(scale * q k^T) v over a paged cache, causal, computed online, key tile by key tile
 // (arXiv:1805.02867), with grouped query heads, sliding window, soft cap and sinks; any number of queries a request.
+// Values may be the first features of the keys' rows (a latent cache): their rows are v_stride elements apart.
 //
 // One piece of work is a few queries of one request, all heads that share one key/value head, and one span of its keys.
 // Its rows (query, head) go four at a time over a tile of keys, so that each key and value is read once for all of
@@ -57,7 +58,7 @@ struct Attention {
   const int32_t* kv_lens;     // [requests]
   const int32_t* blocks;      // [requests, blocks_stride]
   const float* sinks;         // [heads] or null
-  int64_t blocks_stride, heads, kv_heads, head_dim, v_dim, block_size, window;
+  int64_t blocks_stride, heads, kv_heads, head_dim, v_dim, v_stride, block_size, window;
   float scale, softcap;
   int64_t spans;
   float* partial;  // [tokens - cu_queries[0], heads, spans, v_dim + 2]
@@ -122,7 +123,7 @@ struct Attention {
       for (int64_t i = 0; i < here; i++, j++) {
         const int64_t row = (slot + i) * kv_heads + kv_head;
         prefetch(work.keys[j] = k_cache + row * head_dim, head_dim);
-        prefetch(work.raw_values[j] = v_cache + row * v_dim, v_dim);
+        prefetch(work.raw_values[j] = v_cache + row * v_stride, v_dim);
       }
     }
   }
@@ -282,7 +283,7 @@ template <class T>
 void paged_attention(const T* q, const T* k_cache, const T* v_cache, T* out, const int32_t* cu_queries,
                      const int32_t* kv_lens, const int32_t* blocks, const float* sinks, int64_t blocks_stride,
                      int64_t requests, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t v_dim,
-                     int64_t block_size, int64_t window, double scale, double softcap, int64_t threads) {
+                     int64_t v_stride, int64_t block_size, int64_t window, double scale, double softcap, int64_t threads) {
   static thread_local std::vector<Piece> pieces;
   static thread_local std::vector<float> scratch;
   pieces.clear();
@@ -309,7 +310,7 @@ void paged_attention(const T* q, const T* k_cache, const T* v_cache, T* out, con
   if (scratch.size() < need) scratch.resize(need);
   const Attention<T> job{
       q,         k_cache, v_cache,  out,      cu_queries, kv_lens,    blocks, sinks,
-      blocks_stride, heads, kv_heads, head_dim, v_dim, block_size, window, static_cast<float>(scale),
+      blocks_stride, heads, kv_heads, head_dim, v_dim, v_stride, block_size, window, static_cast<float>(scale),
       static_cast<float>(softcap), spans, scratch.data()};
   const Piece* piece_of = pieces.data();  // the vector itself is another one in each thread
   const Unlocked unlocked(work);

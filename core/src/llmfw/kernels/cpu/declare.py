@@ -24,12 +24,14 @@ def kernels() -> list[Kernel]:
         for op, supports in {
             "linear": _if_built,
             "grouped_linear": _if_built,
+            "head_linear": _if_built,
             "rms_norm": _if_built,
             "add_rms_norm": _if_built,
             "silu_and_mul": _if_built,
             "gelu_and_mul": _if_built,
             "gelu_tanh_and_mul": _if_built,
             "rope_and_cache": _heads,
+            "latent_rope_and_cache": _rotated_heads,
             "paged_attention": _attention,
         }.items()
     ]
@@ -43,6 +45,12 @@ def _if_built(context: OpContext) -> str | None:
 def _heads(context: OpContext) -> str | None:
     if context["head_dim"] > MAX_HEAD_DIM:
         return f"serves heads of up to {MAX_HEAD_DIM}, not {context['head_dim']}"
+    return library.problem()
+
+
+def _rotated_heads(context: OpContext) -> str | None:
+    if context["rotary_dim"] > MAX_HEAD_DIM:
+        return f"rotates up to {MAX_HEAD_DIM} features of a head, not {context['rotary_dim']}"
     return library.problem()
 
 

@@ -86,6 +86,50 @@ def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     return run
 
 
+def head_linear(context: OpContext) -> Callable[..., torch.Tensor]:
+    """Our product for each head up to `row_limit` tokens, torch's above."""
+    native = _native(context)
+    heads, width, outs = context["num_heads"], context["in_features"], context["out_features"]
+    dtype, limit = context.dtype, row_limit(context)
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[0]
+        if (
+            not 0 < tokens <= limit
+            or x.shape[1:] != (heads, width)
+            or weight.shape != (heads, outs, width)
+            or weight.stride()[1:] != (width, 1)
+            or x.stride(2) != 1
+            or x.dtype is not dtype
+            or weight.dtype is not dtype
+            or not x.is_cpu
+        ):
+            return reference.head_linear(x, weight)
+        out = x.new_empty(tokens, heads, outs)
+        native(
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            heads,
+            width,
+            outs,
+            x.stride(0),
+            x.stride(1),
+            weight.stride(0),
+            _threads(),
+        )
+        return out
+
+    def prepare(weight: torch.Tensor) -> torch.Tensor:
+        """A copy where the rows of a head are not stored one after the other."""
+        rows_in_order = weight.stride()[1:] == (width, 1)
+        return weight if rows_in_order else weight.contiguous()
+
+    run.prepare = prepare  # type: ignore[attr-defined]
+    return run
+
+
 def row_limit(context: OpContext) -> int:
     """The most rows that our product takes: above, torch's blocked products are as fast or faster.
 
@@ -246,6 +290,63 @@ def rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
     return run
 
 
+def latent_rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
+    """Norm, rotation and cache write of latents in one pass."""
+    native = _native(context)
+    dtype, latent_dim, rotary_dim = context.dtype, context["latent_dim"], context["rotary_dim"]
+
+    def run(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+        interleaved: bool = False,
+        norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> torch.Tensor:
+        tokens, heads, width = q.shape
+        plain = (
+            _plain(dtype, kv, cache)
+            and (cos_sin is None or _plain(torch.float32, cos_sin))
+            and _plain(torch.int64, positions, slots)
+            and (norm is None or _plain(dtype, norm))
+            and q.dtype is dtype
+            and q.stride(2) == 1
+            and width == rotary_dim
+            and kv.shape == (tokens, latent_dim + rotary_dim)
+            and cache.shape[2:] == (1, latent_dim + rotary_dim)
+        )
+        if not plain:
+            return reference.latent_rope_and_cache(
+                q, kv, positions, cos_sin, cache, slots, interleaved, norm, eps
+            )
+        out = q.new_empty(tokens, heads, rotary_dim)
+        native(
+            q.data_ptr(),
+            kv.data_ptr(),
+            positions.data_ptr(),
+            0 if cos_sin is None else cos_sin.data_ptr(),
+            cache.data_ptr(),
+            slots.data_ptr(),
+            0 if norm is None else norm.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            heads,
+            latent_dim,
+            rotary_dim,
+            q.stride(0),
+            q.stride(1),
+            interleaved,
+            eps,
+            _threads(),
+        )
+        return out
+
+    return run
+
+
 def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """Any mix of context and generation requests in one call."""
     native = _native(context)
@@ -263,8 +364,13 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tables = view.block_tables
-        if not _plain(dtype, q, k_cache, v_cache) or not _plain(
-            torch.int32, tables, metadata.cu_query_lens, metadata.kv_lens_device
+        v_stride = _row_stride(v_cache)
+        if (
+            not _plain(dtype, q, k_cache)
+            or v_cache.dtype is not dtype
+            or not v_cache.is_cpu
+            or not v_stride
+            or not _plain(torch.int32, tables, metadata.cu_query_lens, metadata.kv_lens_device)
         ):
             return reference.paged_attention(
                 q, k_cache, v_cache, metadata, view, scale, window, softcap, sinks
@@ -289,6 +395,7 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
             kv_heads,
             head_dim,
             v_dim,
+            v_stride,
             block_size,
             window or 0,
             scale,
@@ -302,6 +409,16 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
 
 def _native(context: OpContext) -> library.NativeFunction:
     return library.functions()[f"{context.op}_{SUFFIXES[context.dtype]}"]
+
+
+def _row_stride(cache: torch.Tensor) -> int:
+    """Elements from one head's row [.., D] of a cache to the next, 0 where rows are not regular."""
+    if cache.is_contiguous():
+        return cache.shape[-1]
+    _, block_size, heads, _ = cache.shape
+    row = cache.stride(2)
+    regular = (block_size * heads * row, heads * row, row, 1)
+    return row if cache.stride() == regular else 0
 
 
 def _plain(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:

@@ -4,6 +4,8 @@
 // One row is bound by reading the weights: chunks of the weight's rows go to the threads, four rows of it at a time,
 // each streamed once. More rows take a register tile of kTileRows x 4 sums; a chunk of the weight is small enough to
 // stay in the second-level cache while the rows of x pass over it.
+//
+// head_linear: the same for each head of x [tokens, heads, in] with its own weight; chunks of heads go to the threads.
 #pragma once
 
 #include "binding.h"
@@ -26,14 +28,15 @@ struct Product {
   const T* weight;
   const T* bias;
   T* out;
-  int64_t in, outs;
+  int64_t in;
+  int64_t x_stride, out_stride;  // from one row to the next
 };
 
 // Sums of kRows rows of x with kCols rows of the weight, from (row, col) on.
 template <class T, int kRows, int kCols>
 inline void tile(const Product<T>& p, int64_t row, int64_t col) {
   using D = Dot<T>;
-  const T* x = p.x + row * p.in;
+  const T* x = p.x + row * p.x_stride;
   const T* w = p.weight + col * p.in;
   Vec acc[kRows][kCols];
 #pragma GCC unroll 8
@@ -44,7 +47,7 @@ inline void tile(const Product<T>& p, int64_t row, int64_t col) {
   auto step = [&](auto&& fetch) {
     typename D::Reg rows[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) rows[r] = fetch(x + r * p.in);
+    for (int r = 0; r < kRows; r++) rows[r] = fetch(x + r * p.x_stride);
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; c++) {
       const T* w_row = w + c * p.in;
@@ -58,7 +61,7 @@ inline void tile(const Product<T>& p, int64_t row, int64_t col) {
   if (k < p.in) step([&](const T* at) { return D::load_n(at + k, p.in - k); });
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r++) {
-    T* out = p.out + (row + r) * p.outs + col;
+    T* out = p.out + (row + r) * p.out_stride + col;
     if constexpr (kCols == 4) {
       __m128 sums = sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
       if (p.bias) sums += load4(p.bias + col);
@@ -87,23 +90,48 @@ inline void columns_of(int64_t rows, const Product<T>& p, int64_t row, int64_t b
   }
 }
 
+// All rows times the weight's rows [begin, end), so many of the latter at a time that they stay in the cache.
+template <class T>
+inline void chunks_of(const Product<T>& p, int64_t rows, int64_t chunk, int64_t begin, int64_t end) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (; begin < end; begin += chunk) {
+    for (int64_t t = 0; t < tiles; t++) {  // as even as can be: 8 rows are 4 and 4, not 6 and 2
+      const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+      columns_of<T>(to - from, p, from, begin, std::min(end, begin + chunk));
+    }
+  }
+}
+
+template <class T>
+int64_t chunk_that_fits(int64_t in) {
+  return std::max<int64_t>(4, (kChunkBytes / static_cast<int64_t>(sizeof(T) * std::max<int64_t>(in, 1))) & ~int64_t{3});
+}
+
 template <class T>
 void linear(const T* x, const T* weight, const T* bias, T* out, int64_t rows, int64_t in, int64_t outs,
             int64_t threads) {
   const int64_t work = rows * in * outs;
   const Unlocked unlocked(work);
-  const Product<T> product{x, weight, bias, out, in, outs};
+  const Product<T> product{x, weight, bias, out, in, in, outs};
   if (work < (1 << 16)) threads = 1;
-  const int64_t fits = kChunkBytes / static_cast<int64_t>(sizeof(T) * std::max<int64_t>(in, 1));
-  const int64_t share = outs / (4 * std::max<int64_t>(threads, 1));
-  const int64_t chunk = std::max<int64_t>(4, std::min(fits, share) & ~int64_t{3});
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  parallel_chunks(threads, outs, chunk, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin += chunk) {
-      for (int64_t t = 0; t < tiles; t++) {  // as even as can be: 8 rows are 4 and 4, not 6 and 2
-        const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
-        columns_of<T>(to - from, product, from, begin, std::min(end, begin + chunk));
-      }
+  const int64_t share = outs / (4 * std::max<int64_t>(threads, 1)) & ~int64_t{3};
+  const int64_t chunk = std::max<int64_t>(4, std::min(chunk_that_fits<T>(in), share));
+  parallel_chunks(threads, outs, chunk,
+                  [&](int64_t begin, int64_t end) { chunks_of(product, rows, chunk, begin, end); });
+}
+
+// x: rows of `in` numbers, x_token and x_head apart. weight: each head's [outs, in], w_head apart.
+template <class T>
+void head_linear(const T* x, const T* weight, T* out, int64_t tokens, int64_t heads, int64_t in, int64_t outs,
+                 int64_t x_token, int64_t x_head, int64_t w_head, int64_t threads) {
+  const int64_t work = tokens * heads * in * outs;
+  const Unlocked unlocked(work);
+  if (work < (1 << 16)) threads = 1;
+  parallel_chunks(threads, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; head++) {
+      const Product<T> product{x + head * x_head, weight + head * w_head, nullptr, out + head * outs,
+                               in, x_token, heads * outs};
+      chunks_of(product, tokens, chunk_that_fits<T>(in), 0, outs);
     }
   });
 }

@@ -12,12 +12,14 @@ using namespace llmfw;
 #define LLMFW_KERNEL(name, ...) {name, call<__VA_ARGS__>, 0x80, nullptr}
 #define LLMFW_KERNELS(T)                                                      \
   LLMFW_KERNEL("linear_" #T, &linear<T>),                                     \
+      LLMFW_KERNEL("head_linear_" #T, &head_linear<T>),                       \
       LLMFW_KERNEL("rms_norm_" #T, &rms_norm<T>),                             \
       LLMFW_KERNEL("add_rms_norm_" #T, &add_rms_norm<T>),                     \
       LLMFW_KERNEL("silu_and_mul_" #T, &act_and_mul<T, Silu>),                \
       LLMFW_KERNEL("gelu_and_mul_" #T, &act_and_mul<T, Gelu>),                \
       LLMFW_KERNEL("gelu_tanh_and_mul_" #T, &act_and_mul<T, GeluTanh>),       \
       LLMFW_KERNEL("rope_and_cache_" #T, &rope_and_cache<T>),                 \
+      LLMFW_KERNEL("latent_rope_and_cache_" #T, &latent_rope_and_cache<T>),   \
       LLMFW_KERNEL("paged_attention_" #T, &paged_attention<T>)
 
 extern "C" {

@@ -1,5 +1,8 @@
 // rope_and_cache: take q, k, v of each token from packed qkv, normalise and rotate the heads of q and k, write k and v
 // to the token's slot of the paged cache and q to `q_out` [tokens, heads, head_dim].
+//
+// latent_rope_and_cache: normalise each token's latent, rotate the key that its heads share, write both to its slot of
+// a latent cache; rotate the heads of q [tokens, heads, rotary_dim], which may be part of wider ones, to `q_out`.
 #pragma once
 
 #include "norm.h"
@@ -88,6 +91,33 @@ void rope_and_cache(const T* qkv, const int64_t* positions, const float* cos_sin
       in += q_width;
       for (int64_t h = 0; h < kv_heads; h++) math.apply(in + h * head_dim, k_norm, turn, k + h * head_dim);
       std::memcpy(v_cache + slots[token] * kv_width, in + kv_width, kv_width * sizeof(T));
+    }
+  });
+}
+
+// kv: [tokens, latent_dim + rotary_dim], as a slot of the cache is. q: heads q_head apart, tokens q_token.
+template <class T>
+void latent_rope_and_cache(const T* q, const T* kv, const int64_t* positions, const float* cos_sin, T* cache,
+                           const int64_t* slots, const T* norm, T* q_out, int64_t tokens, int64_t heads,
+                           int64_t latent_dim, int64_t rotary_dim, int64_t q_token, int64_t q_head,
+                           int64_t interleaved, double eps, int64_t threads) {
+  const HeadMath<T> math{rotary_dim, rotary_dim, interleaved != 0, 0.0f, 0.0f};
+  const int64_t width = latent_dim + rotary_dim;
+  parallel_rows(threads, tokens, width + heads * rotary_dim, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; token++) {
+      const float* turn = cos_sin ? cos_sin + positions[token] * rotary_dim : nullptr;
+      for (int64_t h = 0; h < heads; h++) {
+        math.apply(q + token * q_token + h * q_head, nullptr, turn, q_out + (token * heads + h) * rotary_dim);
+      }
+      if (slots[token] < 0) continue;
+      const T* in = kv + token * width;
+      T* to = cache + slots[token] * width;
+      if (norm) {
+        norm_row(in, norm, to, latent_dim, static_cast<float>(eps), 0.0f);
+      } else {
+        std::memcpy(to, in, latent_dim * sizeof(T));
+      }
+      math.apply(in + latent_dim, nullptr, turn, to + latent_dim);
     }
   });
 }
