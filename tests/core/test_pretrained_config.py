@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from transformers import Gemma3Config, GPT2Config, LlamaConfig
+from transformers import Gemma3Config, GPT2Config, LlamaConfig, Mamba2Config
 
-from llmfw.config import PretrainedConfig, pretrained_config_from
+from llmfw.config import PretrainedConfig, pretrained_config_from, read_config_json
 from llmfw.errors import ConfigError
 
 
@@ -51,7 +51,24 @@ def test_the_second_reading_is_equal_and_comes_from_the_cache(own_cache):
     assert pretrained_config_from(raw) == first
     kept.write_text("{ half")
     assert pretrained_config_from(raw) == first
-    assert json.loads(kept.read_text())["aliases"]["hidden_size"] == "n_embd"
+    assert json.loads(kept.read_text())["names"][0]["hidden_size"] == "n_embd"
+
+
+def test_fields_that_follow_from_others_are_read_and_not_written():
+    made = pretrained_config_from({"model_type": "mamba", "num_hidden_layers": 3})
+    assert made.layer_types == ["linear_attention"] * 3
+    assert "layer_types" not in made.to_dict()
+    again = pretrained_config_from(made.to_dict())
+    assert again.to_dict() == made.to_dict()
+
+
+def test_numbers_that_json_lacks_are_read_as_transformers_writes_them(tmp_path):
+    Mamba2Config(time_step_limit=(0.0, float("inf"))).save_pretrained(tmp_path)
+    raw = read_config_json(tmp_path)
+    assert raw["time_step_limit"] == [0.0, float("inf")]
+    assert pretrained_config_from(raw).time_step_limit == [0.0, float("inf")]
+    (tmp_path / "config.json").write_text('{"a": {"__float__": "x"}, "b": Infinity}')
+    assert read_config_json(tmp_path) == {"a": {"__float__": "x"}, "b": float("inf")}
 
 
 def test_a_later_start_imports_no_transformers(own_cache):

@@ -10,17 +10,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmfw.cache import cache_dir
+from llmfw.cache import cache_dir, find
 from llmfw.errors import ConfigError
 
 logger = logging.getLogger("llmfw.config")
 
-FORMAT = 1  # of the cached file
+FORMAT = 2  # of the cached file
 _ALIASES = {"rope_scaling": "rope_parameters", "torch_dtype": "dtype"}
 
 
@@ -30,7 +30,9 @@ class PretrainedConfig:
     Args:
         values: Every field with transformers' defaults filled in; those of `parts` are mappings.
         aliases: Other names of fields (transformers' attribute_map).
-        parts: Aliases of fields that are configurations themselves, such as text_config.
+        parts: Aliases, parts and computed fields of those that are configurations themselves, such
+            as text_config.
+        computed: Fields that follow from others, which config.json must not have.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class PretrainedConfig:
         values: Mapping[str, Any],
         aliases: Mapping[str, str] | None = None,
         parts: Mapping[str, Any] | None = None,
+        computed: Sequence[str] = (),
     ) -> None:
         fields = dict(values)
-        for name, (their_aliases, their_parts) in (parts or {}).items():
+        for name, names in (parts or {}).items():
             if isinstance(fields.get(name), Mapping):
-                fields[name] = PretrainedConfig(fields[name], their_aliases, their_parts)
+                fields[name] = PretrainedConfig(fields[name], *names)
         self.__dict__["_fields"] = fields
+        self.__dict__["_computed"] = frozenset(computed)
         self.__dict__["_aliases"] = {**_ALIASES, **(aliases or {})}
 
     def __getattr__(self, name: str) -> Any:
@@ -77,6 +81,7 @@ class PretrainedConfig:
         return {
             name: value.to_dict() if isinstance(value, PretrainedConfig) else value
             for name, value in self._fields.items()
+            if name not in self._computed
         }
 
 
@@ -88,26 +93,24 @@ def pretrained_config_from(raw: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         ConfigError: If transformers does not know the model_type, or refuses the values.
     """
-    path = _cache_file(raw)
+    name = _cache_name(raw)
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return PretrainedConfig(kept["values"], kept["aliases"], kept["parts"])
+        kept = json.loads((find(name) or cache_dir() / name).read_text(encoding="utf-8"))
+        return PretrainedConfig(kept["values"], *kept["names"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or not whole
     config = _transformers_config(raw)
-    aliases, parts = _names_of(config)
-    text = json.dumps(
-        {"values": _values_of(config), "aliases": aliases, "parts": parts}, default=str
-    )
-    _keep(path, text)
+    text = json.dumps({"values": _values_of(config), "names": _names_of(config)}, default=str)
+    _keep(cache_dir() / name, text)
+    find(name)  # counts as used
     made = json.loads(text)  # the same types as a later start will see
-    return PretrainedConfig(made["values"], made["aliases"], made["parts"])
+    return PretrainedConfig(made["values"], *made["names"])
 
 
-def _cache_file(raw: Mapping[str, Any]) -> Path:
+def _cache_name(raw: Mapping[str, Any]) -> str:
     facts = [FORMAT, version("transformers"), raw]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_dir() / "configs" / f"{digest[:32]}.json"
+    return f"configs/{digest[:32]}.json"
 
 
 def _keep(path: Path, text: str) -> None:
@@ -154,10 +157,16 @@ def _values_of(config: Any) -> dict[str, Any]:
     return values
 
 
-def _names_of(config: Any) -> tuple[dict[str, str], dict[str, Any]]:
+def _names_of(config: Any) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """Aliases, those of parts, and the names of properties that cannot be set."""
     parts = {
         name: _names_of(part)
         for name in config.sub_configs
         if (part := getattr(config, name, None)) is not None
     }
-    return dict(config.attribute_map), parts
+    kind = type(config)
+    properties = {name: getattr(kind, name) for name in dir(kind)}
+    computed = [
+        name for name, found in properties.items() if isinstance(found, property) and not found.fset
+    ]
+    return dict(config.attribute_map), parts, computed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmfw.attention.state import slot_bytes
 from llmfw.llm import LLM
 from llmfw.sampling_params import SamplingParams
 from llmfw.testing.checks.logits import BATCH, CACHE, model_of
@@ -96,7 +97,7 @@ def prefix_cache_hit(subject: Subject) -> None:
         CheckFailure: If the tokens differ, or nothing was taken from the cache.
     """
     if not model_of(subject).cache_specs():
-        raise CheckSkipped("the model keeps no cache")
+        raise CheckSkipped("the model keeps nothing for each token")
     prompt = subject.prompts[0]
     shared = prompt[: len(prompt) * 2 // 3]
     other = [*shared, *reversed(prompt[len(shared) :])]
@@ -120,18 +121,22 @@ def preempted_undisturbed(subject: Subject) -> None:
     Raises:
         CheckFailure: If the tokens differ.
     """
-    specs = model_of(subject).cache_specs()
+    model = model_of(subject)
+    specs = model.cache_specs()
     if not specs:
-        raise CheckSkipped("the model keeps no cache")
+        raise CheckSkipped("the model keeps nothing for each token, so blocks cannot run out")
     prompts = [ids[: subject.longest // 2] for ids in (subject.prompts[0],) * 4]
     prompts = [[*ids[number:], *ids[:number]] for number, ids in enumerate(prompts)]
     need = len(prompts[0]) + NEW_TOKENS
     blocks = 2 * -(-len(prompts[0]) // BLOCK_SIZE) + 1  # two prompts, not what they generate
     per_block = BLOCK_SIZE * sum(spec.bytes_per_token for spec in specs.values())
+    slots = (len(prompts) + 1) * slot_bytes(model.state_specs())
+    memory = slots + max(slots, blocks * per_block)  # state has half of it at most
     with subject.engine() as llm:
         undisturbed = _generate(llm, prompts)
     settings = {"enable_prefix_caching": False, "max_model_len": need + 1}
-    with subject.engine(kv_cache_memory=blocks * per_block, **settings) as llm:
+    settings["max_num_seqs"] = len(prompts)
+    with subject.engine(kv_cache_memory=memory, **settings) as llm:
         tokens = _generate(llm, prompts)
         preemptions = llm.stats().preemptions
     if not preemptions:
