@@ -172,7 +172,100 @@ NEOX_MASKS = tuple(
     for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
 )
 
+MAMBA_SIZES = {
+    "hidden_size": H,
+    "vocab_size": V,
+    "num_hidden_layers": LAYERS,
+    "state_size": 4,
+    "conv_kernel": 4,
+    "hidden_act": "silu",
+    "use_bias": False,
+    "use_conv_bias": True,
+    "residual_in_fp32": True,
+    "layer_norm_epsilon": 1e-05,
+}
+MAMBA_TOP = weights(backbone__embeddings=(V, H), backbone__norm_f=(H,))
+MAMBA_LAYER = {
+    **weights(
+        norm=(H,),
+        mixer__conv1d=(2 * H, 1, 4),
+        mixer__in_proj=(4 * H, H),
+        mixer__x_proj=(2 + 2 * 4, 2 * H),
+        mixer__dt_proj=(2 * H, 2),
+        mixer__out_proj=(H, 2 * H),
+    ),
+    "mixer.conv1d.bias": (2 * H,),
+    "mixer.dt_proj.bias": (2 * H,),
+    "mixer.A_log": (2 * H, 4),
+    "mixer.D": (2 * H,),
+}
+MAMBA2_LAYER = {  # 8 heads of 8 features, 2 groups
+    **weights(
+        norm=(H,),
+        mixer__conv1d=(2 * H + 2 * 2 * 4, 1, 4),
+        mixer__in_proj=(4 * H + 2 * 2 * 4 + 8, H),
+        mixer__norm=(2 * H,),
+        mixer__out_proj=(H, 2 * H),
+    ),
+    "mixer.conv1d.bias": (2 * H + 2 * 2 * 4,),
+    "mixer.dt_bias": (8,),
+    "mixer.A_log": (8,),
+    "mixer.D": (8,),
+}
+
 LAYOUTS: dict[str, Layout] = {
+    "MambaForCausalLM": Layout(
+        {
+            "model_type": "mamba",
+            **MAMBA_SIZES,
+            "d_model": H,
+            "d_inner": 2 * H,
+            "n_layer": LAYERS,
+            "intermediate_size": 2 * H,
+            "expand": 2,
+            "time_step_rank": 2,
+            "rms_norm": True,
+            "fused_add_norm": True,
+            "ssm_cfg": {},
+        },
+        MAMBA_TOP,
+        MAMBA_LAYER,
+        prefix="backbone.layers.{i}.",
+        dtype=torch.float32,
+    ),
+    "FalconMambaForCausalLM": Layout(
+        {
+            "model_type": "falcon_mamba",
+            **MAMBA_SIZES,
+            "intermediate_size": 2 * H,
+            "expand": 16,  # as published; intermediate_size is what counts
+            "time_step_rank": 2,
+            "mixer_rms_eps": 1e-06,
+            "tie_word_embeddings": False,
+        },
+        {**MAMBA_TOP, **HEAD},
+        MAMBA_LAYER,
+        prefix="backbone.layers.{i}.",
+    ),
+    "Mamba2ForCausalLM": Layout(
+        {
+            "model_type": "mamba2",
+            **MAMBA_SIZES,
+            "expand": 2,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 256,
+            "norm_before_gate": True,
+            "rms_norm": True,
+            "time_step_limit": [0.0, float("inf")],
+            "time_step_rank": 2,
+            "tie_word_embeddings": False,
+        },
+        {**MAMBA_TOP, **HEAD},
+        MAMBA2_LAYER,
+        prefix="backbone.layers.{i}.",
+    ),
     "LlamaForCausalLM": Layout(
         {"model_type": "llama", **SIZES, **RMS}, {**TOP, **HEAD}, {**QKVO, **GATED, **NORMS}
     ),

@@ -18,6 +18,7 @@ from published_layouts import LAYOUTS, tensors_of, write
 RANGE = re.compile(r"(?P<first>\S+) \.\. (?P<last>\S+) \((?P<count>\d+)\)")
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
 MIXTRALS = "model.layers.1.{}.experts.2.w2.weight"
+MAMBAS = ("backbone.layers.1.mixer.out_proj.weight", "model.layers.1.mixer.out_proj.weight")
 # A tensor of the checkpoint, and the name that the error has for it.
 LOST = {
     "Qwen2MoeForCausalLM": (EXPERT, EXPERT),
@@ -27,6 +28,9 @@ LOST = {
         "language_model.model.layers.1.mlp.down_proj.weight",
         "model.layers.1.mlp.down_proj.weight",
     ),
+    "MambaForCausalLM": MAMBAS,
+    "FalconMambaForCausalLM": MAMBAS,
+    "Mamba2ForCausalLM": MAMBAS,
     "PhiForCausalLM": ("model.layers.1.mlp.fc2.weight", "model.layers.1.mlp.down_proj.weight"),
     "OPTForCausalLM": ("model.decoder.layers.1.fc2.weight", "model.layers.1.fc2.weight"),
     "GPT2LMHeadModel": ("h.1.mlp.c_proj.weight", "model.layers.1.mlp.down_proj.weight"),
@@ -37,6 +41,9 @@ LOST = {
 }
 # What a surplus tensor is called where a rule has taken its prefix.
 LOST_RENAMED = {
+    "MambaForCausalLM": MAMBAS[1],
+    "FalconMambaForCausalLM": MAMBAS[1],
+    "Mamba2ForCausalLM": MAMBAS[1],
     "OPTForCausalLM": "model.layers.1.fc2.weight",
     "MixtralForCausalLM": MIXTRALS.format("mlp"),
     "Gemma3ForConditionalGeneration": "model.layers.1.mlp.down_proj.weight",

@@ -96,7 +96,7 @@ class MambaMixer(Mixer):
 
     def __init__(self, model_config: ModelConfig[Any], layer_idx: int) -> None:
         config = model_config.pretrained_config
-        inner, size = int(config.expand * config.hidden_size), config.state_size
+        inner, size = config.intermediate_size, config.state_size
         shape, widths = (inner, size), (2 * inner, inner, inner)
         super().__init__(model_config, layer_idx, widths=widths, a_shape=shape, state_shape=shape)
         self.parts = (int(config.time_step_rank), size, size)
@@ -139,7 +139,7 @@ class Mamba2Mixer(Mixer):
 
     def __init__(self, model_config: ModelConfig[Any], layer_idx: int) -> None:
         config = model_config.pretrained_config
-        self_sizes = (config.num_heads, config.head_dim, config.state_size)
+        shape = (config.num_heads, config.head_dim, config.state_size)
         inner, shared = config.num_heads * config.head_dim, config.n_groups * config.state_size
         conv_width = inner + 2 * shared
         super().__init__(
@@ -147,7 +147,7 @@ class Mamba2Mixer(Mixer):
             layer_idx,
             widths=(inner + conv_width + config.num_heads, conv_width, inner),
             a_shape=(config.num_heads,),
-            state_shape=self_sizes,
+            state_shape=shape,
         )
         self.groups = config.n_groups
         self.in_parts = (inner, conv_width, config.num_heads)

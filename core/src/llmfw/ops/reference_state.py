@@ -246,7 +246,7 @@ class _Pieces:
             return x.unsqueeze(1)
         cut = x[self._tokens].unflatten(0, (-1, self.length))
         padding = self._padding.view(*self._padding.shape, *[1] * (cut.ndim - 2))
-        return cut.masked_fill_(padding, 0)
+        return cut.masked_fill_(padding, 0)  # type: ignore[no-any-return]
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
         """[pieces, length, ...] -> [T, ...]."""
