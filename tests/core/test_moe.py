@@ -116,6 +116,57 @@ def test_routing_by_softmax_before_and_after_the_choice():
     torch.testing.assert_close(moe_route(logits, 2, "topk_softmax")[0][0], both)
 
 
+def test_routing_by_sigmoid_with_a_bias_that_counts_for_the_choice_alone():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
+    bias = torch.tensor([0.0, -1.0, 0.0, 0.9])
+    chosen = logits.sigmoid()[0, [3, 2]]  # 0.5 + 0.9 before 0.88, 0.73 and 0.95 - 1
+    weights, experts = moe_route(logits, 2, "sigmoid", bias=bias)
+    assert experts.tolist() == [[3, 2]]
+    torch.testing.assert_close(weights[0], chosen)
+    weights, _ = moe_route(logits, 2, "sigmoid", True, bias, scale=2.5)
+    torch.testing.assert_close(weights[0], 2.5 * chosen / chosen.sum())
+    nothing = torch.full((1, 4), -200.0)
+    assert moe_route(nothing, 2, "sigmoid", True)[0].tolist() == [[0.0, 0.0]]
+
+
+def test_only_experts_of_the_best_groups_are_chosen():
+    # groups (0, 1), (2, 3), (4, 5): bests 5, 4, 3; sums of two 5, 7.5, 5.5
+    logits = torch.tensor([[5.0, 0.0, 4.0, 3.5, 3.0, 2.5]])
+    by_best = {"scoring": "topk_softmax", "num_groups": 3, "top_groups": 2}
+    assert moe_route(logits, 3, **by_best)[1].tolist() == [[0, 2, 3]]
+    assert moe_route(logits, 3, **by_best, group_best=2)[1].tolist() == [[2, 3, 4]]
+    assert moe_route(logits, 2, num_groups=3, top_groups=1)[1].tolist() == [[0, 1]]
+    weights, _ = moe_route(logits, 2, num_groups=3, top_groups=1)
+    torch.testing.assert_close(weights[0], logits.softmax(-1)[0, :2])
+
+
+def test_the_layer_routes_as_it_is_told():
+    moe = MoEParams(
+        6,
+        2,
+        WIDTH,
+        scoring="sigmoid",
+        renormalize=True,
+        scale=2.5,
+        num_groups=3,
+        top_groups=2,
+        group_best=2,
+        score_bias=True,
+        float32_router=True,
+        shared_size=4,
+        shared_bias=True,
+    )
+    layer = ready(MoE(hidden_size=HIDDEN, moe=moe, config=config()), torch.bfloat16)
+    assert layer.gate.weight.dtype == layer.e_score_correction_bias.dtype == torch.float32
+    assert layer.shared_expert.down_proj.bias is not None
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    routing = (True, layer.e_score_correction_bias, 3, 2, 2, 2.5)
+    weights, experts = moe_route(x.float() @ layer.gate.weight.t(), 2, "sigmoid", *routing)
+    expected = layer.experts(x, weights, experts) + layer.shared_expert(x)
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_groups_may_be_empty_and_rows_none():
     x, weight = torch.randn(4, HIDDEN), torch.randn(3, WIDTH, HIDDEN)
     out = grouped_linear(x, weight, torch.tensor([0, 3, 4], dtype=torch.int32))
@@ -139,8 +190,15 @@ def test_parameters_are_read_by_the_usual_names_and_checked():
     )
     with pytest.raises(ConfigError, match="scoring 'dice'"):
         MoEParams(8, 2, 16, scoring="dice")
+    raw.routed_scaling_factor = 2.5
+    assert MoEParams.from_config(raw).scale == 2.5
     with pytest.raises(ConfigError, match="9 of 8"):
         MoEParams(8, 9, 16)
+    for groups in ({"num_groups": 3}, {"num_groups": 4, "top_groups": 5}, {"group_best": 9}):
+        with pytest.raises(ConfigError, match=r"8 experts are not \d groups"):
+            MoEParams(8, 2, 16, **groups)
+    with pytest.raises(ConfigError, match="1 groups of 2 experts are too few to choose 3"):
+        MoEParams(8, 3, 16, num_groups=4)
     with pytest.raises(ConfigError, match="one tensor-parallel rank"):
         MoE(
             hidden_size=HIDDEN,

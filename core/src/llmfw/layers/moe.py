@@ -16,7 +16,7 @@ from llmfw.layers.layer import Layer
 if TYPE_CHECKING:
     from llmfw.config import ModelConfig
 
-SCORINGS = ("softmax", "topk_softmax")
+SCORINGS = ("softmax", "topk_softmax", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,15 @@ class MoEParams:
 
     num_experts, top_k: how many there are, and how many a token goes through.
     intermediate_size: of each expert.
-    scoring: "softmax" (over all experts, then the top_k) or "topk_softmax" (the reverse).
-    renormalize: with "softmax", the chosen weights are made to sum to one.
+    scoring: "softmax" (over all experts, then the top_k), "topk_softmax" (the reverse), "sigmoid".
+    renormalize: with "softmax" and "sigmoid", the chosen weights are made to sum to one.
+    scale: factor of the chosen weights, at last.
+    num_groups, top_groups: experts are in groups of neighbours, and only those of a token's best
+        top_groups can be chosen; a group's score is the sum of its group_best best.
+    score_bias: each expert has a learned bias that counts for the choice alone.
+    float32_router: the router's product is in float32 whatever the model's dtype.
     shared_size: intermediate size of an expert that all tokens go through, None for none.
+    shared_bias: whether it has biases.
     shared_gated: its output is multiplied by the sigmoid of a linear layer's single output.
     """
 
@@ -36,7 +42,14 @@ class MoEParams:
     intermediate_size: int
     scoring: str = "softmax"
     renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    score_bias: bool = False
+    float32_router: bool = False
     shared_size: int | None = None
+    shared_bias: bool = False
     shared_gated: bool = False
 
     def __post_init__(self) -> None:
@@ -46,6 +59,16 @@ class MoEParams:
             )
         if not 0 < self.top_k <= self.num_experts:
             raise ConfigError(f"a token cannot go through {self.top_k} of {self.num_experts}")
+        size, rest = divmod(self.num_experts, self.num_groups)
+        if rest or not 0 < self.top_groups <= self.num_groups or self.group_best > size:
+            raise ConfigError(
+                f"{self.num_experts} experts are not {self.num_groups} groups of which "
+                f"{self.top_groups} are chosen by their {self.group_best} best"
+            )
+        if self.top_k > self.top_groups * size:
+            raise ConfigError(
+                f"{self.top_groups} groups of {size} experts are too few to choose {self.top_k}"
+            )
 
     @classmethod
     def from_config(cls, config: Any, **changes: Any) -> MoEParams:
@@ -63,6 +86,7 @@ class MoEParams:
             "intermediate_size": getattr(config, "moe_intermediate_size", None)
             or config.intermediate_size,
             "renormalize": bool(getattr(config, "norm_topk_prob", False)),
+            "scale": getattr(config, "routed_scaling_factor", None) or 1.0,
         }
         return cls(**{**fields, **changes})
 
@@ -157,7 +181,8 @@ class MoE(Layer):
     """Routed experts, and a shared one where the model has it.
 
     The submodules are `gate` (hidden states -> a logit for each expert), `experts`, and where there
-    is a shared expert `shared_expert` and `shared_expert_gate`.
+    is a shared expert `shared_expert` and `shared_expert_gate`. With a score bias there is
+    `e_score_correction_bias`, float32 [experts].
 
     Args:
         hidden_size: Width of x.
@@ -185,7 +210,11 @@ class MoE(Layer):
             in_features=hidden_size,
             out_features=moe.num_experts,
             bias=False,
+            dtype=torch.float32 if moe.float32_router else None,
         )
+        self.e_score_correction_bias: torch.Tensor | None
+        bias = _empty(moe.num_experts, dtype=torch.float32) if moe.score_bias else None
+        self.register_parameter("e_score_correction_bias", bias)
         self.experts = config.make(
             "experts",
             "experts",
@@ -204,7 +233,7 @@ class MoE(Layer):
                 layer_idx=layer_idx,
                 hidden_size=hidden_size,
                 intermediate_size=moe.shared_size,
-                bias=False,
+                bias=moe.shared_bias,
                 activation=activation,
             )
             if moe.shared_gated:
@@ -220,13 +249,27 @@ class MoE(Layer):
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
         """Resolve the choice of experts."""
         self._route: Callable[..., tuple[torch.Tensor, torch.Tensor]] = config.ops.resolve(
-            "moe_route", config.dtype, num_experts=self.moe.num_experts, top_k=self.moe.top_k
+            "moe_route",
+            torch.float32 if self.moe.float32_router else config.dtype,
+            num_experts=self.moe.num_experts,
+            top_k=self.moe.top_k,
+            num_groups=self.moe.num_groups,
         )
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]."""
         moe = self.moe
-        weights, experts = self._route(self.gate(x), moe.top_k, moe.scoring, moe.renormalize)
+        weights, experts = self._route(
+            self.gate(x.float() if moe.float32_router else x),
+            moe.top_k,
+            moe.scoring,
+            moe.renormalize,
+            self.e_score_correction_bias,
+            moe.num_groups,
+            moe.top_groups,
+            moe.group_best,
+            moe.scale,
+        )
         routed = self.experts(x, weights, experts)
         if self.shared_expert is None:
             return routed  # type: ignore[no-any-return]
@@ -236,6 +279,6 @@ class MoE(Layer):
         return routed + shared  # type: ignore[no-any-return]
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def _empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     empty = torch.empty(shape, dtype=dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False)

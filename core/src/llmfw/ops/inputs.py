@@ -93,9 +93,13 @@ def _moe_route(context: OpContext, generator: torch.Generator) -> Iterator[Case]
         for scoring, renormalize in (
             ("softmax", False),
             ("softmax", True),
+            ("sigmoid", True),
             ("topk_softmax", False),
         ):
-            arguments = (logits, top_k, scoring, renormalize)
+            arguments: Arguments = (logits, top_k, scoring, renormalize)
+            if context.shape.get("num_groups", 1) > 1:
+                bias = (torch.rand(experts, generator=generator) / 64).to(context.info.device)
+                arguments = (*arguments, bias, context["num_groups"], 2, 2, 2.5)
             yield Case(f"tokens={tokens} {scoring} renormalize={renormalize}", arguments)
 
 
@@ -385,7 +389,10 @@ INPUTS: dict[str, OpInputs] = {
         _shapes("num_heads in_features out_features", (1, 1, 1), (5, 33, 7), (16, 128, 512)),
         _head_linear,
     ),
-    "moe_route": OpInputs(_shapes("num_experts top_k", (1, 1), (8, 2), (60, 4)), _moe_route),
+    "moe_route": OpInputs(
+        _shapes("num_experts top_k num_groups", (1, 1, 1), (8, 2, 1), (60, 4, 1), (48, 6, 4)),
+        _moe_route,
+    ),
     "embedding": OpInputs(_shapes("num_embeddings embedding_dim", (11, 33), (50, 64)), _embedding),
     "rms_norm": OpInputs(_HIDDEN, _rms_norm),
     "add_rms_norm": OpInputs(_HIDDEN, _add_rms_norm),

@@ -33,7 +33,7 @@ class OpContext:
         linear: in_features, out_features, bias (0 or 1)
         grouped_linear: num_groups, in_features, out_features
         head_linear: num_heads, in_features, out_features
-        moe_route: num_experts, top_k
+        moe_route: num_experts, top_k, num_groups (1: none)
         gated_linear: in_features, intermediate_size, bias (0 or 1)
         rms_norm, add_rms_norm, layer_norm: hidden_size
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size

@@ -6,23 +6,57 @@ import torch
 
 
 def moe_route(
-    logits: torch.Tensor, top_k: int, scoring: str = "softmax", renormalize: bool = False
+    logits: torch.Tensor,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_best: int = 1,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose top_k experts a token by logits [T, E]: weights float32, experts int64 [T, k].
 
-    scoring: "softmax" weighs by the softmax over all experts, and with `renormalize` makes the
-    chosen weights sum to one; "topk_softmax" weighs by the softmax over the chosen logits. In
-    float32; the order of a token's experts is by weight, the greatest first.
+    scoring: "softmax" weighs by the softmax over all experts, "sigmoid" by each one's sigmoid,
+    "topk_softmax" by the softmax over the chosen logits. renormalize makes the chosen weights of
+    the first two sum to one. bias: float32 [E], added to the scores for the choice alone.
+    num_groups: the experts are in so many groups of neighbours, and only those of the best
+    top_groups can be chosen; a group's score is the sum of its group_best best. scale: factor of
+    the weights at last.
+
+    In float32; the order of a token's experts is by the score they are chosen by, the greatest
+    first.
     """
     scores = logits.float()
     if scoring == "softmax":
         scores = scores.softmax(-1)
-    weights, experts = scores.topk(top_k, dim=-1)
+    elif scoring == "sigmoid":
+        scores = scores.sigmoid()
+    wanted = scores if bias is None else scores + bias
+    if num_groups > 1:
+        wanted = _best_groups(wanted, num_groups, top_groups, group_best)
+    weights, experts = wanted.topk(top_k, dim=-1)
+    if bias is not None:
+        weights = scores.gather(-1, experts)
     if scoring == "topk_softmax":
-        return weights.softmax(-1), experts
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights, experts
+        weights = weights.softmax(-1)
+    elif renormalize:
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total + 1e-20 if scoring == "sigmoid" else total)  # all may be zero
+    return weights if scale == 1.0 else weights * scale, experts
+
+
+def _best_groups(
+    scores: torch.Tensor, num_groups: int, top_groups: int, group_best: int
+) -> torch.Tensor:
+    """Scores [T, E] with -inf in place of all that are not in a token's best groups."""
+    grouped = scores.unflatten(-1, (num_groups, -1))  # [tokens, groups, experts of a group]
+    group_scores = grouped.topk(group_best, dim=-1).values.sum(-1)
+    best = group_scores.topk(top_groups, dim=-1).indices
+    closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
+    open_only: torch.Tensor = grouped.masked_fill(closed[..., None], float("-inf"))
+    return open_only.flatten(-2)
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
