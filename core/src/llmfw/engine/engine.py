@@ -11,9 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
-from llmfw.engine.completion import Completion, EndRules, decode_one, logprob_entry
+from llmfw.engine.beam_search import BeamSearch, num_candidates
+from llmfw.engine.completion import (
+    Completion,
+    EndRules,
+    decode_one,
+    detokenizer_for,
+    logprob_entry,
+)
 from llmfw.engine.detokenizer import Decoder
 from llmfw.engine.executor import Executor
 from llmfw.engine.generation import Generation
@@ -29,6 +37,7 @@ from llmfw.sampling_params import SamplingParams
 logger = logging.getLogger("llmfw.engine")
 
 _JOIN_SECONDS = 30.0
+_EVERY = 1 << 62  # candidates: the whole vocabulary
 
 
 class TextCodec(Decoder, Protocol):
@@ -67,7 +76,7 @@ class LLMEngine:
         self._scheduler = Scheduler(scheduler_config(self.facts, settings))
         self._counters = Counters()
         self._generations: dict[str, Generation] = {}
-        self._by_seq: dict[int, tuple[Generation, Completion]] = {}
+        self._by_seq: dict[int, tuple[Generation, Completion | BeamSearch]] = {}
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._names: set[str] = set()  # ids of live requests, those in the inbox included
@@ -92,7 +101,8 @@ class LLMEngine:
         """
         sampling = request.sampling.resolved()
         self._check(request, sampling)
-        generation, sequences = self._prepare(request, sampling, streaming)
+        start = self._prepare(request, sampling, streaming)
+        generation = start.generation
         with self._wake:
             if self._closing:
                 raise self._stopped_error()
@@ -102,7 +112,7 @@ class LLMEngine:
                     hint="choose another request_id",
                 )
             self._names.add(request.request_id)
-            self._inbox.append(lambda: self._start(generation, sequences))
+            self._inbox.append(lambda: self._start(start))
             self._wake.notify()
         return generation
 
@@ -141,7 +151,6 @@ class LLMEngine:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        atexit.unregister(self.shutdown)
         if wait and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_SECONDS)
 
@@ -155,6 +164,8 @@ class LLMEngine:
             self._stop(exc)
         else:
             self._stop(None)
+        # Last of all: a process that ends while the model is being freed has to wait for it.
+        atexit.unregister(self.shutdown)
 
     def _take_inbox(self) -> bool:
         """Wait for work; False when the engine is to stop."""
@@ -182,14 +193,19 @@ class LLMEngine:
         elif step is None and self._scheduler.has_work:
             raise EngineError("the scheduler has work but no step; this is a fault of the engine")
 
-    def _start(self, generation: Generation, sequences: list[Sequence]) -> None:
+    def _start(self, start: _Start) -> None:
+        generation, search = start.generation, start.search
         request = generation.request
         self._counters.requests += 1
         self._counters.prompt_tokens += len(request.prompt_token_ids)
         self._generations[request.request_id] = generation
-        for completion, sequence in zip(generation.completions, sequences, strict=True):
+        if search is not None:
+            self._scheduler.add_beams(start.sequences)
+            self._by_seq.update(dict.fromkeys(generation.seq_ids, (generation, search)))
+            return
+        for completion, sequence in zip(generation.completions, start.sequences, strict=True):
             self._scheduler.add(sequence)
-            self._by_seq[completion.seq_id] = (generation, completion)
+            self._by_seq[sequence.seq_id] = (generation, completion)
 
     def _note_started(self, step: StepInput) -> None:
         now = time.perf_counter()
@@ -203,43 +219,73 @@ class LLMEngine:
     def _receive(self, output: StepOutput) -> None:
         for seq_id, (start, entries) in output.prompt_logprobs.items():
             self._note_prompt_logprobs(seq_id, start, entries)
+        for seq_id, (start, rows) in output.context_logits.items():
+            if seq_id in self._by_seq:
+                with self._by_seq[seq_id][0].guard():
+                    self._by_seq[seq_id][0].note_context_logits(start, rows)
         for seq_id, token in zip(output.seq_ids, output.token_ids, strict=True):
             entry = self._by_seq.get(seq_id)
             if entry is None:
                 continue  # ended while the step was in flight
-            generation, completion = entry
+            generation, receiver = entry
             try:
-                self._push(generation, completion, token, output)
+                if token < 0:
+                    raise _no_token()
+                if isinstance(receiver, BeamSearch):
+                    self._offer(generation, receiver, seq_id, output)
+                else:
+                    self._push(generation, receiver, seq_id, token, output)
             except Exception as exc:
                 self._fail(generation, exc)
 
     def _push(
-        self, generation: Generation, completion: Completion, token: int, output: StepOutput
+        self,
+        generation: Generation,
+        completion: Completion,
+        seq_id: int,
+        token: int,
+        output: StepOutput,
     ) -> None:
-        seq_id = completion.seq_id
-        if token < 0:
-            raise RequestError(
-                "the model's logits are not finite, or logit_bias and bad_words leave no token",
-                hint="try dtype float32; check the checkpoint and the request's parameters",
-            )
         self._scheduler.receive(seq_id, token)
         self._counters.generated_tokens += 1
         with generation.guard():
             if generation.timings.first_token is None:
                 generation.timings.first_token = time.perf_counter()
-            completion.push(token, output.logprobs.get(seq_id))
+            completion.push(token, output.logprobs.get(seq_id), output.logits.get(seq_id))
             if completion.finish_reason is None:
                 generation.tell()
                 return
         self._scheduler.finish(seq_id)
         del self._by_seq[seq_id]
         if all(other.finish_reason is not None for other in generation.completions):
-            self._counters.finished += 1
-            self._drop(generation)
-            generation.end()
+            self._finish(generation)
         else:
             with generation.guard():
                 generation.tell()
+
+    def _offer(
+        self, generation: Generation, search: BeamSearch, seq_id: int, output: StepOutput
+    ) -> None:
+        """Give a search the candidates of one of its beams; with those of the last it goes on."""
+        if not search.offer(seq_id, output.candidates[seq_id]):
+            return
+        moves = search.advance()
+        self._counters.generated_tokens += max(1, len(moves))
+        with generation.guard():
+            if generation.timings.first_token is None:
+                generation.timings.first_token = time.perf_counter()
+            if not moves:
+                search.fill(generation.completions)
+        if moves:
+            self._scheduler.fork(moves)
+        else:
+            self._release(generation)
+            self._finish(generation)
+
+    def _finish(self, generation: Generation) -> None:
+        self._counters.finished += 1
+        self._drop(generation)
+        generation.end()
 
     def _note_prompt_logprobs(self, seq_id: int, start: int, entries: list[TokenLogprobs]) -> None:
         generation = self._by_seq[seq_id][0] if seq_id in self._by_seq else None
@@ -259,6 +305,7 @@ class LLMEngine:
         if generation is not None:
             self._counters.aborted += 1
             self._release(generation)
+            self._drop(generation)
             try:
                 generation.end(FinishReason.ABORT)
             except Exception as exc:  # the tokenizer's, at the last piece of text
@@ -268,13 +315,13 @@ class LLMEngine:
         """End one request with an error; the others go on."""
         self._counters.failed += 1
         self._release(generation)
+        self._drop(generation)
         generation.end(FinishReason.ERROR, _as_request_error(generation, exc))
 
     def _release(self, generation: Generation) -> None:
-        for completion in generation.completions:
-            if self._by_seq.pop(completion.seq_id, None) is not None:
-                self._scheduler.finish(completion.seq_id)
-        self._drop(generation)
+        for seq_id in generation.seq_ids:
+            if self._by_seq.pop(seq_id, None) is not None:
+                self._scheduler.finish(seq_id)
 
     def _drop(self, generation: Generation) -> None:
         del self._generations[generation.request_id]
@@ -307,23 +354,24 @@ class LLMEngine:
 
     # Checks and parts of a request.
 
-    def _prepare(
-        self, request: Request, sampling: SamplingParams, streaming: bool
-    ) -> tuple[Generation, list[Sequence]]:
-        room = self.facts.max_model_len - len(request.prompt_token_ids)
+    def _prepare(self, request: Request, sampling: SamplingParams, streaming: bool) -> _Start:
+        longest, beams = self.facts.max_model_len, sampling.num_beams
+        if beams > 1:
+            longest = self._scheduler.longest_beams(beams, len(request.prompt_token_ids))
+        room = longest - len(request.prompt_token_ids)
         rules = EndRules(
             frozenset() if sampling.ignore_eos else self._eos_ids,
             frozenset(sampling.stop_token_ids or ()),
             sampling.min_tokens,
             room if sampling.max_tokens is None else min(room, sampling.max_tokens),
         )
-        numbers = [next(self._seq_numbers) for _ in range(sampling.n)]
+        numbers = [next(self._seq_numbers) for _ in range(max(sampling.n, beams))]
         try:
             bad_words = self._bad_word_ids(sampling)
             completions = [
-                Completion(request, index, seq_id, rules, self._tokenizer)
-                for index, seq_id in enumerate(numbers)
+                Completion(request, index, rules, self._tokenizer) for index in range(sampling.n)
             ]
+            search = self._search(request, numbers, rules) if beams > 1 else None
         except Exception as exc:
             raise RequestError(f"the tokenizer failed: {exc!r}") from exc
         base_seed = self._seed_of(sampling)
@@ -331,11 +379,21 @@ class LLMEngine:
             _sequence(request, sampling, index, seq_id, rules, base_seed, bad_words)
             for index, seq_id in enumerate(numbers)
         ]
-        return Generation(request, completions, self.abort, streamed=streaming), sequences
+        generation = Generation(
+            request, completions, tuple(numbers), self.abort, streamed=streaming
+        )
+        return _Start(generation, sequences, search)
+
+    def _search(self, request: Request, seq_ids: list[int], rules: EndRules) -> BeamSearch:
+        sampling = request.sampling
+        decoder = self._tokenizer if sampling.stop_strings else None
+        return BeamSearch(seq_ids, sampling, rules, detokenizer_for(request, decoder))
 
     def _check(self, request: Request, sampling: SamplingParams) -> None:
         self._scheduler.check_length(len(request.prompt_token_ids))
-        if self._tokenizer is None and (sampling.stop_strings or sampling.bad_words):
+        bad_words = sampling.bad_words or ()
+        spelled = any(isinstance(word, str) for word in bad_words)
+        if self._tokenizer is None and (sampling.stop_strings or spelled):
             raise RequestError(
                 "stop strings and bad words need a tokenizer",
                 hint="use stop_token_ids and logit_bias, or leave skip_tokenizer_init off",
@@ -347,6 +405,7 @@ class LLMEngine:
             ("prompt_token_ids", request.prompt_token_ids),
             ("stop_token_ids", sampling.stop_token_ids or ()),
             ("logit_bias", tuple(sampling.logit_bias or ())),
+            *(("bad_words", word) for word in bad_words if not isinstance(word, str)),
         ):
             if ids and not 0 <= min(ids) <= max(ids) < vocab:
                 wrong = next(token for token in ids if not 0 <= token < vocab)
@@ -359,6 +418,9 @@ class LLMEngine:
         """Token sequences of each bad word, at the start of a text and after a space."""
         found: set[tuple[int, ...]] = set()
         for word in sampling.bad_words or ():
+            if not isinstance(word, str):
+                found.add(tuple(word))
+                continue
             assert self._tokenizer is not None
             for text in (word, " " + word.lstrip()):
                 found.add(tuple(self._tokenizer.encode(text, add_special_tokens=False)))
@@ -384,6 +446,15 @@ def scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerC
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A request that is ready for the engine's thread."""
+
+    generation: Generation
+    sequences: list[Sequence]
+    search: BeamSearch | None = None
+
+
 def _sequence(
     request: Request,
     sampling: SamplingParams,
@@ -393,9 +464,14 @@ def _sequence(
     base_seed: int,
     bad_words: tuple[tuple[int, ...], ...],
 ) -> Sequence:
-    """One of the request's n sequences; the first has its seed and tells of the prompt."""
-    if index and sampling.prompt_logprobs is not None:
-        sampling = sampling.replace(prompt_logprobs=None)
+    """One of the request's sequences; the first has its seed and tells of the prompt."""
+    tells = sampling.prompt_logprobs is not None or sampling.return_context_logits
+    if index and tells:
+        sampling = sampling.replace(prompt_logprobs=None, return_context_logits=False)
+    count = 0
+    if sampling.num_beams > 1:
+        count = max(num_candidates(sampling.num_beams, rules), sampling.logprobs or 0)
+        count = _EVERY if sampling.logprobs == -1 else count
     new = NewRequest(
         seq_id,
         request.prompt_token_ids,
@@ -403,9 +479,17 @@ def _sequence(
         seed=_mix_seed(base_seed, index),
         stop_ids=tuple(rules.eos_ids | rules.stop_ids),
         bad_words=bad_words,
+        num_candidates=count,
     )
     limit = len(request.prompt_token_ids) + rules.max_new_tokens
-    return Sequence(new, limit, read_prefix=sampling.prompt_logprobs is None)
+    return Sequence(new, limit, read_prefix=not tells)
+
+
+def _no_token() -> RequestError:
+    return RequestError(
+        "the model's logits are not finite, or logit_bias and bad_words leave no token",
+        hint="try dtype float32; check the checkpoint and the request's parameters",
+    )
 
 
 def _as_request_error(generation: Generation, exc: Exception) -> RequestError:
