@@ -128,6 +128,7 @@ def _add_commands() -> None:
         check,
         convert,
         env,
+        eval,
         export,
         inspect,
         kernels,
@@ -146,6 +147,10 @@ def _add_commands() -> None:
     app.command()(verify.verify)
     app.command()(check.check)
     app.command()(env.env)
+    app.command(
+        "eval",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(eval.evaluate)
     app.add_typer(plugins.app, name="plugins")
     app.add_typer(kernels.app, name="kernels")
     app.add_typer(bench.app, name="bench")

@@ -65,6 +65,11 @@ class Tokenizer:
         """Whether `chat` can work without a template of the caller's."""
         return bool(self._templates)
 
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The checkpoint's chat templates by name; the usual one is "default"."""
+        return self._templates
+
     def token_id(self, token: str | None) -> int | None:
         """The id of a token given by its text in the vocabulary, if there is one."""
         return None if token is None else self._backend.token_to_id(token)
