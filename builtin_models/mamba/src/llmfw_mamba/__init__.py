@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmfw.plugins import hookimpl
 
@@ -12,6 +12,19 @@ if TYPE_CHECKING:
 
 class Plugin:
     """The family's hooks; torch is imported only when a model is built."""
+
+    # The defaults in small would not fit together: heads are as wide as the projection.
+    tiny_configs: ClassVar[dict[str, dict[str, Any]]] = {
+        "Mamba2ForCausalLM": {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 2,
+            "state_size": 8,
+        }
+    }
 
     @hookimpl
     def llmfw_model(self, model_config: ModelConfig[Any]) -> DecoderModelForCausalLM[Any, Any]:
