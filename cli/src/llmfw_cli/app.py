@@ -124,6 +124,7 @@ def _tell_of_foreign() -> int:
 def _add_commands() -> None:
     from llmfw_cli.commands import (
         bench,
+        build,
         chat,
         check,
         convert,
@@ -143,6 +144,7 @@ def _add_commands() -> None:
     app.command()(inspect.inspect)
     app.command()(new.new)
     app.command()(convert.convert)
+    app.command()(build.build)
     app.command()(export.export)
     app.command()(verify.verify)
     app.command()(check.check)

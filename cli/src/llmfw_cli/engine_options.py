@@ -120,14 +120,14 @@ class EngineOptions(OptionGroup):
         """The keyword arguments of `LLM` that these options set."""
         values = dict(vars(self))
         values["seed"] = values.pop("engine_seed")
-        memory = self.kv_cache_memory
-        if memory is not None:
-            values["kv_cache_memory"] = _memory(memory)
+        values["kv_cache_memory"] = memory_of(self.kv_cache_memory)
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _memory(text: str) -> int | float | str:
+def memory_of(text: str | None) -> int | float | str | None:
     """A whole number is bytes, a number with a point a fraction; the engine reads the rest."""
+    if text is None:
+        return None
     for kind in (int, float):
         try:
             return kind(text)

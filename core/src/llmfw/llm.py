@@ -17,7 +17,7 @@ from llmfw.engine.executor import InProcessExecutor
 from llmfw.engine.generation import Generation
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.prompts import Prompt, as_batch, failed_output, token_ids_of
-from llmfw.engine.settings import EngineSettings
+from llmfw.engine.settings import EngineSettings, completed_by
 from llmfw.engine.stats import EngineStats
 from llmfw.engine.tokenizer import Tokenizer, load_tokenizer
 from llmfw.errors import RequestError, UsageError
@@ -404,7 +404,7 @@ def _start_engine(
     loaded: LoadedModel, settings: EngineSettings, tokenizer: Tokenizer | None
 ) -> LLMEngine:
     config = loaded.model_config
-    settled = settings.on(config.device.type)
+    settled = completed_by(loaded.engine, settings).on(config.device.type)
     runner = ModelRunner(
         loaded.model,
         settled,

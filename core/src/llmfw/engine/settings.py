@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmfw.errors import UsageError
+from llmfw.models.engine_dir import OpenedEngine
 
 GIB = 1 << 30
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": GIB, "t": 1 << 40}
@@ -73,6 +74,14 @@ class EngineSettings:
             "pipeline_depth": depth if self.pipeline_depth is None else self.pipeline_depth,
         }
         return EngineSettings(**{**self.__dict__, **changes})
+
+
+def completed_by(engine: OpenedEngine | None, settings: EngineSettings) -> EngineSettings:
+    """The settings, those left out taken from the engine directory that is run, if one is."""
+    if engine is None:
+        return settings
+    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory")
+    return replace(settings, **engine.settle({name: getattr(settings, name) for name in names}))
 
 
 def parse_memory(value: int | float | str | None) -> int | float | None:

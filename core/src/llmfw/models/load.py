@@ -11,11 +11,12 @@ from typing import Any
 from llmfw.config import ModelConfig
 from llmfw.errors import UsageError
 from llmfw.models.build import build
+from llmfw.models.engine_dir import OpenedEngine
 from llmfw.models.plans import open_weights, plan_of
 from llmfw.models.prepare import PreparedModel, prepare_model
 from llmfw.models.pretrained import PretrainedModel
 from llmfw.models.weights import CheckpointTensors, has_own_load_weights, load_by_author, load_dummy
-from llmfw.plugins import PluginHost
+from llmfw.plugins import PluginHost, ResolvedPlugin
 from llmfw.weights import LoadReport, ModelSource, load_weights
 from llmfw.weights.converted import ConvertedCheckpoint
 
@@ -26,15 +27,17 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, and where it came from."""
+    """A model ready to run, and where it came from; `engine` where that was an engine directory."""
 
     model: PretrainedModel[Any]
     model_config: ModelConfig[Any]
     source: ModelSource
     host: PluginHost
+    resolved: ResolvedPlugin
     plugin_label: str
     weight_report: LoadReport | None
     generation_config: dict[str, Any] = field(default_factory=dict)
+    engine: OpenedEngine | None = None
 
 
 def load_model(
@@ -80,9 +83,11 @@ def load_model(
         model_config=built.model_config,
         source=prepared.source,
         host=prepared.host,
+        resolved=prepared.resolved,
         plugin_label=prepared.plugin_label,
         weight_report=report,
         generation_config=prepared.generation_config,
+        engine=prepared.engine,
     )
 
 

@@ -12,9 +12,11 @@ import torch
 from llmfw.config import Mapping, ModelConfig, architecture_of, read_config_json
 from llmfw.config.reading import read_json
 from llmfw.models.build import CoreDefaults
-from llmfw.models.converted import converted_config
+from llmfw.models.converted import converted_config, identity_of
+from llmfw.models.engine_dir import OpenedEngine, open_engine
 from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
 from llmfw.ops.device import device_info
+from llmfw.ops.kernel import DeviceInfo
 from llmfw.ops.table import OpTable
 from llmfw.plugins import (
     Catalog,
@@ -40,6 +42,7 @@ class PreparedModel:
     model_config: ModelConfig[Any]
     generation_config: dict[str, Any]
     resolved: ResolvedPlugin
+    engine: OpenedEngine | None = None
 
 
 def prepare_model(
@@ -69,6 +72,12 @@ def prepare_model(
     resolved = resolve_plugin(
         architecture, prefer=plugin, extensions=extensions, catalog=catalog, fallback=fallback
     )
+    target = choose_device(device)
+    engine = None
+    if source.engine_dir is not None:
+        engine = open_engine(source.engine_dir, target, identity_of(resolved))
+        max_model_len = max_model_len or engine.defaults.max_model_len
+        dtype = engine.defaults.dtype if dtype == "auto" else dtype
     host = PluginHost(
         resolved.plugin,
         name=resolved.label,
@@ -78,13 +87,12 @@ def prepare_model(
     config = host.hook.llmfw_config(raw=raw, model_dir=source.model_dir)
     if not getattr(config, "architectures", None):
         config.architectures = [architecture]
-    target = choose_device(device)
     model_config = ModelConfig(
         pretrained_config=config,
         mapping=mapping,
         dtype=choose_dtype(dtype, raw if converted is None else {"dtype": converted.dtype}),
         device=target,
-        ops=op_table(host, target, kernels, catalog),
+        ops=op_table(host, device_info(target), kernels, catalog),
         attn_backend=attn_backend,
         max_model_len=choose_max_model_len(max_model_len, config),
         block_size=block_size,
@@ -99,12 +107,15 @@ def prepare_model(
         model_config=model_config,
         generation_config=read_json(generation) if generation.is_file() else {},
         resolved=resolved,
+        engine=engine,
     )
 
 
-def op_table(host: PluginHost, device: torch.device, select: str, catalog: Catalog) -> OpTable:
-    """The kernels of the installed packs, the extensions and the model's plugin."""
-    info = device_info(device)
+def op_table(
+    host: PluginHost, info: DeviceInfo, select: str = "auto", catalog: Catalog | None = None
+) -> OpTable:
+    """The kernels of the installed packs, the extensions and the model's plugin for a device."""
+    catalog = catalog or Catalog.scan()
     wanted = tuple(name for name in select.split(",") if name not in ("auto", "reference", ""))
     packs, _ = load_kernel_packs(info.features, catalog, wanted)
     found, _ = collect_kernels(packs, info, wanted)

@@ -76,14 +76,21 @@ class OpTable:
         found = self.resolve(op, dtype, **shape)
         return None if self.choices[key].chosen == "reference" else found
 
+    def ranked(self, op: str) -> list[Kernel]:
+        """The kernels of an op, the one that is asked first at the front."""
+        return sorted(
+            (kernel for kernel in self.kernels if kernel.op == op),
+            key=lambda kernel: (-self._selection.rank(kernel), -kernel.priority, kernel.name),
+        )
+
+    def refusal(self, kernel: Kernel, context: OpContext) -> str | None:
+        """Why a kernel does not serve `context` here, or None when it does; builds nothing."""
+        return self._selection.refusal(kernel) or kernel.refusal(context)
+
     def _choose(self, context: OpContext) -> tuple[Callable[..., Any], Choice]:
         refused: list[tuple[str, str]] = []
-        ranked = sorted(
-            (k for k in self.kernels if k.op == context.op),
-            key=lambda k: (-self._selection.rank(k), -k.priority, k.name),
-        )
-        for kernel in ranked:
-            reason = self._selection.refusal(kernel) or kernel.refusal(context)
+        for kernel in self.ranked(context.op):
+            reason = self.refusal(kernel, context)
             if reason is None:
                 try:
                     built = kernel.build(context)

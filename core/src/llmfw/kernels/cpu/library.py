@@ -1,10 +1,11 @@
 """The compiled object: built once with the compiler at hand, kept in the user's cache, loaded once
 a process.
 
-The cache's key is a digest of the sources, the compiler's version, the flags and the CPU's own
-flags, so a change of any of them compiles afresh. The object is written under a name of its own and
-renamed into place: two processes may build at once and neither ever loads half a file. A file that
-does not load is built again.
+The object's name has a digest of the sources, the flags and the CPU's own flags, and one of the
+compiler's version, so a change of any of them compiles afresh. A ready-made object, which an engine
+directory brings along, serves whatever compiler made it, and where there is none. The object is
+written under a name of its own and renamed into place: two processes may build at once and neither
+ever loads half a file. A file that does not load is built again.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from pathlib import Path
 import torch  # noqa: F401  torch brings the OpenMP runtime whose symbols the object needs
 
 from llmfw.cache import cache_dir as user_cache
+from llmfw.cache import find_ready_made, note_used
 from llmfw.errors import KernelError
 from llmfw.ops.device import cpu_flags, find_compiler
 
 logger = logging.getLogger("llmfw.kernels.cpu")
 
 SOURCES = Path(__file__).parent
+FOLDER = "kernels/cpu"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-w")
 COMPILE_SECONDS = 300
 
@@ -69,10 +72,26 @@ def _attempt() -> tuple[Mapping[str, NativeFunction] | None, str | None]:
 
 
 def _load() -> dict[str, NativeFunction]:
+    stem = f"{FOLDER}/kernels-{machine_digest()}"
+    for name, ready in find_ready_made(f"{stem}-").items():
+        try:
+            found = load_object_file(ready)
+        except OSError as exc:
+            logger.warning("%s does not load: %s", ready, exc)
+        else:
+            note_used(name, ready)
+            return found
     compiler = find_compiler()
     if compiler is None:
         raise KernelError("no C++ compiler (g++, clang++ or CXX)")
-    path = cache_dir() / f"kernels-{_digest(compiler)}.so"
+    name = f"{stem}-{_compiler_digest(compiler)}.so"
+    path = user_cache() / name
+    found = _load_or_build(compiler, path)
+    note_used(name, path)
+    return found
+
+
+def _load_or_build(compiler: str, path: Path) -> dict[str, NativeFunction]:
     if path.exists():
         try:
             return load_object_file(path)
@@ -87,20 +106,21 @@ def _load() -> dict[str, NativeFunction]:
 
 def cache_dir() -> Path:
     """Where compiled kernels are kept."""
-    return user_cache() / "kernels" / "cpu"
+    return user_cache() / FOLDER
 
 
-def _digest(compiler: str) -> str:
+def machine_digest() -> str:
+    """A digest of the sources, the compiler's flags and the CPU's: who may run an object."""
     digest = hashlib.sha256()
     for source in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    for fact in (_version(compiler), *FLAGS, *sorted(cpu_flags())):
+    for fact in (*FLAGS, *sorted(cpu_flags())):
         digest.update(fact.encode() + b"\0")
     return digest.hexdigest()[:24]
 
 
-def _version(compiler: str) -> str:
-    return _run([compiler, "--version"])
+def _compiler_digest(compiler: str) -> str:
+    return hashlib.sha256(_run([compiler, "--version"]).encode()).hexdigest()[:12]
 
 
 def _compile(compiler: str, path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmfw.cache import cache_dir as user_cache
+from llmfw.cache import find
 from llmfw.errors import KernelError, UsageError
 
 if TYPE_CHECKING:
@@ -71,9 +72,10 @@ def compile_cubin(source: str, arch: str, defines: Mapping[str, int]) -> bytes:
     key = hashlib.sha256(
         "\n".join((source_digest(source), version, *options)).encode()
     ).hexdigest()[:32]
-    path = cache_dir() / f"{Path(source).stem}-{key}.cubin"
-    if path.exists():
-        return path.read_bytes()
+    name = f"kernels/{Path(source).stem}-{key}.cubin"
+    kept = find(name)
+    if kept is not None:
+        return kept.read_bytes()
     start = time.perf_counter()
     cubin = _run_nvrtc(source, options)
     logger.info(
@@ -83,7 +85,8 @@ def compile_cubin(source: str, arch: str, defines: Mapping[str, int]) -> bytes:
         time.perf_counter() - start,
         ", ".join(f"{name} {value}" for name, value in sorted(defines.items())),
     )
-    _keep(path, cubin)
+    _keep(user_cache() / name, cubin)
+    find(name)  # counts as used
     return cubin
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from llmfw.cache import find
 from llmfw.errors import UsageError
 from llmfw.kernels.cupy.compile import (
     arch_of,
@@ -109,12 +110,13 @@ class _Table:
         self.path = path
         self.fresh: set[str] = set()
         self.entries: dict[str, dict[str, dict[str, float]]] = {}
+        kept = find(f"kernels/{path.name}") or path
         try:
-            self.entries = json.loads(path.read_text())["times"]
+            self.entries = json.loads(kept.read_text())["times"]
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError) as exc:
-            logger.warning("tuning results in %s cannot be read and are made anew: %s", path, exc)
+            logger.warning("tuning results in %s cannot be read and are made anew: %s", kept, exc)
 
     @staticmethod
     @functools.cache
@@ -129,6 +131,7 @@ class _Table:
             partial = self.path.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps({"times": self.entries}, indent=1))
             partial.replace(self.path)
+            find(f"kernels/{self.path.name}")  # counts as used
         except OSError as exc:
             logger.warning("tuning results are not kept: %s", exc)
 
