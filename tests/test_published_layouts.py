@@ -24,6 +24,8 @@ LOST = {
     "Qwen2MoeForCausalLM": (EXPERT, EXPERT),
     "Qwen3MoeForCausalLM": (EXPERT, EXPERT),
     "MixtralForCausalLM": (MIXTRALS.format("block_sparse_moe"), MIXTRALS.format("mlp")),
+    "DeepseekV2ForCausalLM": (EXPERT, EXPERT),
+    "DeepseekV3ForCausalLM": (EXPERT, EXPERT),
     "Gemma3ForConditionalGeneration": (
         "language_model.model.layers.1.mlp.down_proj.weight",
         "model.layers.1.mlp.down_proj.weight",
