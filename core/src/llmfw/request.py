@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from llmfw.errors import LlmfwError
 from llmfw.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class FinishReason(StrEnum):
@@ -72,6 +76,7 @@ class CompletionOutput:
     """One completion of a prompt, so far or whole.
 
     token_ids hold the token that ended it; text does not, unless the parameters ask for it.
+    generation_logits: float32 [tokens, vocab], where asked for.
     `text_diff` and `token_ids_diff` are what came since the output before this one of the same
     stream (all of it, if not streamed).
     """
@@ -85,6 +90,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None  # the stop token or stop string; None for end of sequence
     text_diff: str = ""
     token_ids_diff: list[int] = field(default_factory=list)
+    generation_logits: np.ndarray | None = None
 
     @property
     def finished(self) -> bool:
@@ -97,6 +103,7 @@ class RequestOutput:
     """A prompt and its completions.
 
     prompt_logprobs: one entry a prompt token; the first is None, for nothing comes before it.
+    context_logits: float32 [prompt tokens, vocab], where asked for.
     num_cached_tokens: prompt tokens whose state came from the prefix cache.
     error: why the request failed; its completions then have finish_reason "error".
     """
@@ -110,6 +117,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     timings: Timings = field(default_factory=Timings)
     error: LlmfwError | None = None
+    context_logits: np.ndarray | None = None
 
     @property
     def text(self) -> str:

@@ -31,8 +31,23 @@ class SamplingParams:
     neutral one (`resolved` does it). Order: logit_bias, bad_words and min_tokens, penalties,
     temperature, top_k, top_p, min_p.
 
+    With num_beams > 1 nothing is drawn: a beam search looks for the most probable completions, and
+    the n best of its beams come out. It is transformers' search, with the same names, scores and
+    order; logit_bias, bad_words, min_tokens and penalties change the log probabilities it adds up.
+    Its blocks of the cache are taken when it starts, so it is never preempted; what it finds is
+    told at its end.
+
     Args:
-        n: Completions for the prompt, which they share; each has its own random numbers.
+        n: Completions for the prompt, which they share; each has its own random numbers. With
+            num_beams, how many of the beams come out (transformers' num_return_sequences); fewer
+            when not so many can be found.
+        num_beams: Beams of the search; 1 does not search. TensorRT-LLM's `use_beam_search` with
+            `best_of` is the same.
+        length_penalty: A finished beam's score is its log probability divided by its length to
+            this power: above 0 favours long completions, below 0 short ones.
+        early_stopping: When the search ends. True: once num_beams are finished. False: also once
+            the best running beam cannot score better at its present length. "never": only once it
+            cannot at any length.
         temperature: Logits are divided by it; 0 takes the most probable token. Where neither the
             request nor the checkpoint says anything of sampling the default is 0, as in
             TensorRT-LLM and transformers; once top_k, top_p, min_p, seed or n ask for it, 1.
@@ -57,8 +72,14 @@ class SamplingParams:
             many best; -1: all.
         prompt_logprobs: The same for the prompt's tokens; turns prefix cache hits off for the
             request.
+        return_context_logits: Give the logits of the prompt's tokens, as `prompt_logprobs`
+            without prefix cache hits.
+        return_generation_logits: Give the logits that each token was chosen from, before any of
+            the changes above. Not with num_beams.
         logit_bias: Added to the logits of these token ids.
-        bad_words: Words that never come out.
+        bad_words: Words that never come out, as they are and after a space. Each stands for the
+            tokens that the tokenizer makes of it, or is a list of token ids itself; the last token
+            of a word is impossible where those before it have just come, in prompt or output.
         include_stop_str_in_output: Keep the stop string (or stop token's text) at the end of the
             text.
         skip_special_tokens: Leave special tokens out of the text.
@@ -68,6 +89,9 @@ class SamplingParams:
     """
 
     n: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -85,7 +109,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
-    bad_words: Sequence[str] | None = None
+    return_context_logits: bool = False
+    return_generation_logits: bool = False
+    bad_words: Sequence[str | Sequence[int]] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
@@ -102,6 +128,29 @@ class SamplingParams:
                 "stop strings need the text, but detokenize is False",
                 hint="use stop_token_ids, or leave detokenize on",
             )
+        if self.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        if self.n > self.num_beams:
+            raise UsageError(
+                f"n ({self.n}) is greater than num_beams ({self.num_beams})",
+                hint="raise num_beams or lower n",
+            )
+        drawing = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        for name, neutral in drawing.items():
+            value = getattr(self, name)
+            if value not in (None, neutral) and not (name == "top_k" and value < 0):
+                raise UsageError(
+                    f"{name}={value!r} draws, num_beams={self.num_beams} searches",
+                    hint=f"leave {name} or num_beams out",
+                    name=name,
+                )
+        if self.return_generation_logits:
+            raise UsageError(
+                "return_generation_logits does not go with num_beams",
+                hint="leave one of them out; logprobs are given with beams, too",
+            )
 
     @property
     def greedy(self) -> bool:
@@ -111,6 +160,8 @@ class SamplingParams:
     @property
     def _asks_for_sampling(self) -> bool:
         """Whether a field is set that has a meaning only with random draws."""
+        if self.num_beams > 1:
+            return False
         drawn = (self.top_k, self.top_p, self.min_p, self.seed)
         return self.n > 1 or any(value is not None for value in drawn)
 
@@ -127,7 +178,7 @@ class SamplingParams:
     def resolved(self, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
         """A copy with unset fields filled from a generation_config, else neutral."""
         temperature = 1.0 if self._asks_for_sampling else 0.0
-        told = _from_generation_config(generation_config or {})
+        told = _from_generation_config(generation_config or {}, searches=self.num_beams > 1)
         defaults = {**NEUTRAL, "temperature": temperature, **told}
         unset = {name: defaults[name] for name in NEUTRAL if getattr(self, name) is None}
         return self.replace(**unset) if unset else self
@@ -139,14 +190,18 @@ class SamplingParams:
         `do_sample: false` means temperature 0, `max_new_tokens` becomes max_tokens; null values say
         nothing.
         """
-        fields: dict[str, Any] = dict(_from_generation_config(raw))
+        searches = given.get("num_beams", 1) > 1
+        fields: dict[str, Any] = _from_generation_config(raw, searches=searches)
         if raw.get("max_new_tokens") is not None:
             fields["max_tokens"] = raw["max_new_tokens"]
         return cls(**{**fields, **given}).resolved()
 
 
-def _from_generation_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _from_generation_config(raw: Mapping[str, Any], *, searches: bool = False) -> dict[str, Any]:
+    """What a generation_config says; a beam search takes nothing of it that is about draws."""
     fields = {name: raw[name] for name in NEUTRAL if raw.get(name) is not None}
+    if searches:
+        return {name: fields[name] for name in fields if name == "repetition_penalty"}
     if raw.get("do_sample") is False:
         fields["temperature"] = 0.0
     elif raw.get("do_sample"):
@@ -244,6 +299,12 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
+def _early_stopping(name: str, value: Any) -> bool | str:
+    if isinstance(value, bool) or value == "never":
+        return value  # type: ignore[no-any-return]
+    raise _refuse(name, value, 'True, False or "never"')
+
+
 _TOKEN_ID = _integer("a token id", 0)
 
 
@@ -253,6 +314,22 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple, set, frozenset)):
         raise _refuse(name, value, "a list of token ids")
     return tuple(_TOKEN_ID(name, item) for item in value)
+
+
+def _words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
+    if value is None:
+        return ()
+    items = (value,) if isinstance(value, str) else value
+    expected = "strings or lists of token ids, none empty"
+    if not isinstance(items, (list, tuple, set, frozenset)):
+        raise _refuse(name, value, expected)
+    words: list[str | tuple[int, ...]] = []
+    for item in items:
+        word = item if isinstance(item, str) or item is None else _token_ids(name, item)
+        if not word:
+            raise _refuse(name, value, expected)
+        words.append(word)
+    return tuple(words)
 
 
 def _bias(name: str, value: Any) -> dict[int, float] | None:
@@ -266,6 +343,9 @@ def _bias(name: str, value: Any) -> dict[int, float] | None:
 
 _RULES: Mapping[str, _Rule] = {
     "n": _integer("a whole number >= 1", 1),
+    "num_beams": _integer("a whole number >= 1", 1),
+    "length_penalty": _number("a finite number", -math.inf),
+    "early_stopping": _early_stopping,
     "temperature": _number("a finite number >= 0 (0 is greedy)", 0.0, optional=True),
     "top_k": _integer("a whole number >= 1, or 0 or -1 for all tokens", -1, optional=True),
     "top_p": _number("in (0, 1]", 0.0, 1.0, open_low=True, optional=True),
@@ -287,7 +367,9 @@ _RULES: Mapping[str, _Rule] = {
         "a whole number >= 0, or -1 for the whole vocabulary", -1, optional=True
     ),
     "logit_bias": _bias,
-    "bad_words": _strings,
+    "return_context_logits": _flag,
+    "return_generation_logits": _flag,
+    "bad_words": _words,
     "include_stop_str_in_output": _flag,
     "skip_special_tokens": _flag,
 }

@@ -75,6 +75,10 @@ class StateCache:
         """Zero the slots (int64, on the device) of requests that begin."""
         self._slots.index_fill_(0, slots, 0)
 
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy slots (int64, on the device), all at once: a source may also be a target."""
+        self._slots.index_copy_(0, targets, self._slots.index_select(0, sources))
+
 
 def slot_bytes(specs: Mapping[int, StateSpec]) -> int:
     """Bytes that one request's state takes over all layers."""

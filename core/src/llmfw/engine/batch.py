@@ -22,8 +22,8 @@ class Batch:
     sample_rows, sample_positions: their rows in the table, and where in the sequence the token will
         stand (host).
     sample_targets: int64, where in RequestTable.flat_tokens it goes (device).
-    prompt_rows: for each sequence that wants prompt_logprobs: (sequence, position of its first
-        logits row in the prompt, number of rows); these rows of logits follow those that are
+    prompt_rows: for each sequence that wants something of its prompt: (sequence, position of its
+        first logits row in the prompt, number of rows); these rows of logits follow those that are
         sampled.
     """
 
@@ -194,14 +194,13 @@ class BatchBuilder:
     def _prompt_rows(
         self, chunks: tuple[Chunk, ...], rows: np.ndarray, offsets: np.ndarray
     ) -> tuple[tuple[tuple[int, int, int], ...], list[np.ndarray]]:
-        """Which packed tokens predict a token of a prompt whose log probabilities are wanted."""
+        """Which packed tokens of prompts have logits that are wanted beside the sampled ones."""
         table = self.table
         wanted = []
         indices = []
-        for index in np.flatnonzero(table.wants_prompt[rows]):
+        for index in np.flatnonzero(table.prompt_rows[rows]):
             chunk, offset = chunks[index], offsets[index]
-            last = int(table.prompt_lens[rows[index]]) - 1
-            count = min(chunk.num_tokens, last - chunk.start)
+            count = min(chunk.num_tokens, int(table.prompt_rows[rows[index]]) - chunk.start)
             if count > 0:
                 wanted.append((chunk.seq_id, chunk.start, count))
                 indices.append(np.arange(offset, offset + count))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from llmfw.engine.detokenizer import Decoder, Detokenizer
 from llmfw.engine.step import TokenLogprobs
 from llmfw.request import CompletionOutput, FinishReason, Logprob, Request
@@ -23,6 +25,14 @@ class EndRules:
     min_tokens: int
     max_new_tokens: int
 
+    def may_stop(self, count: int) -> bool:
+        """Whether the `count`-th token may stop it."""
+        return count >= self.min_tokens
+
+    def stops(self, token: int, count: int) -> bool:
+        """Whether `token`, the `count`-th, is one that stops it."""
+        return self.may_stop(count) and (token in self.eos_ids or token in self.stop_ids)
+
 
 class Completion:
     """What the engine knows of one sequence beside its computation.
@@ -30,49 +40,45 @@ class Completion:
     Args:
         request: The request it belongs to.
         index: Which of the request's n completions it is.
-        seq_id: Its number in scheduler and worker.
         rules: When it ends.
         decoder: The tokenizer, or None to leave the text empty.
     """
 
     def __init__(
-        self, request: Request, index: int, seq_id: int, rules: EndRules, decoder: Decoder | None
+        self, request: Request, index: int, rules: EndRules, decoder: Decoder | None
     ) -> None:
         sampling = request.sampling
         self.index = index
-        self.seq_id = seq_id
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
-        self.cumulative_logprob = 0.0
+        self.cumulative_logprob = None if sampling.logprobs is None else 0.0
+        self.logits: list[np.ndarray] | None = None
+        if sampling.return_generation_logits:
+            self.logits = []
         self._decoder = decoder
         self._rules = rules
         self._include_stop = sampling.include_stop_str_in_output
         self._shown_chars = 0
         self._shown_tokens = 0
-        self._text: Detokenizer | None = None
-        if decoder is not None and sampling.detokenize:
-            self._text = Detokenizer(
-                decoder,
-                request.prompt_token_ids,
-                stops=sampling.stop_strings,
-                include_stop=sampling.include_stop_str_in_output,
-                skip_special_tokens=sampling.skip_special_tokens,
-            )
+        self._text = detokenizer_for(request, decoder)
 
-    def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
+    def push(
+        self, token: int, logprobs: TokenLogprobs | None, logits: np.ndarray | None = None
+    ) -> None:
         """Add a token and see whether it ends the completion."""
         self.token_ids.append(token)
+        if logits is not None and self.logits is not None:
+            self.logits.append(logits)
         if logprobs is not None and self.logprobs is not None:
             self.logprobs.append(logprob_entry(token, logprobs, self._decode_one))
-            self.cumulative_logprob += logprobs.logprob
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprobs.logprob
         rules = self._rules
         count = len(self.token_ids)
-        may_stop = count >= rules.min_tokens
-        ends = may_stop and (token in rules.eos_ids or token in rules.stop_ids)
+        ends = rules.stops(token, count)
         if self._text is not None and (not ends or self._include_stop):
-            stop = self._text.push(token, search=may_stop)
+            stop = self._text.push(token, search=rules.may_stop(count))
             if stop is not None and not ends:
                 self.finish_reason, self.stop_reason = FinishReason.STOP, stop
                 return
@@ -100,12 +106,13 @@ class Completion:
             index=self.index,
             text=text,
             token_ids=tokens,
-            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            cumulative_logprob=self.cumulative_logprob,
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             text_diff=text[self._shown_chars :],
             token_ids_diff=tokens[self._shown_tokens :],
+            generation_logits=np.stack(self.logits) if self.logits else None,
         )
         if advance:
             self._shown_chars = max(self._shown_chars, len(text))
@@ -114,6 +121,20 @@ class Completion:
 
     def _decode_one(self, token: int) -> str | None:
         return decode_one(self._decoder, token)
+
+
+def detokenizer_for(request: Request, decoder: Decoder | None) -> Detokenizer | None:
+    """What makes a completion's text, or None where none is wanted."""
+    sampling = request.sampling
+    if decoder is None or not sampling.detokenize:
+        return None
+    return Detokenizer(
+        decoder,
+        request.prompt_token_ids,
+        stops=sampling.stop_strings,
+        include_stop=sampling.include_stop_str_in_output,
+        skip_special_tokens=sampling.skip_special_tokens,
+    )
 
 
 def decode_one(decoder: Decoder | None, token: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
@@ -50,6 +51,12 @@ class TextStream:
         if unsure == 0 or unsure > LONGEST_RUN:
             return self._settle(text)
         return self._show(sure)
+
+    def clone(self) -> TextStream:
+        """A stream that goes on from here without changing this one."""
+        other = copy(self)
+        other._fresh = list(self._fresh)
+        return other
 
     def flush(self) -> str:
         """What is left at the end, half characters as they are."""
@@ -166,6 +173,12 @@ class Detokenizer:
         if self._finder.push(self._stream.push(token), search=search):
             self._ended = True
         return self._finder.found
+
+    def clone(self) -> Detokenizer:
+        """One that goes on from here without changing this one."""
+        other = copy(self)
+        other._stream, other._finder = self._stream.clone(), copy(self._finder)
+        return other
 
     def finish(self) -> str | None:
         """No token follows: let out what was held back; returns a stop string in it, if any."""

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
 from llmfw.engine.completion import Completion
 from llmfw.errors import EngineError, LlmfwError
 from llmfw.request import FinishReason, Logprob, Request, RequestOutput, Timings
@@ -24,6 +26,7 @@ class Generation:
     Args:
         request: The request.
         completions: Its n completions.
+        seq_ids: Its sequences in scheduler and worker: one a completion, or the beams of a search.
         abort: Called with the request's id to abort it.
         streamed: Whether the reader is woken for every token.
     """
@@ -32,12 +35,14 @@ class Generation:
         self,
         request: Request,
         completions: list[Completion],
+        seq_ids: tuple[int, ...],
         abort: Callable[[str], None],
         *,
         streamed: bool = False,
     ) -> None:
         self.request = request
         self.completions = completions
+        self.seq_ids = seq_ids
         self.timings = Timings(arrival=request.arrival)
         self.num_cached_tokens = 0
         self.error: LlmfwError | None = None
@@ -45,6 +50,7 @@ class Generation:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(request.prompt_token_ids)
+        self.context_logits: np.ndarray | None = None
         self._abort = abort
         self._changed = threading.Condition()
         self._streamed = streamed
@@ -128,6 +134,13 @@ class Generation:
         """What to hold while completions change."""
         return self._changed
 
+    def note_context_logits(self, start: int, rows: np.ndarray) -> None:
+        """Keep rows [tokens, vocab] of the prompt's logits from `start` on; held: `guard`."""
+        if self.context_logits is None:
+            shape = (len(self.request.prompt_token_ids), rows.shape[1])
+            self.context_logits = np.empty(shape, dtype=np.float32)
+        self.context_logits[start : start + len(rows)] = rows
+
     def tell(self) -> None:
         """Wake the reader; held: `guard`."""
         if self.finished or self._streamed:
@@ -174,4 +187,5 @@ class Generation:
                 num_cached_tokens=self.num_cached_tokens,
                 timings=self.timings,
                 error=self.error,
+                context_logits=self.context_logits,
             )

@@ -85,7 +85,7 @@ class GraphRunner:
         """Replay the step if graphs serve it; call it for each step, to keep the tables current."""
         chunks, row_of = step.chunks, self._table.row_of
         self._mirror.apply(chunks, row_of)
-        if not all(chunk.samples for chunk in chunks) or self._wants_prompt_logprobs(step):
+        if not all(chunk.samples for chunk in chunks) or self._wants_prompt(step):
             return None
         if step.num_generations == len(chunks):
             rows = np.array([row_of[chunk.seq_id] for chunk in chunks])
@@ -100,10 +100,6 @@ class GraphRunner:
             return Replayed(np.array([row]), np.array([count]), output.logits, output.tokens)
         return None
 
-    def _wants_prompt_logprobs(self, step: StepInput) -> bool:
-        extras, row_of = self._table.extras, self._table.row_of
-        for chunk in step.chunks:
-            extra = extras[row_of[chunk.seq_id]]
-            if extra is not None and extra.new.sampling.prompt_logprobs is not None:
-                return True
-        return False
+    def _wants_prompt(self, step: StepInput) -> bool:
+        wanted, row_of = self._table.prompt_rows, self._table.row_of
+        return any(wanted[row_of[chunk.seq_id]] for chunk in step.chunks)

@@ -17,11 +17,13 @@ from llmfw.engine import kv_cache
 from llmfw.engine.batch import Batch, BatchBuilder, upload
 from llmfw.engine.graph_runner import GraphRunner, Replayed
 from llmfw.engine.request_table import RequestTable
-from llmfw.engine.sampler import LogprobTensors, logprobs, sample
-from llmfw.engine.sampling_plan import SamplingPlan, plan_sampling
+from llmfw.engine.sampler import sample
+from llmfw.engine.sampling_plan import plan_sampling
 from llmfw.engine.settings import EngineSettings
-from llmfw.engine.step import Chunk, NewRequest, StepInput, StepOutput, TokenLogprobs
+from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
+from llmfw.engine.step_results import NOTHING, PendingStep, gather_extras, gather_prompt
 from llmfw.errors import ConfigError, DeviceError
+from llmfw.ops import DeviceInfo, OpTable
 from llmfw.sampling_params import SamplingParams
 
 logger = logging.getLogger("llmfw.engine")
@@ -96,6 +98,8 @@ class ModelRunner:
         self._backend = get_attention_backend(attn_backend)
         self.settings = settings
         self.device = device
+        config = getattr(model, "model_config", None)
+        self._ops = OpTable(DeviceInfo(device, frozenset())) if config is None else config.ops
         self.specs = dict(model.cache_specs())
         self.state_specs = dict(model.state_specs())
         kv_cache.check_specs(self.specs)
@@ -153,6 +157,8 @@ class ModelRunner:
         self.table.apply(step)
         with torch.inference_mode():
             self._begin_states(step)
+            if step.forks:
+                self._fork(step.forks)
             replayed = None if self.graphs is None else self.graphs.run(step)
             if replayed is not None:
                 return self._finish(step, replayed)
@@ -172,21 +178,35 @@ class ModelRunner:
         if rows:
             self.state.clear(upload([np.array(rows)], torch.int64, self.device)[0])
 
+    def _fork(self, forks: tuple[Fork, ...]) -> None:
+        """Copy the blocks and the recurrent state that beams do not share with their parents."""
+        copies = [fork for fork in forks if fork.source != fork.target]
+        if copies:
+            columns = [[fork.source for fork in copies], [fork.target for fork in copies]]
+            sources, targets = upload(list(np.array(columns)), torch.int64, self.device)
+            for cache in self.caches.values():
+                copy = self._ops.resolve("copy_blocks", cache.k.dtype)
+                copy(cache.k, sources, targets)
+                copy(cache.v, sources, targets)
+        if self.state_specs:
+            row_of = self.table.row_of
+            pairs = [[row_of[fork.parent], row_of[fork.seq_id]] for fork in forks]
+            self.state.copy(*upload(list(np.array(pairs).T), torch.int64, self.device))
+
     def _finish(self, step: StepInput, replayed: Replayed) -> PendingStep:
         """Take a replayed step's greedy tokens, or sample from its logits where a row wants it."""
         rows, positions, tokens = replayed.rows, replayed.positions, replayed.tokens
         plan = plan_sampling(self.table, rows, positions)
-        best = None
+        seq_ids = tuple(chunk.seq_id for chunk in step.chunks)
+        extras = NOTHING
         if plan.features:
-            tokens = sample(replayed.logits, plan)
+            logits = replayed.logits
+            tokens = sample(logits, plan)
             places = rows * self.table.max_model_len + positions
             (targets,) = upload([places], torch.int64, self.device)
             self.table.flat_tokens.index_copy_(0, targets, tokens.clamp_min(0).int())
-            if plan.logprobs is not None:
-                width = _widest(plan.logprobs, replayed.logits.shape[-1])
-                best = logprobs(replayed.logits, tokens, width)
-        seq_ids = tuple(chunk.seq_id for chunk in step.chunks)
-        return PendingStep(step.step_id, seq_ids, (), plan, tokens, best, ())
+            extras = gather_extras(self.table, seq_ids, rows, positions, plan, logits, tokens)
+        return PendingStep(step.step_id, seq_ids, tokens, extras)
 
     def _capturable(self) -> bool:
         """Whether ops that need lengths run by kernels that read them from the device."""
@@ -203,33 +223,16 @@ class ModelRunner:
         return True
 
     def _sample(self, step_id: int, batch: Batch, logits: torch.Tensor) -> PendingStep:
-        plan = plan_sampling(self.table, batch.sample_rows, batch.sample_positions)
-        count = len(batch.sample_seq_ids)
-        prompt = self._prompt_logprobs(batch, logits[count:]) if batch.prompt_rows else ()
+        seq_ids, rows, positions = batch.sample_seq_ids, batch.sample_rows, batch.sample_positions
+        plan = plan_sampling(self.table, rows, positions)
+        count = len(seq_ids)
+        prompt = gather_prompt(self.table, batch, logits[count:]) if batch.prompt_rows else ()
         if batch.prompt_rows:
             logits = logits[:count]
         tokens = sample(logits, plan)
         self.table.flat_tokens.index_copy_(0, batch.sample_targets, tokens.clamp_min(0).int())
-        best = None
-        if plan.logprobs is not None:
-            best = logprobs(logits, tokens, _widest(plan.logprobs, logits.shape[-1]))
-        return PendingStep(
-            step_id, batch.sample_seq_ids, batch.prompt_rows, plan, tokens, best, prompt
-        )
-
-    def _prompt_logprobs(self, batch: Batch, logits: torch.Tensor) -> tuple[LogprobTensors, ...]:
-        """Log probabilities of the prompt tokens that follow the rows of `logits`."""
-        results = []
-        offset = 0
-        for seq_id, start, count in batch.prompt_rows:
-            row = self.table.row_of[seq_id]
-            extras = self.table.extras[row]
-            assert extras is not None
-            tokens = self.table.tokens[row, start + 1 : start + 1 + count].long()
-            width = _widest((extras.new.sampling.prompt_logprobs,), logits.shape[-1])
-            results.append(logprobs(logits[offset : offset + count], tokens, width))
-            offset += count
-        return tuple(results)
+        extras = gather_extras(self.table, seq_ids, rows, positions, plan, logits, tokens)
+        return PendingStep(step_id, seq_ids, tokens, extras, prompt)
 
     def _wanted_len(self) -> int:
         if self._built_len is not None:
@@ -287,66 +290,3 @@ class ModelRunner:
         batch = builder.build(step)
         with torch.inference_mode():
             self.model(batch.metadata, batch.input_ids, batch.position_ids)
-
-
-def _widest(wanted: tuple[int | None, ...], vocab: int) -> int:
-    return max(vocab if count == -1 else count or 0 for count in wanted)
-
-
-class PendingStep:
-    """A step that was started; in `read` alone the host waits for the device."""
-
-    def __init__(
-        self,
-        step_id: int,
-        seq_ids: tuple[int, ...],
-        prompt_rows: tuple[tuple[int, int, int], ...],
-        plan: SamplingPlan,
-        tokens: torch.Tensor,
-        best: LogprobTensors | None,
-        prompt: tuple[LogprobTensors, ...],
-    ) -> None:
-        self._step_id = step_id
-        self._seq_ids = seq_ids
-        self._prompt_rows = prompt_rows
-        self._plan = plan
-        self._best = best
-        self._prompt = prompt
-        self._tokens = tokens
-        self._copied: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> StepOutput:
-        """The step's tokens and log probabilities."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        seq_ids = self._seq_ids
-        output = StepOutput(self._step_id, seq_ids, self._tokens.tolist())
-        if self._best is not None and self._plan.logprobs is not None:
-            lines = _lines(self._best)
-            for seq_id, count, line in zip(seq_ids, self._plan.logprobs, lines, strict=True):
-                if count is not None:
-                    output.logprobs[seq_id] = _narrow(line, count)
-        for (seq_id, start, _), best in zip(self._prompt_rows, self._prompt, strict=True):
-            output.prompt_logprobs[seq_id] = (start + 1, _lines(best))
-        return output
-
-
-def _lines(best: LogprobTensors) -> list[TokenLogprobs]:
-    columns = (
-        best.chosen.tolist(),
-        best.ranks.tolist(),
-        best.top_ids.tolist(),
-        best.top_values.tolist(),
-    )
-    return [TokenLogprobs(*line) for line in zip(*columns, strict=True)]
-
-
-def _narrow(line: TokenLogprobs, count: int) -> TokenLogprobs:
-    if count < 0:
-        return line
-    return line._replace(top_ids=line.top_ids[:count], top_logprobs=line.top_logprobs[:count])

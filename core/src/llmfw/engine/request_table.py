@@ -13,7 +13,7 @@ from enum import IntFlag
 import numpy as np
 import torch
 
-from llmfw.engine.step import Chunk, NewRequest, StepInput
+from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
 
 
 class Feature(IntFlag):
@@ -27,6 +27,8 @@ class Feature(IntFlag):
     EDITS = 32  # logit_bias, bad words of one token, min_tokens
     BAD_WORDS = 64  # of several tokens
     LOGPROBS = 128
+    BEAM = 256
+    LOGITS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ class RequestTable:
         self.prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self.seeds = np.zeros(max_num_seqs, dtype=np.uint64)
         self.features = np.zeros(max_num_seqs, dtype=np.int64)
-        self.wants_prompt = np.zeros(max_num_seqs, dtype=bool)  # prompt_logprobs
+        self.prompt_rows = np.zeros(max_num_seqs, dtype=np.int64)  # of logits that are wanted
+        self.num_candidates = np.zeros(max_num_seqs, dtype=np.int64)  # of beams
         self.numbers = np.zeros((max_num_seqs, len(NUMBERS)), dtype=np.float32)
         self.top_k = np.zeros(max_num_seqs, dtype=np.int64)
         self.extras: list[RowExtras | None] = [None] * max_num_seqs
@@ -72,13 +75,15 @@ class RequestTable:
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     def apply(self, step: StepInput) -> None:
-        """Forget finished sequences, make new ones, note the blocks of the chunks."""
+        """Forget finished sequences, make new ones, fork beams, note the blocks of the chunks."""
         for seq_id in step.finished:
             row = self.row_of.pop(seq_id)
             self.extras[row] = None
             self._free.append(row)
         for new in step.new:
             self._add(new)
+        if step.forks:
+            self._fork(step.forks)
         for chunk in step.chunks:
             if chunk.blocks or chunk.restart:
                 self._note_blocks(chunk)
@@ -98,11 +103,31 @@ class RequestTable:
         self.prompt_lens[row] = len(prompt)
         self.seeds[row] = new.seed
         self.numbers[row] = [getattr(sampling, name) for name in NUMBERS]
-        self.wants_prompt[row] = sampling.prompt_logprobs is not None
+        self.prompt_rows[row] = 0
+        if sampling.return_context_logits:
+            self.prompt_rows[row] = len(prompt)
+        elif sampling.prompt_logprobs is not None:
+            self.prompt_rows[row] = len(prompt) - 1
+        self.num_candidates[row] = new.num_candidates
         self.top_k[row] = sampling.top_k or 0
         extras = _extras(new)
         self.extras[row] = extras
         self.features[row] = _features(new, extras)
+
+    def _fork(self, forks: tuple[Fork, ...]) -> None:
+        """Give each fork's row the tokens of its parent's, and its own token after them."""
+        row_of, width = self.row_of, self.max_model_len
+        columns = [
+            [row_of[fork.seq_id] for fork in forks],
+            [row_of[fork.parent] for fork in forks],
+            [row_of[fork.seq_id] * width + fork.position for fork in forks],
+            [fork.token for fork in forks],
+        ]
+        staged = torch.tensor(columns, pin_memory=self.tokens.is_cuda)
+        rows, parents, places, tokens = staged.to(self.tokens.device, non_blocking=True)
+        told = self.tokens[:, : max(fork.position for fork in forks)]
+        told.index_copy_(0, rows, told.index_select(0, parents))
+        self.flat_tokens.index_copy_(0, places, tokens.int())
 
     def _note_blocks(self, chunk: Chunk) -> None:
         row = self.row_of[chunk.seq_id]
@@ -156,6 +181,10 @@ def _features(new: NewRequest, extras: RowExtras) -> int:
         features |= Feature.EDITS
     if extras.bad_words:
         features |= Feature.BAD_WORDS
-    if sampling.logprobs is not None:
+    if new.num_candidates:
+        features |= Feature.BEAM  # its log probabilities are those of its candidates
+    elif sampling.logprobs is not None:
         features |= Feature.LOGPROBS
+    if sampling.return_generation_logits:
+        features |= Feature.LOGITS
     return int(features)

@@ -87,6 +87,19 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> LogprobT
     return LogprobTensors(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+def beam_candidates(
+    logits: torch.Tensor, plan: SamplingPlan, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` best next tokens of each beam and their log probabilities, best first.
+
+    What the plan changes it changes in the log probabilities, which are not normalised again, as in
+    transformers' beam search. logits: [beams, vocab]. Returns int64 and float32 [beams, count].
+    """
+    scores = edited(logits.float().log_softmax(dim=-1), plan)
+    best = scores.topk(count, dim=-1)
+    return best.indices, best.values
+
+
 def _best(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The maximum of each row and its first position; NaN counts as the greatest."""
     if x.device.type != "cpu":

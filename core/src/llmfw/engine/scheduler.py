@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from llmfw.engine.beam_group import BeamGroup, Moves, longest_beams
 from llmfw.engine.block_pool import ROOT, BlockPool, chain
-from llmfw.engine.step import Chunk, NewRequest, StepInput
+from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
 from llmfw.errors import RequestError
 
 
@@ -46,11 +47,13 @@ class Sequence:
         limit: Tokens, prompt and output, at which it ends.
         read_prefix: Whether it may start from cached blocks (not when logits of the whole prompt
             are wanted).
+
+    A beam has a `group`: no token of it is promised, for what follows is chosen among all beams.
     """
 
     __slots__ = (
-        "blocks", "digests", "limit", "new", "num_cached", "num_computed", "num_named",
-        "num_tokens", "read_prefix", "seq_id", "started", "tokens",
+        "blocks", "digests", "group", "limit", "moved", "new", "num_cached", "num_computed",
+        "num_named", "num_tokens", "read_prefix", "seq_id", "started", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewRequest, limit: int, *, read_prefix: bool = True) -> None:
@@ -68,6 +71,13 @@ class Sequence:
         self.digests: list[bytes] = []  # of full blocks of known tokens
         self.num_named = 0  # leading blocks whose names the pool has been told
         self.started = False
+        self.group: BeamGroup | None = None
+        self.moved = False  # whether the worker is still to be told of all its blocks
+
+    @property
+    def members(self) -> list[Sequence]:
+        """What starts and ends with it: itself, or all beams of its group."""
+        return [self] if self.group is None else self.group.members
 
     @property
     def pending(self) -> int:
@@ -99,6 +109,7 @@ class Scheduler:
         self.running: dict[int, Sequence] = {}  # by order of arrival
         self._sequences: dict[int, Sequence] = {}
         self._finished: list[int] = []  # to be told to the worker
+        self._forks: list[Fork] = []  # to be told to the worker
         self._step_id = 0
 
     @property
@@ -140,6 +151,28 @@ class Scheduler:
                 hint="turn chunked prefill on, or raise max_num_batched_tokens",
             )
 
+    def longest_beams(self, num_beams: int, prompt_len: int) -> int:
+        """Most tokens, prompt and output, of beams that search together; any thread may ask.
+
+        Raises:
+            RequestError: If so many cannot be in flight, or the cache holds none of their tokens.
+        """
+        config = self.config
+        if num_beams > config.max_num_seqs:
+            raise RequestError(
+                f"num_beams is {num_beams}, at most {config.max_num_seqs} sequences are in flight",
+                hint="lower num_beams or raise max_num_seqs",
+            )
+        if not config.num_blocks:
+            return config.max_model_len
+        longest = longest_beams(num_beams, prompt_len, config.num_blocks, config.block_size)
+        if longest <= prompt_len:
+            raise RequestError(
+                f"the cache holds no {num_beams} beams after {prompt_len} tokens of prompt",
+                hint="shorten the prompt, lower num_beams, or raise kv_cache_memory",
+            )
+        return min(longest, config.max_model_len)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
 
@@ -151,6 +184,30 @@ class Scheduler:
         self._extend_digests(sequence)
         self._sequences[sequence.seq_id] = sequence
         self.waiting.append(sequence)
+
+    def add_beams(self, members: list[Sequence]) -> None:
+        """Queue the sequences of a beam search; the first computes the prompt for all.
+
+        Raises:
+            RequestError: As `check_length` and `longest_beams`.
+        """
+        lead = members[0]
+        longest = self.longest_beams(len(members), len(lead.tokens))
+        for member in members:
+            member.limit = min(member.limit, longest)
+            member.num_computed = member.num_tokens
+        lead.num_computed = 0
+        self.add(lead)
+        size = self.config.block_size if self.config.num_blocks else None
+        group = BeamGroup(members, size)
+        for member in members:
+            member.group = group
+
+    def fork(self, moves: Moves) -> None:
+        """Let the beams of a search that is under way go on, each with one more token."""
+        sequence = self.running[moves[0].seq_id]
+        assert sequence.group is not None
+        self._forks += sequence.group.fork(moves)
 
     def receive(self, seq_id: int, token: int) -> None:
         """Learn the value of a promised token; of a finished sequence it is ignored."""
@@ -165,11 +222,16 @@ class Scheduler:
         sequence = self._sequences.pop(seq_id, None)
         if sequence is None:
             return
-        if self.running.pop(seq_id, None) is None:
+        if seq_id not in self.running:
             self.waiting.remove(sequence)
         self._free(sequence)
+        ended = [member.seq_id for member in sequence.members]
+        for each in ended:
+            self.running.pop(each, None)
         if sequence.started:
-            self._finished.append(seq_id)
+            self._finished += ended
+        if sequence.group is not None:
+            self._forks = [fork for fork in self._forks if fork.seq_id not in ended]
 
     def schedule(self) -> StepInput | None:
         """The next step, or None when nothing can be computed now."""
@@ -179,7 +241,9 @@ class Scheduler:
         contexts: list[Chunk] = []
         new: list[NewRequest] = []
         for sequence, count in plan.counts.items():
-            chunk = self._advance(sequence, count, plan.blocks.get(sequence, ()), restart=False)
+            moved, sequence.moved = sequence.moved, False
+            blocks = sequence.blocks if moved else plan.blocks.get(sequence, ())
+            chunk = self._advance(sequence, count, blocks, restart=moved)
             (generations if count == 1 else contexts).append(chunk)
         if settled:
             self._admit(plan, generations, contexts, new)
@@ -187,13 +251,14 @@ class Scheduler:
             return None
         self._step_id += 1
         finished, self._finished = tuple(self._finished), []
+        forks, self._forks = tuple(self._forks), []
         return StepInput(
-            self._step_id, (*contexts, *generations), len(generations), tuple(new), finished
+            self._step_id, (*contexts, *generations), len(generations), tuple(new), finished, forks
         )
 
     def check(self) -> None:
         """Assert that no block is lost or wrongly shared; costs time in proportion to the cache."""
-        self.pool.check([sequence.blocks for sequence in self._sequences.values()])
+        self.pool.check([self._held(sequence) for sequence in self._sequences.values()])
         assert all(not sequence.blocks for sequence in self.waiting)
 
     def _plan_running(self, plan: _Plan) -> bool:
@@ -226,15 +291,19 @@ class Scheduler:
         self, plan: _Plan, generations: list[Chunk], contexts: list[Chunk], new: list[NewRequest]
     ) -> None:
         """Start waiting sequences while budget, places and blocks last."""
-        while self.waiting and plan.budget and len(self.running) < self.config.max_num_seqs:
+        while self.waiting and plan.budget:
             sequence = self.waiting[0]
+            if len(self.running) + len(sequence.members) > self.config.max_num_seqs:
+                return
             shared = self._shared_prefix(sequence)
             cached = len(shared) * self.config.block_size
             remaining = sequence.num_tokens - cached
             count = min(remaining, plan.budget)
             if count < remaining and not self._may_split(remaining):
                 return
-            fresh = self._blocks_for(cached + count) - len(shared)
+            group = sequence.group
+            needed = self._blocks_for(cached + count) if group is None else group.num_blocks
+            fresh = needed - len(shared)
             # One block for each running sequence stays free, lest it be preempted at once.
             if (
                 fresh
@@ -243,14 +312,16 @@ class Scheduler:
             ):
                 return
             self.waiting.popleft()
-            self.running[sequence.seq_id] = sequence
+            self.running.update((member.seq_id, member) for member in sequence.members)
             self.pool.hold(shared)
             sequence.blocks = shared + self.pool.allocate(fresh)
+            if group is not None:
+                group.seat(sequence.blocks)
             sequence.num_computed = cached
             sequence.num_named = len(shared)
             if not sequence.started:
                 sequence.started = True
-                new.append(sequence.new)
+                new += [member.new for member in sequence.members]
                 self._count_prefix(sequence, cached)
             plan.take(sequence, count)
             # Named at once: a later one of this step may share it, for layers write K and V before
@@ -264,7 +335,7 @@ class Scheduler:
         start = sequence.num_computed
         sequence.num_computed += count
         samples = sequence.num_computed == sequence.num_tokens
-        if samples:
+        if samples and sequence.group is None:
             sequence.num_tokens += 1  # promised
         full = min(sequence.num_computed // self.config.block_size, len(sequence.digests))
         if full > sequence.num_named:
@@ -279,7 +350,7 @@ class Scheduler:
         for victim in reversed(self.running.values()):
             if victim is sequence:
                 break
-            if victim.pending:
+            if victim.pending and victim.group is None:
                 victims.append(victim)
         for victim in victims:
             if missing <= self.pool.num_free:
@@ -292,8 +363,11 @@ class Scheduler:
         return missing <= self.pool.num_free
 
     def _free(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
+        self.pool.release(self._held(sequence))
         sequence.blocks = []
+
+    def _held(self, sequence: Sequence) -> list[int]:
+        return sequence.blocks if sequence.group is None else sequence.group.blocks
 
     def _shared_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of its prefix; at least one token stays to be computed, for its logits."""

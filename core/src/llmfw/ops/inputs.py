@@ -359,6 +359,16 @@ def _argmax(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
         yield Case(label, (logits,))
 
 
+def _copy_blocks(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    for shape in ((9, 4, 2, 8), (9, 16, 1, 33)):
+        cache = _normal(context, generator, *shape)
+        for count in (1, 4):
+            blocks = torch.randperm(9, generator=generator).to(context.info.device)
+            sources = blocks[count : 2 * count].clone()
+            sources[-1] = sources[0]  # one may be copied to several places
+            yield Case(f"blocks={count}", (cache, sources, blocks[:count]), written=(0,))
+
+
 def _shapes(names: str, *rows: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
 
@@ -448,4 +458,5 @@ INPUTS: dict[str, OpInputs] = {
     ),
     "prepare_decode": OpInputs(({},), _prepare_decode),
     "argmax": OpInputs(_shapes("vocab_size", (1,), (77,), (5000,)), _argmax),
+    "copy_blocks": OpInputs(({},), _copy_blocks),
 }

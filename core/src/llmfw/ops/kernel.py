@@ -48,7 +48,7 @@ class OpContext:
         selective_scan: channels, state_size
         ssd_scan: num_heads, head_dim, num_groups, state_size
         embedding: num_embeddings, embedding_dim
-        prepare_decode: nothing
+        prepare_decode, copy_blocks: nothing
         argmax: vocab_size
     """
 

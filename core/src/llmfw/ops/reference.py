@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from llmfw.ops.reference_moe import grouped_linear, moe_route
 from llmfw.ops.reference_state import causal_conv1d, selective_scan, ssd_scan
-from llmfw.ops.reference_step import argmax, prepare_decode
+from llmfw.ops.reference_step import argmax, copy_blocks, prepare_decode
 
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
@@ -303,4 +303,5 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "ssd_scan": ssd_scan,
     "prepare_decode": prepare_decode,
     "argmax": argmax,
+    "copy_blocks": copy_blocks,
 }

@@ -20,6 +20,14 @@ def argmax(
     return found
 
 
+def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Copy blocks of a cache [blocks, ...] in place; returns the cache.
+
+    sources, targets: int64 [n], the blocks; no target is named twice, or is a source.
+    """
+    return cache.index_copy_(0, targets, cache.index_select(0, sources))
+
+
 def prepare_decode(
     rows: torch.Tensor,
     positions: torch.Tensor,
