@@ -68,6 +68,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 
+FILE = "model.safetensors"
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 LOCAL = {**GROUPED, "num_local_experts": 8, "num_experts_per_tok": 2}
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -87,6 +88,29 @@ MIXTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"moe_layers": "(True, False, True, True)"},
     ),
     "mixtral": (LOCAL, {"moe": "MoEParams.from_config(config, renormalize=True)"}),
+    "glm4_moe": (
+        {
+            **GROUPED,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 2,
+            "first_k_dense_replace": 1,
+        },
+        {
+            "moe_layers": "tuple(i >= config.first_k_dense_replace "
+            "for i in range(config.num_hidden_layers))"
+        },
+    ),
+    "minimax_m2": (
+        {**LOCAL, "head_dim": 16},
+        {
+            "moe": 'MoEParams.from_config(config, scoring="sigmoid", score_bias=True, '
+            "float32_router=True, renormalize=True)"
+        },
+    ),
     "granitemoeshared": (
         {**LOCAL, "shared_intermediate_size": 48},
         {
@@ -176,7 +200,7 @@ def test_a_router_of_its_own_kind_is_told(tmp_path: Path) -> None:
     assert "every tensor of the checkpoint is accounted for" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["granitemoeshared", "qwen2_moe"])
+@pytest.mark.parametrize("kind", ["glm4_moe", "granitemoeshared", "qwen2_moe"])
 def test_a_written_mixture_loads_its_checkpoint(kind: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "model", kind, **MIXTURES[kind][0])
     done = run("new", "--from", str(model), "--output", str(tmp_path), "--json")
@@ -185,6 +209,21 @@ def test_a_written_mixture_loads_its_checkpoint(kind: str, tmp_path: Path) -> No
     assert told["unread_fields"] == {}
     command(Path(told["path"]), "-m", "ruff", "check", "--select", "E,F,I", ".")
     command(Path(told["path"]), "-m", "ruff", "format", "--check", ".")
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "glm4_moe", **MIXTURES["glm4_moe"][0])
+    weights = load_file(model / FILE)
+    last = {name: value for name, value in weights.items() if name.startswith("model.layers.2.")}
+    more = {name.replace(".2.", ".3.", 1): value.clone() for name, value in last.items()}
+    save_file({**weights, **more, "model.layers.3.enorm.weight": torch.ones(64)}, model / FILE)
+    done = run("new", "--from", str(model), "--output", str(tmp_path), "--json")
+    told = json.loads(done.stdout)
+    assert told["agrees"]
+    assert told["problems"] == ""
+    assert told["unrecognised"] == []
+    assert (told["layers"], told["extra_layers"]) == (3, 1)
+    assert "1 more than config.json says: ignored" in "\n".join(writing.lines(told))
 
 
 def test_a_model_without_positions_is_told(tmp_path: Path) -> None:

@@ -40,14 +40,14 @@ NEW_MODELS: dict[str, tuple[dict[str, Any], str | None]] = {
     "Olmo2ForCausalLM": (GROUPED, None),
     "OlmoeForCausalLM": (MIXTURES["olmoe"][0], None),
     "GraniteMoeSharedForCausalLM": (MIXTURES["granitemoeshared"][0], None),
+    "Glm4MoeForCausalLM": (MIXTURES["glm4_moe"][0], None),
+    "MiniMaxM2ForCausalLM": (MIXTURES["minimax_m2"][0], None),
 }
 MODEL_TYPES = {
+    **{name: name.removesuffix("ForCausalLM").lower() for name in NEW_MODELS},
     "GPTBigCodeForCausalLM": "gpt_bigcode",
-    **{
-        name: name.removesuffix("ForCausalLM").lower()
-        for name in NEW_MODELS
-        if "GPTBig" not in name
-    },
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
 }
 
 

@@ -12,6 +12,7 @@ from llmfw_cli.new.tensors import Modules, Shape
 
 _NUMBERED = re.compile(r"(?P<base>.+)\.(?P<number>\d+)\.(?P<leaf>\w+)")
 _SHARED = re.compile(r"shared_(expert|experts|mlp)")
+_SCORE_BIAS = re.compile(r"score_correction_bias|expert_bias")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHARED_SIZES = (  # what a shared expert's width may be called
     "config.shared_expert_intermediate_size",
@@ -37,6 +38,7 @@ class ExpertTensors:
         count: How many experts there are.
         width: Intermediate size of one.
         shared_width: Of the shared expert, None without one.
+        score_bias: The tensor that corrects the scores for the choice, "" where there is none.
     """
 
     base: str
@@ -47,6 +49,7 @@ class ExpertTensors:
     count: int
     width: int
     shared_width: int | None = None
+    score_bias: str = ""
 
 
 def experts_of_layer(modules: Modules, hidden: int) -> ExpertTensors | None:
@@ -62,6 +65,7 @@ def experts_of_layer(modules: Modules, hidden: int) -> ExpertTensors | None:
         places={**router, **shared},
         taken=frozenset({*found.taken, *router.values(), *shared.values()}),
         shared_width=down[1] if down else None,
+        score_bias=_score_bias(modules, (found.count,)),
     )
 
 
@@ -72,14 +76,19 @@ def moe_switches(
     import llmfw
 
     changes: dict[str, str] = {}
-    names = [name for name in _COUNTS if getattr(config, name, None) == found.count]
-    if not names or names[0] not in _COUNTS[:3]:
-        changes["num_experts"] = f"config.{names[0]}" if names else str(found.count)
+    count = count_expression(found, config)
+    if count not in [f"config.{name}" for name in _COUNTS[:3]]:  # those that MoEParams knows
+        changes["num_experts"] = count
     if getattr(config, "num_experts_per_tok", None) is None:
         changes["top_k"] = _field(config, "moe_k", "moe_topk", "moe_top_k") or "2"
     width = getattr(config, "moe_intermediate_size", None) or base_spec.intermediate_size
     if width != found.width:
         changes["intermediate_size"] = fields.width_expression(config, found.width)
+    if found.score_bias:
+        changes |= {"scoring": '"sigmoid"', "score_bias": "True", "float32_router": "True"}
+    if (getattr(config, "n_group", None) or 1) > 1:
+        changes |= {"num_groups": "config.n_group", "top_groups": "config.topk_group"}
+        changes |= {"group_best": "2"} if found.score_bias else {}
     if found.shared_width is not None:
         changes["shared_size"] = _shared_expression(config, found.shared_width)
     if "mlp.shared_expert_gate" in found.places:
@@ -94,10 +103,9 @@ def moe_switches(
 
 def count_expression(found: ExpertTensors, config: Any) -> str:
     """The number of experts: the field that has it, else the number."""
-    return next(
-        (f"config.{name}" for name in _COUNTS if getattr(config, name, None) == found.count),
-        str(found.count),
-    )
+    names = [name for name in _COUNTS if getattr(config, name, None) == found.count]
+    own = [name for name in names if name in vars(config)]  # rather than another's alias of it
+    return f"config.{(own or names)[0]}" if names else str(found.count)
 
 
 def _numbered(modules: Modules) -> ExpertTensors | None:
@@ -144,6 +152,16 @@ def _router(modules: Modules, base: str, shape: Shape) -> Iterator[tuple[str, st
         if path.startswith(above) and parameters.get("weight") == shape:
             yield "mlp.gate", path
             return
+
+
+def _score_bias(modules: Modules, shape: Shape) -> str:
+    names = (
+        f"{path}.{parameter}"
+        for path, parameters in modules.layer.items()
+        for parameter, has in parameters.items()
+        if has == shape and _SCORE_BIAS.search(parameter)
+    )
+    return next(names, "")
 
 
 def _shared(modules: Modules) -> Iterator[tuple[str, str]]:

@@ -36,14 +36,14 @@ _READ = set(
     sep_token_id unk_token_id gradient_checkpointing attn_implementation return_dict id2label
     label2id output_attentions output_hidden_states task_specific_params is_encoder_decoder
     add_cross_attention tokenizer_class chunk_size_feed_forward problem_type layerdrop rotary
-    original_max_position_embeddings multi_query num_kv_heads n_head_kv
+    original_max_position_embeddings multi_query num_kv_heads n_head_kv num_nextn_predict_layers
 """.split()  # noqa: SIM905 - words read better than a list of strings
 )
 _READ_OF_EXPERTS = set(
     """
     num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_k
     moe_topk moe_top_k moe_intermediate_size norm_topk_prob mlp_only_layers decoder_sparse_step
-    first_k_dense_replace router_aux_loss_coef
+    first_k_dense_replace router_aux_loss_coef routed_scaling_factor
 """.split()  # noqa: SIM905
 )
 _IDLE_BEGINNINGS = ("summary_", "_", "initializer_", "use_cache", "output_")

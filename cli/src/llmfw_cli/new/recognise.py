@@ -67,8 +67,8 @@ def recognise_shapes(
     raw: Mapping[str, Any], config: Any, architecture: str, shapes: Mapping[str, Shape]
 ) -> Recognition:
     """As `recognise`, from what was read."""
-    modules = sort_tensors(shapes)
     base = _base_spec(config)
+    modules = sort_tensors(shapes, base.num_layers)
     mixture = experts.experts_of_layer(modules, base.hidden_size)
     inner = roles.parts_of_layer(modules, mixture.taken if mixture else ())
     block, norms = roles.norms_of_layer(modules, inner)

@@ -10,6 +10,7 @@ from llmfw_cli.new.recognise import Recognition
 
 QKV = "self_attn.qkv_proj"
 EXPERTS = "model.layers.{i}.mlp.experts"
+SCORE_BIAS = "model.layers.{i}.mlp.e_score_correction_bias"
 STOCK_LEAVES = ("gate_proj", "up_proj", "down_proj")
 BUFFERS = {
     "bias": "the causal mask, computed here",
@@ -39,7 +40,11 @@ def _in_layer(found: Recognition) -> Iterator[tuple[str, str]]:
 
 
 def _ignored(found: Recognition) -> Iterator[source.Rule]:
-    """Buffers that older checkpoints carry along."""
+    """Buffers that older checkpoints carry along, and layers behind the model's own."""
+    for extra in range(found.modules.extra):
+        number = "config.num_hidden_layers" + (f" + {extra}" if extra else "")
+        name = f'f"{found.modules.prefix}.{{{number}}}.{{{{rest*}}}}"'
+        yield source.rule("ignore", name, source.quoted("predicts further tokens"))
     for path, parameters in found.modules.layer.items():
         for parameter, shape in parameters.items():
             if "weight" not in parameters and parameter in BUFFERS and len(shape) != 1:
@@ -52,8 +57,11 @@ def _stacked(found: Recognition) -> Iterator[source.Rule]:
     mixture = found.experts
     if mixture is None:
         return
-    for parameter, name in mixture.stacked.items():
-        old, new = f"{found.modules.prefix}.{{i}}.{name}", f"{EXPERTS}.{parameter}"
+    tensors = {name: f"{EXPERTS}.{parameter}" for parameter, name in mixture.stacked.items()}
+    if mixture.score_bias:
+        tensors[mixture.score_bias] = SCORE_BIAS
+    for name, new in tensors.items():
+        old = f"{found.modules.prefix}.{{i}}.{name}"
         if old != new:
             yield source.rule("rename", source.quoted(old), source.quoted(new))
     if not mixture.leaves:

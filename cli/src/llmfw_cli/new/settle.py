@@ -115,8 +115,15 @@ def _questions(found: Recognition) -> Iterator[list[dict[str, Any]]]:
 def _routings(moe: str) -> Iterator[dict[str, Any]]:
     """How the router's logits may become weights."""
     yield {}
-    for given in ("renormalize=True", "renormalize=False", 'scoring="topk_softmax"'):
-        yield {"switches": {"moe": f"{moe[:-1]}, {given})"}}
+    sigmoid = 'scoring="sigmoid", '
+    forms = [moe, moe.replace(sigmoid, "")] if sigmoid in moe else [moe]
+    for form in forms[1:]:
+        yield {"switches": {"moe": form}}
+    for form in forms:
+        for given in ("renormalize=True", "renormalize=False"):
+            yield {"switches": {"moe": f"{form[:-1]}, {given})"}}
+    if len(forms) == 1:
+        yield {"switches": {"moe": f'{moe[:-1]}, scoring="topk_softmax")'}}
 
 
 def _norm(found: Recognition) -> str:

@@ -12,9 +12,13 @@ _INNER = (
     "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim",
     "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
-_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
-_FEW_EXPERTS, _FEW_CHOSEN = 8, 2
-_CHOSEN = {"num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"}
+_AT_MOST = {  # of a small mixture of experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"), 2),
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 
 
 def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -57,10 +61,8 @@ def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> di
             continue
         if isinstance(value, int) and not isinstance(value, bool) and common in sizes:
             small[name] = sizes[common]
-        elif isinstance(value, int) and name in _EXPERTS:
-            small[name] = min(value, _FEW_EXPERTS)
-        elif isinstance(value, int) and name in _CHOSEN:
-            small[name] = min(value, _FEW_CHOSEN)
+        elif isinstance(value, int) and name in _AT_MOST:
+            small[name] = min(value, _AT_MOST[name])
         elif isinstance(value, int) and name in _INNER:
             small[name] = HIDDEN * value // hidden // 8 * 8 or HIDDEN
         elif common.endswith("_token_id"):

@@ -23,6 +23,7 @@ class Modules:
         count: How many layers there are.
         sparse: Which layers have experts, in order. Where only some have, `layer` holds the modules
             of both kinds.
+        extra: How many more layers stand behind the model's own; they predict further tokens.
     """
 
     prefix: str
@@ -31,10 +32,11 @@ class Modules:
     uneven: tuple[str, ...]
     count: int
     sparse: tuple[bool, ...] = ()
+    extra: int = 0
 
 
-def sort_tensors(shapes: Mapping[str, Shape]) -> Modules:
-    """Sort tensors, given by name and shape, into layers and the rest."""
+def sort_tensors(shapes: Mapping[str, Shape], num_layers: int) -> Modules:
+    """Sort tensors, given by name and shape, into the model's own layers and the rest."""
     matches = {name: found for name in shapes if (found := _NUMBERED.fullmatch(name))}
     votes = Counter(found["prefix"] for found in matches.values())
     prefix = votes.most_common(1)[0][0] if votes else ""
@@ -42,6 +44,9 @@ def sort_tensors(shapes: Mapping[str, Shape]) -> Modules:
     for name, found in matches.items():
         if found["prefix"] == prefix:
             layers.setdefault(found["index"], {})[found["rest"]] = shapes[name]
+    extra = [index for index in layers if int(index) >= num_layers]
+    for index in extra:
+        del layers[index]
     by_number = [layers[index] for index in sorted(layers, key=int)]
     sparse = tuple(
         any("expert" in rest or len(shape) == 3 for rest, shape in layer.items())
@@ -69,6 +74,7 @@ def sort_tensors(shapes: Mapping[str, Shape]) -> Modules:
         uneven=uneven,
         count=len(layers),
         sparse=sparse,
+        extra=len(extra),
     )
 
 

@@ -51,6 +51,7 @@ def report(settled: Settled, problems: str) -> dict[str, Any]:
         "architecture": found.architecture,
         "tensors": len(found.shapes),
         "layers": found.modules.count,
+        "extra_layers": found.modules.extra,
         "switches": dict(found.switches),
         "transposed": found.transposed,
         "tried": list(settled.tried),
@@ -68,12 +69,14 @@ def report(settled: Settled, problems: str) -> dict[str, Any]:
 
 def unrecognised(found: Recognition) -> list[str]:
     """Tensors that have no place in the stock decoder, the layers' with {i}."""
+    corrects = found.experts.score_bias if found.experts else ""
     placed = {*found.places.values(), *(found.experts.taken if found.experts else ())}
     names = [
         f"{found.modules.prefix}.{{i}}.{path}.{parameter} {list(shape)}"
         for path, parameters in found.modules.layer.items()
         for parameter, shape in parameters.items()
-        if path not in placed and ("weight" in parameters or len(shape) == 1)
+        if path not in placed and f"{path}.{parameter}" != corrects
+        if "weight" in parameters or len(shape) == 1
     ]
     names += [
         f"{path}.{parameter} {list(shape)}"
@@ -115,6 +118,11 @@ def lines(told: dict[str, Any]) -> list[str]:
     text.append(
         f"stock decoder with {switches}" if switches else "stock decoder, as its config says"
     )
+    if told["extra_layers"]:
+        text.append(
+            f"{told['extra_layers']} more than config.json says: ignored, as such layers predict "
+            "further tokens"
+        )
     if told["transposed"]:
         text.append("matrices are stored as [in, out] and transposed while loading")
     text += [f"found by trying: {each}" for each in told["tried"]]
