@@ -136,6 +136,7 @@ def _add_commands() -> None:
         new,
         plugins,
         run,
+        summarize,
         verify,
     )
 
@@ -148,6 +149,7 @@ def _add_commands() -> None:
     app.command()(export.export)
     app.command()(verify.verify)
     app.command()(check.check)
+    app.command()(summarize.summarize)
     app.command()(env.env)
     app.command(
         "eval",

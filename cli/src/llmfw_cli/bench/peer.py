@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llmfw.errors import ConfigError
 from llmfw_cli.bench.measure import Timing, check_length
 from llmfw_cli.bench.workload import Workload
+from llmfw_cli.transformers_model import left_padded, load_transformers
 
 
 class Transformers:
@@ -22,23 +21,11 @@ class Transformers:
         device: Likewise.
 
     Raises:
-        ConfigError: If the directory holds no safetensors.
+        ConfigError: If transformers cannot load the model.
     """
 
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
-        if not any(model_dir.glob("*.safetensors")):
-            raise ConfigError(
-                f"{model_dir} has no safetensors, which transformers needs",
-                hint="compare on a checkpoint directory with safetensors",
-            )
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
-        self._model = loaded.to(device).eval()
+        self._model = load_transformers(model_dir, dtype, device)
         self._device = device
 
     def run(self, workload: Workload) -> Timing:
@@ -49,13 +36,7 @@ class Transformers:
 
     def _generate(self, workload: Workload, new_tokens: int) -> float:
         """Seconds of one call; prompts are padded on the left, as transformers wants them."""
-        longest = max(len(prompt) for prompt in workload.prompts)
-        ids = torch.zeros(len(workload.prompts), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(workload.prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(self._device), mask.to(self._device)
+        ids, mask = left_padded(workload.prompts, self._device)
         started = time.perf_counter()
         with torch.inference_mode():
             made = self._model.generate(
@@ -69,5 +50,5 @@ class Transformers:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - started
-        check_length(made.shape[1] - longest, new_tokens)
+        check_length(made.shape[1] - ids.shape[1], new_tokens)
         return seconds

@@ -30,7 +30,7 @@ def evaluate(
     *,
     engine: EngineOptions,
 ) -> None:
-    """Run tasks of lm-eval with the model; needs the extra llmfw-cli[eval].
+    """Run tasks of lm-eval, which the extra `eval` of llmfw-cli brings, with the model.
 
     Every other option goes to `lm-eval run` as it is: --limit, --num_fewshot, --include_path,
     --apply_chat_template, --output_path, ... `python -m llmfw_cli.lm_eval` is lm-eval's own

@@ -1,4 +1,4 @@
-"""Chat templates as lm-eval wants them applied: an answer may be begun, a system message refused."""
+"""Chat templates as lm-eval applies them: an answer may be begun, a system message left out."""
 
 from __future__ import annotations
 

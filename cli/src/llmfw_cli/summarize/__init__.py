@@ -1,0 +1,1 @@
+"""Summaries by our engine and by transformers, scored, timed and compared."""
