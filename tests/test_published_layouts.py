@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli_helpers import run
-from llmfw.errors import WeightError
+from llmfw.errors import CheckpointError, WeightError
 from llmfw.models import load_model
+from llmfw.models.convert import convert_checkpoint
 from llmfw.testing import PackedSession
 from published_layouts import LAYOUTS, tensors_of, write
 
@@ -98,3 +100,28 @@ def test_a_tensor_that_lacks_is_named(architecture: str, case: str, tmp_path: Pa
     renamed = LOST_RENAMED.get(architecture, lost).replace(".weight", "_.weight")
     surplus = any(line.startswith(f"surplus {renamed}:") for line in lines)
     assert surplus == (case == "renamed"), done.stderr
+
+
+def test_float8_weights_are_dequantised(tmp_path: Path):
+    """As V3 is published: linear layers in float8, a scale for each block of (128, 128)."""
+    architecture = "DeepseekV3ForCausalLM"
+    plain, stored = tensors_of(architecture), {}
+    for name, value in plain.items():
+        linear = value.ndim == 2 and "layers" in name and "gate.weight" not in name
+        if linear and "embed" not in name and "head" not in name:
+            stored[name] = (value.float() * 100).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = torch.full((1, 1), 0.01)
+            plain[name] = stored[name].float() * 0.01
+        else:
+            stored[name] = value
+    for folder, tensors in (("plain", plain), ("stored", stored)):
+        write(architecture, tmp_path / folder, tensors)
+    logits = []
+    for folder in ("plain", "stored"):
+        loaded = load_model(tmp_path / folder, kernels="reference", block_size=4)
+        logits.append(PackedSession(loaded.model).step({"a": [1, 2, 3, 4, 5]})["a"])
+    assert torch.equal(*logits)
+    done = run("inspect", str(tmp_path / "stored"), "--weights")
+    assert "F8_E4M3, scaled by blocks" in done.stdout
+    with pytest.raises(CheckpointError, match="has float8 weights, which are dequantised"):
+        convert_checkpoint(tmp_path / "stored", tmp_path / "converted")

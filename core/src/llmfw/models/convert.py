@@ -25,6 +25,7 @@ from llmfw.models.prepare import PreparedModel, prepare_model
 from llmfw.models.settings import choose_dtype
 from llmfw.models.weights import has_own_load_weights
 from llmfw.weights import Checkpoint, LoadPlan
+from llmfw.weights.block_scales import BlockScaledCheckpoint
 from llmfw.weights.converted import CHECKSUMS, IGNORED, rank_file
 from llmfw.weights.converted_config import HF_FOLDER, ConvertedConfig, LossyStep, SourceSummary
 from llmfw.weights.layout import layout_digest
@@ -189,6 +190,11 @@ def _ranks(
                 "the model without converting it",
             )
         checkpoint = open_weights(prepared)
+        if checkpoint.format == BlockScaledCheckpoint.format:
+            raise CheckpointError(
+                f"{model}: has float8 weights, which are dequantised when they are read",
+                hint="run it as it is; a converted checkpoint could not give them back",
+            )
         yield _Rank(number, prepared, checkpoint, plan_of(prepared, built, checkpoint))
 
 

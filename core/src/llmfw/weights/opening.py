@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmfw.config.reading import read_json
 from llmfw.errors import CheckpointError
+from llmfw.weights.block_scales import BlockScaledCheckpoint, block_size_in, has_block_scales
 from llmfw.weights.checkpoint import Checkpoint
 from llmfw.weights.converted_config import is_converted
 from llmfw.weights.safetensors_reader import open_safetensors
@@ -19,7 +21,8 @@ _PICKLE_CURE = (
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a directory with safetensors, or a `.safetensors` or `.gguf` file; headers only.
 
-    Of a converted checkpoint, the first rank's tensors.
+    Of a converted checkpoint, the first rank's tensors. Float8 weights with a scale a block are
+    dequantised when they are read.
 
     Raises:
         CheckpointError: If there is nothing to open, it is damaged, or it is a pickle (those can
@@ -49,7 +52,7 @@ def _open_directory(path: Path) -> Checkpoint:
 
         return ConvertedCheckpoint(path)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        return open_safetensors(path)
+        return _open_safetensors_directory(path)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _open_gguf(ggufs[0])
@@ -64,6 +67,16 @@ def _open_directory(path: Path) -> Checkpoint:
     raise CheckpointError(
         f"{path}: no weights there (looked for *.safetensors and *.gguf)",
         hint="download the weights",
+    )
+
+
+def _open_safetensors_directory(path: Path) -> Checkpoint:
+    checkpoint = open_safetensors(path)
+    if not has_block_scales(checkpoint):
+        return checkpoint
+    config = path / "config.json"
+    return BlockScaledCheckpoint(
+        checkpoint, block_size_in(read_json(config) if config.is_file() else {})
     )
 
 

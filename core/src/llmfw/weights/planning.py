@@ -181,8 +181,13 @@ def _shape_problem(name: str, expr: Expr, wanted: tuple[int, ...]) -> Problem:
 
 
 def _dtype_fits(stored: torch.dtype, declared: torch.dtype) -> bool:
-    """Floating point converts to floating point; integers and booleans never convert."""
-    return stored == declared or (stored.is_floating_point and declared.is_floating_point)
+    """Floating point converts to floating point; integers and booleans never convert.
+
+    Nor do floats of a byte: they mean something only with their scales.
+    """
+    if stored == declared:
+        return True
+    return stored.is_floating_point and declared.is_floating_point and stored.itemsize > 1
 
 
 def _ruled_dtype(slot: Slot, weight_map: WeightMap) -> torch.dtype | None:
