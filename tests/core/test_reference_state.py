@@ -8,34 +8,7 @@ import torch.nn.functional as F
 
 from llmfw.attention.metadata import AttentionMetadata
 from llmfw.ops.reference_state import causal_conv1d, selective_scan, ssd_scan
-
-SLOTS = 7
-BATCHES = {
-    "decode": ((1, 1, 1, 1), 0),
-    "one prompt": ((150,), 1),
-    "short prompts": ((2, 3, 2), 3),
-    "pieces that come out even": ((64, 128), 2),
-    "mixed": ((70, 5, 131, 1, 1), 3),
-    "one token among contexts": ((1, 33), 2),
-    "speculation": ((4, 1, 3), 0),
-}
-
-
-def batch(name: str) -> AttentionMetadata:
-    lens, num_contexts = BATCHES[name]
-    return AttentionMetadata(
-        query_lens=lens,
-        kv_lens=lens,
-        num_contexts=num_contexts,
-        cu_query_lens=torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32),
-        kv_lens_device=torch.tensor(lens, dtype=torch.int32),
-        positions=torch.zeros(sum(lens), dtype=torch.int64),
-        groups=(),
-        caches={},
-        max_query_len=max(lens),
-        max_kv_len=max(lens),
-        state_slots=torch.randperm(SLOTS)[: len(lens)],
-    )
+from recurrent_batches import BATCHES, SLOTS, batch, strided
 
 
 def requests(metadata: AttentionMetadata):
@@ -49,12 +22,6 @@ def assert_states(got: torch.Tensor, want: torch.Tensor, before: torch.Tensor, m
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
     others = sorted(set(range(SLOTS)) - set(metadata.state_slots.tolist()))
     assert torch.equal(got[others], before[others])
-
-
-def strided(*shape: int) -> torch.Tensor:
-    """Slots as the engine's: parts of a wider buffer."""
-    size = torch.Size(shape[1:]).numel()
-    return torch.randn(shape[0], size + 8)[:, 4 : 4 + size].view(shape)
 
 
 @pytest.mark.parametrize("name", BATCHES)

@@ -7,7 +7,10 @@ from llmfw.ops.kernel import Kernel, OpContext
 
 MAX_HEAD_DIM = 1024  # rope.h keeps one head on the stack
 
+MAX_TAPS, MAX_STATE = 8, 256  # recurrent.h keeps windows and rows of the state on the stack
+
 _LAUNCH = "llmfw.kernels.cpu.launch"
+_RECURRENT = ("causal_conv1d", "selective_scan", "ssd_scan")
 
 
 def kernels() -> list[Kernel]:
@@ -16,7 +19,7 @@ def kernels() -> list[Kernel]:
         Kernel(
             op=op,
             name=f"cpu.{op}",
-            factory=f"{_LAUNCH}:{op}",
+            factory=f"{_LAUNCH}{'_recurrent' if op in _RECURRENT else ''}:{op}",
             requires=("cpu", "avx2"),
             supports=supports,
             priority=10,
@@ -33,6 +36,9 @@ def kernels() -> list[Kernel]:
             "rope_and_cache": _heads,
             "latent_rope_and_cache": _rotated_heads,
             "paged_attention": _attention,
+            "causal_conv1d": _taps,
+            "selective_scan": _state,
+            "ssd_scan": _state,
         }.items()
     ]
 
@@ -51,6 +57,18 @@ def _heads(context: OpContext) -> str | None:
 def _rotated_heads(context: OpContext) -> str | None:
     if context["rotary_dim"] > MAX_HEAD_DIM:
         return f"rotates up to {MAX_HEAD_DIM} features of a head, not {context['rotary_dim']}"
+    return library.problem()
+
+
+def _taps(context: OpContext) -> str | None:
+    if context["kernel_size"] > MAX_TAPS:
+        return f"serves up to {MAX_TAPS} tokens a sum, not {context['kernel_size']}"
+    return library.problem()
+
+
+def _state(context: OpContext) -> str | None:
+    if context["state_size"] > MAX_STATE:
+        return f"serves states of up to {MAX_STATE} numbers a row, not {context['state_size']}"
     return library.problem()
 
 

@@ -5,6 +5,7 @@
 #include "binding.h"
 #include "linear.h"
 #include "norm.h"
+#include "recurrent.h"
 #include "rope.h"
 
 using namespace llmfw;
@@ -20,7 +21,10 @@ using namespace llmfw;
       LLMFW_KERNEL("gelu_tanh_and_mul_" #T, &act_and_mul<T, GeluTanh>),       \
       LLMFW_KERNEL("rope_and_cache_" #T, &rope_and_cache<T>),                 \
       LLMFW_KERNEL("latent_rope_and_cache_" #T, &latent_rope_and_cache<T>),   \
-      LLMFW_KERNEL("paged_attention_" #T, &paged_attention<T>)
+      LLMFW_KERNEL("paged_attention_" #T, &paged_attention<T>),               \
+      LLMFW_KERNEL("causal_conv1d_" #T, &causal_conv1d<T>),                   \
+      LLMFW_KERNEL("selective_scan_" #T, &selective_scan<T>),                 \
+      LLMFW_KERNEL("ssd_scan_" #T, &ssd_scan<T>)
 
 extern "C" {
 extern MethodDef llmfw_methods[];
