@@ -119,7 +119,29 @@ MIXTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
     ),
 }
-KINDS |= MIXTURES
+LATENT = {
+    **GROUPED,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+LATENTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "minicpm3": (
+        LATENT,
+        {
+            "mla": "MLAParams.from_config(config)",
+            "residual_scale": "config.scale_depth / config.num_hidden_layers**0.5",
+        },
+    ),
+    "glm4_moe_lite": (
+        {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {"rope": "RopeParams.from_config(config, interleaved=True)"},
+    ),
+}
+KINDS |= MIXTURES | LATENTS
 
 
 def saved(folder: Path, model_type: str, *, alone: bool = False, **fields: Any) -> Path:

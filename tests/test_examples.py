@@ -19,7 +19,7 @@ from llmfw.models import load_model
 from llmfw.plugins import load_plugin_module, register_local, unregister_local
 from llmfw.weights import open_checkpoint
 from parity import assert_same_logits, ours_from, random_prompts, tiny_hf
-from test_cli_new import GROUPED, MIXTURES, SIZES
+from test_cli_new import GROUPED, LATENTS, MIXTURES, SIZES
 from test_plugin_template import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +41,15 @@ NEW_MODELS: dict[str, tuple[dict[str, Any], str | None]] = {
     "OlmoeForCausalLM": (MIXTURES["olmoe"][0], None),
     "GraniteMoeSharedForCausalLM": (MIXTURES["granitemoeshared"][0], None),
     "Glm4MoeForCausalLM": (MIXTURES["glm4_moe"][0], None),
+    "Glm4MoeLiteForCausalLM": (LATENTS["glm4_moe_lite"][0], None),
+    "MiniCPM3ForCausalLM": (LATENTS["minicpm3"][0], None),
     "MiniMaxM2ForCausalLM": (MIXTURES["minimax_m2"][0], None),
 }
 MODEL_TYPES = {
     **{name: name.removesuffix("ForCausalLM").lower() for name in NEW_MODELS},
     "GPTBigCodeForCausalLM": "gpt_bigcode",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "MiniMaxM2ForCausalLM": "minimax_m2",
 }
 

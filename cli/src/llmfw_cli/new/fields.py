@@ -11,6 +11,8 @@ SWITCHES = {  # field -> (switch, expression)
     "query_pre_attn_scalar": ("attn_scale", "config.query_pre_attn_scalar**-0.5"),
     "attn_logit_softcapping": ("attn_softcap", "config.attn_logit_softcapping"),
     "final_logit_softcapping": ("logit_softcap", "config.final_logit_softcapping"),
+    "scale_emb": ("embed_scale", "config.scale_emb"),
+    "scale_depth": ("residual_scale", "config.scale_depth / config.num_hidden_layers**0.5"),
     "embedding_multiplier": ("embed_scale", "config.embedding_multiplier"),
     "residual_multiplier": ("residual_scale", "config.residual_multiplier"),
     "logits_scaling": ("logit_scale", "1 / config.logits_scaling"),
@@ -37,6 +39,7 @@ _READ = set(
     label2id output_attentions output_hidden_states task_specific_params is_encoder_decoder
     add_cross_attention tokenizer_class chunk_size_feed_forward problem_type layerdrop rotary
     original_max_position_embeddings multi_query num_kv_heads n_head_kv num_nextn_predict_layers
+    kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim
 """.split()  # noqa: SIM905 - words read better than a list of strings
 )
 _READ_OF_EXPERTS = set(
@@ -44,6 +47,7 @@ _READ_OF_EXPERTS = set(
     num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_k
     moe_topk moe_top_k moe_intermediate_size norm_topk_prob mlp_only_layers decoder_sparse_step
     first_k_dense_replace router_aux_loss_coef routed_scaling_factor
+    moe_layer_freq topk_method scoring_func
 """.split()  # noqa: SIM905
 )
 _IDLE_BEGINNINGS = ("summary_", "_", "initializer_", "use_cache", "output_")

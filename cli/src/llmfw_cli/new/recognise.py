@@ -170,6 +170,8 @@ def _layer_switches(
     }
     found = {name: str(value) for name, value in truth.items() if getattr(base, name) != value}
     found |= _qk_norm(base, modules, inner)
+    if "self_attn.kv_b_proj" in inner:
+        found["mla"] = "MLAParams.from_config(config)"
     kv_heads = _kv_heads(base, modules, inner, transposed)
     if kv_heads != base.num_kv_heads:
         found["num_kv_heads"] = fields.count_expression(config, kv_heads)

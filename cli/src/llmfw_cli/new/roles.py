@@ -16,6 +16,11 @@ IN_ATTENTION = {
     "q_norm": "q_norm q_layernorm query_layernorm q_ln query_norm",
     "k_norm": "k_norm k_layernorm key_layernorm k_ln key_norm",
 }
+IN_LATENT_ATTENTION = {
+    name: name
+    for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    + ("q_a_layernorm", "kv_a_layernorm")
+}
 IN_MLP = {
     "gate_proj": "gate_proj w1 gate linear_1",
     "up_proj": "up_proj c_fc fc1 fc_in dense_h_to_4h w3 wi lin1 up fc linear_v",
@@ -111,8 +116,8 @@ def _part(path: str, parameters: Mapping[str, Shape]) -> str | None:
     above, _, leaf = path.rpartition(".")
     dimensions = len(parameters.get("weight", ()))
     if _ATTENTION.search(above):
-        role = _named(leaf, IN_ATTENTION)
-        wanted = 1 if role in ("q_norm", "k_norm") else 2
+        role = _named(leaf, {**IN_ATTENTION, **IN_LATENT_ATTENTION})
+        wanted = 1 if role and role.endswith("norm") else 2
         return f"self_attn.{role}" if role and dimensions == wanted else None
     role = in_mlp(leaf)
     return f"mlp.{role}" if role and dimensions == 2 else None

@@ -12,6 +12,14 @@ _INNER = (
     "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim",
     "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
+_LATENT = {  # of latent attention
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "v_head_dim": 16,
+}
 _AT_MOST = {  # of a small mixture of experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"), 2),
@@ -54,6 +62,9 @@ def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> di
         "rotary_dim": max(2, ours * (read("rotary_dim") or ours) // head_dim // 2 * 2),
         "query_pre_attn_scalar": ours,
     }
+    if "kv_lora_rank" in raw:
+        width = "qk_head_dim" if head_dim == raw.get("qk_head_dim") else "qk_rope_head_dim"
+        sizes |= {**_LATENT, "head_dim": _LATENT[width]}
     small: dict[str, Any] = dict.fromkeys(_SPECIAL)
     for name, value in raw.items():
         common = usual.get(name, name)

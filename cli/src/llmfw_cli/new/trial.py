@@ -22,8 +22,10 @@ def spec_of(found: Recognition, config: Any) -> DecoderSpec:
     """The decoder that the written expressions describe."""
     import llmfw
 
-    names = {"config": config, "RopeParams": llmfw.RopeParams, "MoEParams": llmfw.MoEParams}
-    switches = {name: eval(text, names) for name, text in found.switches.items()}
+    names = {name: getattr(llmfw, name) for name in ("MLAParams", "MoEParams", "RopeParams")}
+    switches = {
+        name: eval(text, {**names, "config": config}) for name, text in found.switches.items()
+    }
     return llmfw.DecoderSpec.from_config(config, **switches)
 
 

@@ -23,7 +23,7 @@ def answers_of(found: Recognition) -> dict[str, str]:
         switches = [source.assigned(name, text, 12) for name, text in found.switches.items()]
         spec = source.call("DecoderSpec.from_config", ["config", *switches], 8, len("spec = "))
     named = ["DecoderSpec", "ModelConfig", "StockDecoderForCausalLM"]
-    named += [name for name in ("MoEParams", "RopeParams") if name in spec]
+    named += [name for name in ("MLAParams", "MoEParams", "RopeParams") if name in spec]
     rules = weight_rules(found)
     tiny = {"model_type": found.raw.get("model_type")}
     tiny |= {
