@@ -92,6 +92,16 @@ def test_prompt_logprobs_rows_follow_the_sampled_ones():
     assert batch.prompt_rows == ()
 
 
+def test_rows_before_the_first_that_is_wanted_are_left_out():
+    made = builder()
+    asked = new(1, [7, 8, 9, 5, 6], prompt_logprobs=0, prompt_logprobs_start=3)
+    batch = build(made, StepInput(1, (Chunk(1, 0, 2, False, (0,), True),), 0, (asked,)))
+    assert batch.prompt_rows == ()
+    batch = build(made, StepInput(2, (Chunk(1, 2, 3, True, (1,)),), 0))
+    assert batch.metadata.logits_indices.tolist() == [2, 0, 1]
+    assert batch.prompt_rows == ((1, 2, 2),)
+
+
 def test_restart_replaces_the_table_and_finished_rows_are_used_again():
     made = builder()
     build(made, StepInput(1, (Chunk(1, 0, 5, True, (3, 1), True),), 0, (new(1, range(5)),)))

@@ -273,6 +273,26 @@ def test_prompt_logprobs_do_not_use_the_prefix_cache_but_fill_it(engines):
     assert run(engine, [list(range(20))], GREEDY)[0].num_cached_tokens == 16
 
 
+def test_prompt_logprobs_from_a_token_on_read_the_cache_before_it(engines):
+    prompt = list(range(20))
+    whole = SamplingParams(temperature=0, prompt_logprobs=1)
+    for settings in ({}, {"max_num_batched_tokens": 3}, {"pipeline_depth": 1}):
+        engine = engines(TinyAttentionModel(), **settings)
+        told = run(engine, [prompt], whole)[0].prompt_logprobs
+        for start, cached in ((0, 0), (1, 0), (8, 4), (13, 12), (19, 16), (20, 16), (30, 16)):
+            params = whole.replace(prompt_logprobs_start=start)
+            output = run(engine, [prompt], params)[0]
+            assert output.num_cached_tokens == cached
+            assert output.prompt_logprobs[:start] == [None] * min(start, 20)
+            for ours, theirs in zip(output.prompt_logprobs[start:], told[start:], strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is not None:
+                    assert list(ours) == list(theirs)
+                    values = [entry.logprob for entry in theirs.values()]
+                    got = [entry.logprob for entry in ours.values()]
+                    assert got == pytest.approx(values, abs=1e-5)
+
+
 def test_prompt_logprobs_with_several_completions(engines):
     params = SamplingParams(n=2, seed=1, prompt_logprobs=1)
     output = run(engines(TinyAttentionModel()), [[1, 2, 3]], params)[0]

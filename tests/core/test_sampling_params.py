@@ -47,6 +47,7 @@ WRONG = {
     "detokenize": ["yes"],
     "logprobs": [-2, 1.5],
     "prompt_logprobs": [-2],
+    "prompt_logprobs_start": [-1, 1.5],
     "logit_bias": [{"a": 1.0}, {-1: 1.0}, {1: math.nan}, {1: math.inf}, [1]],
     "bad_words": ["", [""]],
 }
@@ -116,3 +117,10 @@ def test_from_generation_config():
 def test_needs_no_torch():
     code = "import sys, llmfw.sampling_params, llmfw.request; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_start_of_prompt_logprobs_needs_prompt_logprobs():
+    with pytest.raises(UsageError, match="prompt_logprobs is not set"):
+        SamplingParams(prompt_logprobs_start=3)
+    assert SamplingParams(prompt_logprobs=0, prompt_logprobs_start=3).first_prompt_row == 2
+    assert SamplingParams(prompt_logprobs=0).first_prompt_row == 0

@@ -151,7 +151,7 @@ def test_no_hit_where_the_whole_prompt_must_be_computed():
     made = scheduler()
     made.add(sequence(1, list(range(9))))
     finish_step(made, made.schedule())
-    made.add(sequence(2, list(range(9)), read_prefix=False))
+    made.add(sequence(2, list(range(9)), most_cached=0))
     assert shape(made.schedule())[0] == (2, 0, 9, True)
 
 
@@ -277,7 +277,7 @@ def test_everything_finishes_nothing_leaks_nothing_is_shared_wrongly(config, dep
             seq_id,
             [random.randrange(2) for _ in range(random.randint(1, longest))],
             max_tokens=random.randint(1, 12),
-            read_prefix=random.random() < 0.8,
+            most_cached=None if random.random() < 0.8 else random.randrange(9),
         )
         for seq_id in range(1, count + 1)
     )

@@ -102,7 +102,8 @@ class CompletionOutput:
 class RequestOutput:
     """A prompt and its completions.
 
-    prompt_logprobs: one entry a prompt token; the first is None, for nothing comes before it.
+    prompt_logprobs: one entry a prompt token; the first is None, for nothing comes before it, and
+        so are those before `prompt_logprobs_start`.
     context_logits: float32 [prompt tokens, vocab], where asked for.
     num_cached_tokens: prompt tokens whose state came from the prefix cache.
     error: why the request failed; its completions then have finish_reason "error".

@@ -70,8 +70,10 @@ class SamplingParams:
         detokenize: False leaves `text` empty (stop strings then cannot be used).
         logprobs: For each token its log probability (of the model's own logits) and those of so
             many best; -1: all.
-        prompt_logprobs: The same for the prompt's tokens; turns prefix cache hits off for the
-            request.
+        prompt_logprobs: The same for the prompt's tokens, all of which are computed then: nothing
+            comes from the prefix cache.
+        prompt_logprobs_start: The first of the prompt's tokens that `prompt_logprobs` tells of; for
+            those before it there is None, and the prefix cache may spare them.
         return_context_logits: Give the logits of the prompt's tokens, as `prompt_logprobs`
             without prefix cache hits.
         return_generation_logits: Give the logits that each token was chosen from, before any of
@@ -108,6 +110,7 @@ class SamplingParams:
     detokenize: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
     logit_bias: Mapping[int, float] | None = None
     return_context_logits: bool = False
     return_generation_logits: bool = False
@@ -127,6 +130,12 @@ class SamplingParams:
             raise UsageError(
                 "stop strings need the text, but detokenize is False",
                 hint="use stop_token_ids, or leave detokenize on",
+            )
+        if self.prompt_logprobs_start and self.prompt_logprobs is None:
+            raise UsageError(
+                f"prompt_logprobs_start is {self.prompt_logprobs_start}, but prompt_logprobs is "
+                "not set",
+                hint="set prompt_logprobs=0 for the prompt's tokens alone",
             )
         if self.num_beams > 1:
             self._check_beams()
@@ -151,6 +160,11 @@ class SamplingParams:
                 "return_generation_logits does not go with num_beams",
                 hint="leave one of them out; logprobs are given with beams, too",
             )
+
+    @property
+    def first_prompt_row(self) -> int:
+        """The first of the prompt's tokens whose logits are wanted, where any are."""
+        return 0 if self.return_context_logits else max(self.prompt_logprobs_start - 1, 0)
 
     @property
     def greedy(self) -> bool:
@@ -366,6 +380,7 @@ _RULES: Mapping[str, _Rule] = {
     "prompt_logprobs": _integer(
         "a whole number >= 0, or -1 for the whole vocabulary", -1, optional=True
     ),
+    "prompt_logprobs_start": _integer("a whole number >= 0", 0),
     "logit_bias": _bias,
     "return_context_logits": _flag,
     "return_generation_logits": _flag,

@@ -284,6 +284,7 @@ def _scoring(first: int) -> SamplingParams:
         max_tokens=1,
         temperature=0.0,
         prompt_logprobs=0,
+        prompt_logprobs_start=first,
         detokenize=False,
         repetition_penalty=1.0,
     )

@@ -199,11 +199,12 @@ class BatchBuilder:
         wanted = []
         indices = []
         for index in np.flatnonzero(table.prompt_rows[rows]):
-            chunk, offset = chunks[index], offsets[index]
-            count = min(chunk.num_tokens, int(table.prompt_rows[rows[index]]) - chunk.start)
-            if count > 0:
-                wanted.append((chunk.seq_id, chunk.start, count))
-                indices.append(np.arange(offset, offset + count))
+            chunk, row = chunks[index], rows[index]
+            start = max(chunk.start, int(table.prompt_first[row]))
+            end = min(chunk.start + chunk.num_tokens, int(table.prompt_rows[row]))
+            if end > start:
+                wanted.append((chunk.seq_id, start, end - start))
+                indices.append(np.arange(start, end) + (offsets[index] - chunk.start))
         return tuple(wanted), indices
 
     def _upload(self, arrays: list[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -482,7 +482,7 @@ def _sequence(
         num_candidates=count,
     )
     limit = len(request.prompt_token_ids) + rules.max_new_tokens
-    return Sequence(new, limit, read_prefix=not tells)
+    return Sequence(new, limit, most_cached=sampling.first_prompt_row if tells else None)
 
 
 def _no_token() -> RequestError:

@@ -66,7 +66,9 @@ class RequestTable:
         self.prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self.seeds = np.zeros(max_num_seqs, dtype=np.uint64)
         self.features = np.zeros(max_num_seqs, dtype=np.int64)
-        self.prompt_rows = np.zeros(max_num_seqs, dtype=np.int64)  # of logits that are wanted
+        # The rows of logits of prompt tokens that are wanted: from the first on, before the end.
+        self.prompt_first = np.zeros(max_num_seqs, dtype=np.int64)
+        self.prompt_rows = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_candidates = np.zeros(max_num_seqs, dtype=np.int64)  # of beams
         self.numbers = np.zeros((max_num_seqs, len(NUMBERS)), dtype=np.float32)
         self.top_k = np.zeros(max_num_seqs, dtype=np.int64)
@@ -103,10 +105,11 @@ class RequestTable:
         self.prompt_lens[row] = len(prompt)
         self.seeds[row] = new.seed
         self.numbers[row] = [getattr(sampling, name) for name in NUMBERS]
-        self.prompt_rows[row] = 0
+        self.prompt_first[row] = self.prompt_rows[row] = 0
         if sampling.return_context_logits:
             self.prompt_rows[row] = len(prompt)
         elif sampling.prompt_logprobs is not None:
+            self.prompt_first[row] = sampling.first_prompt_row
             self.prompt_rows[row] = len(prompt) - 1
         self.num_candidates[row] = new.num_candidates
         self.top_k[row] = sampling.top_k or 0

@@ -45,22 +45,22 @@ class Sequence:
     Args:
         new: What the worker is told at the first chunk.
         limit: Tokens, prompt and output, at which it ends.
-        read_prefix: Whether it may start from cached blocks (not when logits of the whole prompt
-            are wanted).
+        most_cached: Tokens that cached blocks may spare it; None: as many as there are. Those whose
+            logits are wanted have to be computed.
 
     A beam has a `group`: no token of it is promised, for what follows is chosen among all beams.
     """
 
     __slots__ = (
-        "blocks", "digests", "group", "limit", "moved", "new", "num_cached", "num_computed",
-        "num_named", "num_tokens", "read_prefix", "seq_id", "started", "tokens",
+        "blocks", "digests", "group", "limit", "most_cached", "moved", "new", "num_cached",
+        "num_computed", "num_named", "num_tokens", "seq_id", "started", "tokens",
     )  # fmt: skip
 
-    def __init__(self, new: NewRequest, limit: int, *, read_prefix: bool = True) -> None:
+    def __init__(self, new: NewRequest, limit: int, *, most_cached: int | None = None) -> None:
         self.seq_id = new.seq_id
         self.new = new
         self.limit = limit
-        self.read_prefix = read_prefix
+        self.most_cached = most_cached
         self.tokens = list(new.prompt_token_ids)  # those whose values are known
         self.num_tokens = len(self.tokens)  # with those promised
         self.num_computed = 0
@@ -371,9 +371,12 @@ class Scheduler:
 
     def _shared_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of its prefix; at least one token stays to be computed, for its logits."""
-        if not self.config.enable_prefix_caching or not sequence.read_prefix:
+        if not self.config.enable_prefix_caching:
             return []
-        usable = (sequence.num_tokens - 1) // self.config.block_size
+        usable = sequence.num_tokens - 1
+        if sequence.most_cached is not None:
+            usable = min(usable, sequence.most_cached)
+        usable //= self.config.block_size
         return self.pool.match(sequence.digests[:usable])
 
     def _count_prefix(self, sequence: Sequence, cached: int) -> None:
