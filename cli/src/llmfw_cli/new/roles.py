@@ -18,8 +18,7 @@ IN_ATTENTION = {
 }
 IN_LATENT_ATTENTION = {
     name: name
-    for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-    + ("q_a_layernorm", "kv_a_layernorm")
+    for name in "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj".split()
 }
 IN_MLP = {
     "gate_proj": "gate_proj w1 gate linear_1",
