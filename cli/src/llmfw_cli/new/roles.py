@@ -17,8 +17,12 @@ IN_ATTENTION = {
     "k_norm": "k_norm k_layernorm key_layernorm k_ln key_norm",
 }
 IN_LATENT_ATTENTION = {
-    name: name
-    for name in "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj".split()
+    "q_a_proj": "q_a_proj",
+    "q_a_layernorm": "q_a_layernorm",
+    "q_b_proj": "q_b_proj",
+    "kv_a_proj_with_mqa": "kv_a_proj_with_mqa",
+    "kv_a_layernorm": "kv_a_layernorm",
+    "kv_b_proj": "kv_b_proj",
 }
 IN_MLP = {
     "gate_proj": "gate_proj w1 gate linear_1",
