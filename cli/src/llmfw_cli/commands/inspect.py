@@ -59,6 +59,7 @@ def _facts(prepared: PreparedModel) -> dict[str, Any]:
     return {
         "model": prepared.source.name,
         "path": str(prepared.source.checkpoint_path),
+        "kind": prepared.source.kind,
         "architecture": prepared.architecture,
         "plugin": prepared.plugin_label,
         "dtype": str(config.dtype).removeprefix("torch."),
@@ -69,14 +70,10 @@ def _facts(prepared: PreparedModel) -> dict[str, Any]:
 
 def _plan(prepared: PreparedModel) -> LoadPlan:
     from llmfw.models import build
-    from llmfw.weights import open_checkpoint, plan_weights
+    from llmfw.models.plans import open_weights, plan_of
 
     model = build(prepared.model_config, prepared.host)
-    checkpoint = open_checkpoint(prepared.source.checkpoint_path)
-    weight_map = prepared.host.hook.llmfw_weight_map(
-        model_config=model.model_config, checkpoint=checkpoint
-    )
-    return plan_weights(model, checkpoint, weight_map, model.model_config.mapping)
+    return plan_of(prepared, model, open_weights(prepared))
 
 
 def _plan_json(plan: LoadPlan | None) -> dict[str, Any]:
