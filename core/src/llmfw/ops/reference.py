@@ -249,7 +249,7 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    heads, queries, _ = q.shape
+    heads, queries, head_dim = q.shape
     kv_heads, keys, _ = k.shape
     mask = None
     if queries > 1 or window is not None:
@@ -258,6 +258,11 @@ def _attend(
         mask = k_pos <= q_pos
         if window is not None:
             mask &= q_pos - k_pos < window
+    if softcap is None and sinks is None and mask is None:
+        # one query: the heads that share keys are to them as so many queries
+        grouped = q.reshape(kv_heads, heads // kv_heads * queries, head_dim)
+        attended = F.scaled_dot_product_attention(grouped[None], k[None], v[None], scale=scale)
+        return attended.view(heads, queries, v.shape[-1])
     if softcap is None and sinks is None:
         whole = past == 0 and queries > 1 and (window is None or window >= keys)
         return F.scaled_dot_product_attention(
