@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from llmfw.config import ModelConfig
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GatedActivation:
+    """What stands between a gated MLP's products where that is not act(gate) * up.
+
+    Args:
+        function: (gate, up), each [tokens, intermediate_size], to a tensor of that shape.
+    """
+
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -51,12 +63,17 @@ GATED_OPS = {
 }
 
 
-def activation(name: str | Activation) -> Activation:
+def activation(name: str | Activation | GatedActivation) -> Activation:
     """The function of that name (a transformers `hidden_act`), or the function itself.
 
     Raises:
-        ConfigError: If the name is not known.
+        ConfigError: If the name is not known, or it is one of a gated MLP only.
     """
+    if isinstance(name, GatedActivation):
+        raise ConfigError(
+            "a GatedActivation has no meaning in a plain MLP",
+            hint="give a function of one tensor, or build the gated MLP",
+        )
     if callable(name):
         return name
     if name not in ACTIVATIONS:
@@ -66,15 +83,17 @@ def activation(name: str | Activation) -> Activation:
     return ACTIVATIONS[name]
 
 
-def gated_op(name: str | Activation) -> str | None:
+def gated_op(name: str | Activation | GatedActivation) -> str | None:
     """The fused op "activation of the first half times the second half", if there is one."""
     if isinstance(name, str):
         return GATED_OPS.get(name)
+    if isinstance(name, GatedActivation):
+        return None
     return {F.silu: "silu_and_mul", F.gelu: "gelu_and_mul"}.get(name)
 
 
 def gated_product(
-    name: str | Activation, config: ModelConfig[Any], intermediate_size: int
+    name: str | Activation | GatedActivation, config: ModelConfig[Any], intermediate_size: int
 ) -> Activation:
     """The function gate | up [tokens, 2 * intermediate_size] -> act(gate) * up.
 
@@ -83,10 +102,15 @@ def gated_product(
     op = gated_op(name)
     if op is not None:
         return config.ops.resolve(op, config.dtype, intermediate_size=intermediate_size)
+    if isinstance(name, GatedActivation):
+        return _on_halves(name.function)
     act = activation(name)
+    return _on_halves(lambda gate, up: act(gate) * up)
 
+
+def _on_halves(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Activation:
     def apply(x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1)
-        return act(gate) * up
+        return function(gate, up)
 
     return apply

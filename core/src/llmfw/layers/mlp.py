@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmfw.layers.activation import Activation, activation, gated_op
+from llmfw.layers.activation import (
+    Activation,
+    GatedActivation,
+    activation,
+    gated_op,
+    gated_product,
+)
 from llmfw.layers.layer import Layer
 from llmfw.layers.linear import Linear
 from llmfw.quantization import method_for
@@ -73,7 +79,7 @@ class GatedMLP(Layer):
         hidden_size: Width of x.
         intermediate_size: Width of gate and of up.
         bias: Whether the linear layers have a bias.
-        activation: Function or its name in configurations.
+        activation: Function, its name in configurations, or a `GatedActivation`.
         config: The model's configuration.
         layer_idx: Index of the decoder layer.
     """
@@ -84,7 +90,7 @@ class GatedMLP(Layer):
         hidden_size: int,
         intermediate_size: int,
         bias: bool = False,
-        activation: str | Activation = "silu",
+        activation: str | Activation | GatedActivation = "silu",
         config: ModelConfig[Any],
         layer_idx: int | None = None,
     ) -> None:
@@ -115,15 +121,10 @@ class GatedMLP(Layer):
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
         """Resolve the gated activation, and its product with it where a kernel fuses them."""
-        op = gated_op(self.act_name)
         local = self.intermediate_size // config.mapping.tp_size
-        self._act_and_mul: Callable[[torch.Tensor], torch.Tensor] = (
-            config.ops.resolve(op, config.dtype, intermediate_size=local)
-            if op
-            else _gate(activation(self.act_name))
-        )
+        self._act_and_mul = gated_product(self.act_name, config, local)
         self._gated_linear: Callable[..., torch.Tensor] | None = None
-        if op == "silu_and_mul" and self._product_is_plain(name, config):
+        if gated_op(self.act_name) == "silu_and_mul" and self._product_is_plain(name, config):
             self._gated_linear = config.ops.find(
                 "gated_linear",
                 config.dtype,
@@ -157,11 +158,3 @@ class GatedMLP(Layer):
 
 def _activation(name: str | Activation) -> Activation:
     return activation(name)
-
-
-def _gate(act: Activation) -> Callable[[torch.Tensor], torch.Tensor]:
-    def apply(x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return act(gate) * up
-
-    return apply

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmfw.errors import ConfigError
-from llmfw.layers.activation import Activation, gated_product
+from llmfw.layers.activation import Activation, GatedActivation, gated_product
 from llmfw.layers.layer import Layer
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class MoEParams:
     shared_size: intermediate size of an expert that all tokens go through, None for none.
     shared_bias: whether it has biases.
     shared_gated: its output is multiplied by the sigmoid of a linear layer's single output.
+    bias: the router and the routed experts' linear layers have biases.
     """
 
     num_experts: int
@@ -51,6 +52,7 @@ class MoEParams:
     shared_size: int | None = None
     shared_bias: bool = False
     shared_gated: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
@@ -94,13 +96,15 @@ class MoEParams:
 class Experts(Layer):
     """Gated MLPs of one shape, their weights stacked: gate_up_proj [E, 2I, H], down_proj [E, H, I].
 
-    A weight map's `stack_experts` fills them from a checkpoint that numbers its experts.
+    With `bias` there are gate_up_proj_bias [E, 2I] and down_proj_bias [E, H] too. A weight map's
+    `stack_experts` fills them from a checkpoint that numbers its experts.
 
     Args:
         num_experts: E.
         hidden_size: H.
         intermediate_size: I.
-        activation: Function or its name in configurations.
+        activation: Function, its name in configurations, or a `GatedActivation`.
+        bias: Whether the linear layers have biases.
         config: The model's configuration.
 
     Raises:
@@ -113,7 +117,8 @@ class Experts(Layer):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        activation: str | Activation = "silu",
+        activation: str | Activation | GatedActivation = "silu",
+        bias: bool = False,
         config: ModelConfig[Any],
     ) -> None:
         super().__init__()
@@ -123,12 +128,16 @@ class Experts(Layer):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.act_name = activation
+        self.has_bias = bias
         self._declare(config.dtype)
 
     def _declare(self, dtype: torch.dtype) -> None:
         experts, hidden, width = self.num_experts, self.hidden_size, self.intermediate_size
         self.gate_up_proj = _empty(experts, 2 * width, hidden, dtype=dtype)
         self.down_proj = _empty(experts, hidden, width, dtype=dtype)
+        if self.has_bias:
+            self.gate_up_proj_bias = _empty(experts, 2 * width, dtype=dtype)
+            self.down_proj_bias = _empty(experts, hidden, dtype=dtype)
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
         """Give the weights the model's dtype, resolve both products and the activation."""
@@ -165,9 +174,12 @@ class Experts(Layer):
         every = torch.arange(self.num_experts, device=x.device)
         ends = torch.searchsorted(by_expert, every, right=True).to(torch.int32)
         rows = x[order // experts.shape[1]]  # [tokens * top_k, hidden]
-        sorted_out = self._down(
-            self._act_and_mul(self._up(rows, self.gate_up_proj, ends)), self.down_proj, ends
-        )
+        gate_up = self._up(rows, self.gate_up_proj, ends)
+        if self.has_bias:
+            gate_up += self.gate_up_proj_bias[by_expert]
+        sorted_out = self._down(self._act_and_mul(gate_up), self.down_proj, ends)
+        if self.has_bias:
+            sorted_out += self.down_proj_bias[by_expert]
         out = torch.empty_like(sorted_out)
         out[order] = sorted_out  # back in the tokens' order: the sum is the same in every run
         return (out.view(*experts.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
@@ -187,7 +199,7 @@ class MoE(Layer):
     Args:
         hidden_size: Width of x.
         moe: What the mixture varies in.
-        activation: Function or its name in configurations.
+        activation: Function, its name in configurations, or a `GatedActivation`.
         config: The model's configuration.
         layer_idx: Index of the decoder layer.
     """
@@ -197,7 +209,7 @@ class MoE(Layer):
         *,
         hidden_size: int,
         moe: MoEParams,
-        activation: str | Activation = "silu",
+        activation: str | Activation | GatedActivation = "silu",
         config: ModelConfig[Any],
         layer_idx: int | None = None,
     ) -> None:
@@ -209,7 +221,7 @@ class MoE(Layer):
             layer_idx=layer_idx,
             in_features=hidden_size,
             out_features=moe.num_experts,
-            bias=False,
+            bias=moe.bias,
             dtype=torch.float32 if moe.float32_router else None,
         )
         self.e_score_correction_bias: torch.Tensor | None
@@ -223,6 +235,7 @@ class MoE(Layer):
             hidden_size=hidden_size,
             intermediate_size=moe.intermediate_size,
             activation=activation,
+            bias=moe.bias,
         )
         self.shared_expert: nn.Module | None = None
         self.shared_expert_gate: nn.Module | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from llmfw.config import text_config
 from llmfw.errors import ConfigError
+from llmfw.layers.activation import Activation, GatedActivation
 from llmfw.layers.mla import MLAParams
 from llmfw.layers.moe import MoEParams
 from llmfw.layers.rope import RopeParams
@@ -22,8 +23,10 @@ class DecoderSpec:
     norm: "rms" or "layer"; norm_offset is added to an RMS norm's weight; norm_bias: layer norms
         have a bias.
     qkv_bias, o_bias, mlp_bias, lm_head_bias: which linear layers have one.
-    qk_norm: q and k are normalised a head, by the decoder's kind of norm.
-    gated: the MLP is act(gate) * up instead of plain.
+    qk_norm: q and k are normalised by the decoder's kind of norm: a head (True), or all heads
+        together ("full").
+    gated: the MLP is act(gate) * up instead of plain. activation: its name in configurations, a
+        function, or a `GatedActivation`.
     moe: a mixture of experts in place of the MLP; moe_layers: in which layers (none named: in all).
     mla: multi-head latent attention in place of attention, with rope, attn_scale and o_bias.
     rope: rotary embedding of every layer, None for none; local_rope: of the layers with a window,
@@ -55,9 +58,9 @@ class DecoderSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | Literal["full"] = False
     gated: bool = True
-    activation: str = "silu"
+    activation: str | Activation | GatedActivation = "silu"
     moe: MoEParams | None = None
     moe_layers: tuple[bool, ...] = ()
     mla: MLAParams | None = None
