@@ -21,6 +21,7 @@ Nothing here imports torch, and nothing imports a plugin before its architecture
 from __future__ import annotations
 
 from llmfw.plugins.catalog import Catalog, PluginEntry
+from llmfw.plugins.choose import unknown_architecture
 from llmfw.plugins.hookspecs import hookimpl, hookspec
 from llmfw.plugins.host import PluginHost
 from llmfw.plugins.kernel_packs import PackProblem, collect_kernels, load_kernel_packs
@@ -42,6 +43,7 @@ __all__ = [
     "PluginHost",
     "ResolvedPlugin",
     "resolve_plugin",
+    "unknown_architecture",
     "PluginReference",
     "reference_to",
     "load_reference",

@@ -76,7 +76,8 @@ def unknown_architecture(
     switches = switches or PluginSwitches()
     lines = [f"no installed plugin serves the architecture {architecture!r}"]
     for entry in catalog.owners(architecture):
-        lines.append(f"{entry.label} would, but is {switches.refusal(entry.dist)}")
+        off = switches.refusal(entry.dist)
+        lines += [f"{entry.label} would, but is {off}"] if off else []
     if refusal is None:
         for entry in catalog.models.get(FALLBACK, ()):
             off = switches.refusal(entry.dist) or f"switched off by {switches.no_fallback}"
