@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from llmfw import (
     build,
     hookimpl,
 )
-from llmfw.attention.state import slot_bytes
+from llmfw.attention.state import StateCache, slot_bytes
 from llmfw.engine.engine import LLMEngine
 from llmfw.engine.executor import InProcessExecutor
 from llmfw.engine.model_runner import ModelRunner
@@ -32,8 +35,9 @@ from llmfw.plugins import PluginHost
 from llmfw.sampling_params import SamplingParams
 from llmfw.testing import PackedSession
 from parity import random_prompts
+from recurrent_batches import SLOTS, batch
 
-VOCAB, HIDDEN, COUNT = 97, 32, 10
+VOCAB, HIDDEN, COUNT = 97, 32, 6
 BLOCK = 4
 
 
@@ -115,7 +119,7 @@ def model() -> StockDecoderForCausalLM:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    return random_prompts(6, VOCAB, 1, 40)
+    return random_prompts(5, VOCAB, 1, 30)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +156,7 @@ def test_pieces_give_the_logits_of_the_whole(model, prompts):
         {"max_num_seqs": 2, "pipeline_depth": 1},
         {"max_num_batched_tokens": 7},
         {"enable_chunked_prefill": False, "max_num_batched_tokens": 64},
-        {"memory": 14},
+        {"memory": 10},
     ],
     ids=["all at once", "slots reused", "chunks", "whole prompts", "preempted"],
 )
@@ -162,7 +166,7 @@ def test_the_engine_gives_the_tokens_of_whole_prompts(model, prompts, expected, 
     if blocks is not None:
         per_block = BLOCK * sum(spec.bytes_per_token for spec in model.cache_specs().values())
         settings["kv_cache_memory"] = 9 * slot_bytes(model.state_specs()) + blocks * per_block
-        settings["max_model_len"] = 52
+        settings["max_model_len"] = 40
     settled = EngineSettings(**settings).on("cpu")
     runner = ModelRunner(model, settled, CPU, max_model_len=settings.get("max_model_len", 128))
     engine = LLMEngine(InProcessExecutor(runner), settled, vocab_size=VOCAB)
@@ -173,3 +177,26 @@ def test_the_engine_gives_the_tokens_of_whole_prompts(model, prompts, expected, 
     engine.shutdown()
     assert stats.prefix_hits == 0
     assert bool(stats.preemptions) == (blocks is not None)
+
+
+def test_the_guides_layer_gives_means_in_any_batch():
+    """The example of docs/plugins/layers.md, over slots that requests use in turns."""
+    page = (Path(__file__).parent.parent / "docs/plugins/layers.md").read_text("utf-8")
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "Mean" in code)
+    names: dict[str, Any] = {}
+    exec(compile(block, "layers.md", "exec"), names)
+    layer = names["RunningMean"](3, 5)
+    cache = StateCache({5: layer.state_spec()}, SLOTS, CPU)
+    metadata = batch("mixed")
+    first, second = (torch.randn(sum(metadata.query_lens), 3) for _ in range(2))
+    starts = torch.cat([torch.arange(n) for n in metadata.query_lens])
+    begun = torch.repeat_interleave(
+        torch.tensor(metadata.query_lens), torch.tensor(metadata.query_lens)
+    )
+    metadata = replace(metadata, states=cache.layers)
+    layer(first, replace(metadata, positions=starts))
+    got = layer(second, replace(metadata, positions=starts + begun))
+    for mean, one, two in zip(
+        *(part.split(metadata.query_lens) for part in (got, first, second)), strict=True
+    ):
+        torch.testing.assert_close(mean[-1], torch.cat((one, two)).mean(0))

@@ -19,7 +19,8 @@ FAINT_TOLERANCE = 1e-3
 
 CACHE = (
     "the attention layer: which slots it writes, which keys and positions it uses when only some "
-    "tokens of a request are new"
+    "tokens of a request are new; or the recurrent layer: what it reads from its state and leaves "
+    "there"
 )
 BATCH = (
     "operations that mix tokens of different requests: the first dimension holds all tokens of "
