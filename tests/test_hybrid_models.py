@@ -37,7 +37,7 @@ from llmfw.testing import PackedSession
 from parity import random_prompts
 from recurrent_batches import SLOTS, batch
 
-VOCAB, HIDDEN, COUNT = 97, 32, 6
+VOCAB, HIDDEN, COUNT = 97, 32, 10
 BLOCK = 4
 
 
@@ -119,7 +119,7 @@ def model() -> StockDecoderForCausalLM:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    return random_prompts(5, VOCAB, 1, 30)
+    return [random_prompts(1, VOCAB, n, n, seed=n)[0] for n in (18, 1, 17, 27, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_pieces_give_the_logits_of_the_whole(model, prompts):
         {"max_num_seqs": 2, "pipeline_depth": 1},
         {"max_num_batched_tokens": 7},
         {"enable_chunked_prefill": False, "max_num_batched_tokens": 64},
-        {"memory": 10},
+        {"memory": 14},
     ],
     ids=["all at once", "slots reused", "chunks", "whole prompts", "preempted"],
 )
