@@ -71,20 +71,17 @@ class Stale:
     parts: tuple[str, ...]
 
 
-def open_engine(folder: Path, device: torch.device, plugin: PluginIdentity) -> OpenedEngine:
-    """Check an engine directory and offer its compiled kernels and timings to this process.
+def open_engine(
+    folder: Path, manifest: EngineManifest, device: torch.device, plugin: PluginIdentity
+) -> OpenedEngine:
+    """Hold an engine against this machine, and offer its kernels and timings to this process.
 
     Args:
         folder: The engine directory.
+        manifest: From `checked_manifest`.
         device: Where the model will run.
         plugin: Who serves it here.
-
-    Raises:
-        ConfigError: If the manifest is damaged or of another format.
-        CheckpointError: If a file of the checkpoint is not the one that the engine was built from.
     """
-    manifest = read_manifest(folder)
-    _require_checkpoint(folder, manifest)
     stale = list(differences(manifest, machine.machine_facts(device), plugin))
     useless = {part: each.reason for each in reversed(stale) for part in each.parts}
     usable, damaged = _kept_files(folder, manifest, useless)
@@ -140,12 +137,16 @@ def _listed(parts: dict[str, str]) -> str:
     return f"{text} {'are' if len(names) > 1 or names == [KERNELS] else 'is'}"
 
 
-def _require_checkpoint(folder: Path, manifest: EngineManifest) -> None:
-    """The checkpoint's small files are those that the engine was built from.
+def checked_manifest(folder: Path) -> EngineManifest:
+    """The manifest of an engine directory whose checkpoint is the one that it was built from.
+
+    Weights are not looked at here: their checksums are compared when they are read.
 
     Raises:
-        CheckpointError: Naming the first that is not.
+        ConfigError: If the manifest is damaged or of another format.
+        CheckpointError: If another file of the checkpoint is missing or has changed.
     """
+    manifest = read_manifest(folder)
     for name, digest in manifest.files.items():
         if name.startswith(f"{ENGINE_CHECKPOINT}/") and digest_of(folder / name) != digest:
             raise CheckpointError(
@@ -153,6 +154,7 @@ def _require_checkpoint(folder: Path, manifest: EngineManifest) -> None:
                 hint=f"{_BUILD}\nor run the checkpoint itself: {folder / ENGINE_CHECKPOINT}",
                 file=str(folder / name),
             )
+    return manifest
 
 
 def _kept_files(

@@ -13,7 +13,7 @@ from llmfw.config import Mapping, ModelConfig, architecture_of, read_config_json
 from llmfw.config.reading import read_json
 from llmfw.models.build import CoreDefaults
 from llmfw.models.converted import converted_config, identity_of
-from llmfw.models.engine_dir import OpenedEngine, open_engine
+from llmfw.models.engine_dir import OpenedEngine, checked_manifest, open_engine
 from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
 from llmfw.ops.device import device_info
 from llmfw.ops.kernel import DeviceInfo
@@ -64,6 +64,7 @@ def prepare_model(
     for module in plugin_modules:
         load_plugin_module(module)
     source = resolve_model(str(model))
+    manifest = None if source.engine_dir is None else checked_manifest(source.engine_dir)
     mapping = mapping or Mapping()
     converted = converted_config(source, mapping)
     raw = read_config_json(source.model_dir)
@@ -74,8 +75,8 @@ def prepare_model(
     )
     target = choose_device(device)
     engine = None
-    if source.engine_dir is not None:
-        engine = open_engine(source.engine_dir, target, identity_of(resolved))
+    if source.engine_dir is not None and manifest is not None:
+        engine = open_engine(source.engine_dir, manifest, target, identity_of(resolved))
         max_model_len = max_model_len or engine.defaults.max_model_len
         dtype = engine.defaults.dtype if dtype == "auto" else dtype
     host = PluginHost(
