@@ -22,6 +22,7 @@ from llmfw.engine.stats import EngineStats
 from llmfw.engine.tokenizer import Tokenizer, load_tokenizer
 from llmfw.errors import RequestError, UsageError
 from llmfw.models import LoadedModel, load_model
+from llmfw.phases import Phases
 from llmfw.request import Request, RequestOutput
 from llmfw.sampling_params import SamplingParams, unknown_name
 
@@ -60,8 +61,15 @@ class LLM:
         overlap_scheduling: Whether a step is prepared while the one before it runs; None: on a GPU.
         **unknown: Refused, with the nearest name.
 
+    Attributes:
+        loaded: The model and where it came from.
+        tokenizer: None where it was skipped.
+        startup_seconds: Seconds by phase of the start: resolve, build, weights, tokenizer, kernels
+            (compiling and tuning, on a GPU), cache, graphs.
+
     Raises:
         UsageError: For an unknown keyword or a setting out of range.
+        DeviceError: If the device has too little memory, with what to lower.
         LlmfwError: Any other of the errors of loading (`llmfw.models.load_model`).
     """
 
@@ -116,6 +124,8 @@ class LLM:
             cuda_graphs=cuda_graphs,
             pipeline_depth=None if overlap_scheduling is None else int(overlap_scheduling),
         )
+        phases = Phases()
+        self.startup_seconds: dict[str, float] = phases.seconds
         self.loaded: LoadedModel = load_model(
             model,
             dtype=dtype,
@@ -131,14 +141,16 @@ class LLM:
             load_format=load_format,
             seed=seed,
             progress=progress,
+            phases=phases,
         )
         self.tokenizer: Tokenizer | None = None
         if not skip_tokenizer_init:
-            self.tokenizer = _tokenizer(tokenizer, self.loaded)
+            with phases.measure("tokenizer"):
+                self.tokenizer = _tokenizer(tokenizer, self.loaded)
         self._sampling_defaults = (
             self.loaded.generation_config if generation_config == "auto" else {}
         )
-        self._engine = _start_engine(self.loaded, settings, self.tokenizer)
+        self._engine = _start_engine(self.loaded, settings, self.tokenizer, phases)
         self._finalizer = weakref.finalize(self, _close, self._engine)
         self._finalizer.atexit = False  # the engine closes itself then
 
@@ -401,7 +413,7 @@ def _tokenizer(given: str | Path | Tokenizer | None, loaded: LoadedModel) -> Tok
 
 
 def _start_engine(
-    loaded: LoadedModel, settings: EngineSettings, tokenizer: Tokenizer | None
+    loaded: LoadedModel, settings: EngineSettings, tokenizer: Tokenizer | None, phases: Phases
 ) -> LLMEngine:
     config = loaded.model_config
     settled = completed_by(loaded.engine, settings).on(config.device.type)
@@ -411,6 +423,7 @@ def _start_engine(
         config.device,
         attn_backend=config.attn_backend,
         max_model_len=config.max_model_len,
+        phases=phases,
     )
     return LLMEngine(
         InProcessExecutor(runner),

@@ -13,7 +13,6 @@ import torch
 
 from llmfw.engine.context_step import LENGTHS, ContextStep
 from llmfw.engine.decode_step import DecodeOutput, DecodeStep
-from llmfw.errors import DeviceError
 
 logger = logging.getLogger("llmfw.engine")
 
@@ -76,13 +75,7 @@ class StepGraphs:
         self._pool: Any = None
         self._decode: dict[tuple[int, int], _Captured[DecodeStep]] = {}
         self._context: dict[int, _Captured[ContextStep]] = {}
-        try:
-            self._capture_all(make_decode, make_context)
-        except torch.cuda.OutOfMemoryError as exc:
-            raise DeviceError(
-                f"no memory for the CUDA graphs of up to {max_num_seqs} requests",
-                hint="lower max_num_seqs or kv_cache_memory, or turn CUDA graphs off",
-            ) from exc
+        self._capture_all(make_decode, make_context)
         logger.info("captured %d CUDA graphs", len(self._decode) + len(self._context))
 
     def _capture_all(self, make_decode: MakeDecode, make_context: MakeContext) -> None:

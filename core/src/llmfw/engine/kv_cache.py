@@ -49,10 +49,12 @@ def count_sequences(
     specs: Mapping[int, CacheSpec],
     settings: EngineSettings,
     device: torch.device,
+    reserved: int = 0,
 ) -> int:
     """Most sequences in flight: as set, or fewer where the memory holds the state of no more.
 
     One more slot is for padded batches. Beside K and V the state takes at most half the memory.
+    `reserved` bytes of what is free are left to steps and graphs.
 
     Raises:
         DeviceError: If not even one sequence's state fits.
@@ -61,7 +63,7 @@ def count_sequences(
     each = slot_bytes(states)
     if each == 0:
         return settings.max_num_seqs
-    budget = _budget(settings, device) // (2 if specs else 1)
+    budget = _budget(settings, device, reserved) // (2 if specs else 1)
     held = budget // each - 1
     if held < 1:
         raise DeviceError(
@@ -83,10 +85,12 @@ def count_blocks(
     max_model_len: int,
     device: torch.device,
     state_bytes: int = 0,
+    reserved: int = 0,
 ) -> int:
     """Blocks of the cache: what the memory holds, at most what all sequences at full length need.
 
-    None for a model that keeps no K and V. `state_bytes` of the memory are taken by other state.
+    None for a model that keeps no K and V. `state_bytes` of the memory are taken by other state,
+    `reserved` bytes of what is free are left to steps and graphs.
 
     Raises:
         DeviceError: If not even one block fits.
@@ -97,12 +101,13 @@ def count_blocks(
     each = block_bytes(specs, size)
     if each == 0:
         return 0
-    budget = _budget(settings, device) - state_bytes
+    budget = _budget(settings, device, reserved) - state_bytes
     blocks = min(needed, budget // each)
     if blocks < 1:
         raise DeviceError(
-            f"the KV cache has {budget} bytes, one block of {size} tokens takes {each}",
-            hint="raise kv_cache_memory or lower block_size",
+            f"the KV cache has {max(budget, 0)} bytes, one block of {size} tokens takes {each}",
+            hint="raise kv_cache_memory or lower block_size"
+            + _reserved_hint(settings, state_bytes, reserved),
         )
     return int(blocks)
 
@@ -122,13 +127,27 @@ def allocate(
     }
 
 
-def _budget(settings: EngineSettings, device: torch.device) -> int:
+def _reserved_hint(settings: EngineSettings, state_bytes: int, reserved: int) -> str:
+    lines = ""
+    if reserved and not isinstance(parse_memory(settings.kv_cache_memory), int):
+        lines += (
+            f"\nor lower max_num_batched_tokens or max_num_seqs: a step and its graphs take "
+            f"{reserved} bytes"
+        )
+    if state_bytes:
+        lines += f"\nor lower max_num_seqs: recurrent state takes {state_bytes} bytes"
+    return lines
+
+
+def _budget(settings: EngineSettings, device: torch.device, reserved: int) -> int:
+    """Bytes for caches; an amount that the user names is not lessened by what is reserved."""
     memory = parse_memory(settings.kv_cache_memory)
     if isinstance(memory, int):
         return memory
     if memory is None and device.type == "cpu":
         return DEFAULT_CPU_BYTES
-    return int(free_memory(device) * (DEFAULT_FRACTION if memory is None else memory))
+    left = max(0, free_memory(device) - reserved)
+    return int(left * (DEFAULT_FRACTION if memory is None else memory))
 
 
 def free_memory(device: torch.device) -> int:

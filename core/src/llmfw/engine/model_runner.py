@@ -22,12 +22,18 @@ from llmfw.engine.sampling_plan import plan_sampling
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
 from llmfw.engine.step_results import NOTHING, PendingStep, gather_extras, gather_prompt
+from llmfw.engine.workspace import graph_bytes, peak_bytes
 from llmfw.errors import ConfigError, DeviceError
 from llmfw.ops import DeviceInfo, OpTable
+from llmfw.ops.memory import memory_for
+from llmfw.phases import Phases
 from llmfw.sampling_params import SamplingParams
 
 logger = logging.getLogger("llmfw.engine")
 
+_STEP_CURES = ("lower max_num_batched_tokens or max_num_seqs", "or load a smaller dtype")
+_CACHE_CURES = ("lower kv_cache_memory, max_num_seqs or max_model_len",)
+_GRAPH_CURES = ("lower max_num_seqs or kv_cache_memory", "or turn CUDA graphs off")
 _DEVICE_SIDE_OPS = (
     "rope_and_cache",
     "latent_rope_and_cache",
@@ -82,6 +88,10 @@ class ModelRunner:
         attn_backend: Name of the attention backend, whose layout the caches have.
         max_model_len: Most tokens of a sequence as the model was built for; its positions when left
             out.
+        phases: Takes the seconds of "kernels", "cache" and "graphs".
+
+    Raises:
+        DeviceError: If the device has too little memory for a step, the caches or the graphs.
     """
 
     def __init__(
@@ -92,6 +102,7 @@ class ModelRunner:
         *,
         attn_backend: str = "auto",
         max_model_len: int | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.model = model
         self._built_len = max_model_len
@@ -104,32 +115,46 @@ class ModelRunner:
         self.state_specs = dict(model.state_specs())
         kv_cache.check_specs(self.specs)
         wanted = self._wanted_len()
+        phases = phases or Phases()
+        reserved = 0
         if device.type != "cpu":
-            self._warm_up(wanted)
-        num_seqs = kv_cache.count_sequences(self.state_specs, self.specs, settings, device)
+            with phases.measure("kernels"), memory_for("a step", device, *_STEP_CURES):
+                reserved = self._reserve(wanted)
+        num_seqs = kv_cache.count_sequences(
+            self.state_specs, self.specs, settings, device, reserved
+        )
         self.settings = settings = replace(settings, max_num_seqs=num_seqs)
         self.max_num_seqs = num_seqs
-        num_blocks = kv_cache.count_blocks(self.specs, settings, wanted, device, self._state_bytes)
+        num_blocks = kv_cache.count_blocks(
+            self.specs, settings, wanted, device, self._state_bytes, reserved
+        )
         self.max_model_len = self._fit(wanted, num_blocks)
         self.num_blocks = num_blocks
+        with phases.measure("cache"), memory_for("the caches", device, *_CACHE_CURES):
+            self._allocate(num_seqs)
+        self.graphs: GraphRunner | None = None
+        if device.type == "cuda" and settings.cuda_graphs and self._capturable():
+            with phases.measure("graphs"), memory_for("the CUDA graphs", device, *_GRAPH_CURES):
+                self.graphs = GraphRunner(
+                    model,
+                    model.model_config,  # type: ignore[attr-defined]  # as _capturable saw
+                    self.table,
+                    self.caches,
+                    self._num_groups,
+                    num_blocks,
+                )
+
+    def _allocate(self, num_seqs: int) -> None:
+        """Rows and blocks for all sequences; one more of each is for padded batches."""
+        size, device = self.settings.block_size, self.device
         self.state = StateCache(self.state_specs, num_seqs + 1, device)  # as rows of the table
-        self.table = RequestTable(num_seqs, self.max_model_len, settings.block_size, device)
-        self.caches = kv_cache.allocate(  # one block more, for padded batches
-            self.specs, num_blocks + 1, settings.block_size, device, self._backend
+        self.table = RequestTable(num_seqs, self.max_model_len, size, device)
+        self.caches = kv_cache.allocate(
+            self.specs, self.num_blocks + 1, size, device, self._backend
         )
         self.builder = BatchBuilder(
             self.table, self.caches, self._num_groups, device, self.state.layers
         )
-        self.graphs: GraphRunner | None = None
-        if device.type == "cuda" and settings.cuda_graphs and self._capturable():
-            self.graphs = GraphRunner(
-                model,
-                model.model_config,  # type: ignore[attr-defined]  # as _capturable saw
-                self.table,
-                self.caches,
-                self._num_groups,
-                num_blocks,
-            )
 
     @property
     def _num_groups(self) -> int:
@@ -263,8 +288,20 @@ class ModelRunner:
         )
         return capacity
 
-    def _warm_up(self, max_model_len: int) -> None:
-        """Run the largest step once, so that its memory is taken before the cache's."""
+    def _reserve(self, max_model_len: int) -> int:
+        """Run the largest step; the bytes to leave for it and for the graphs."""
+        settings = self.settings
+        assert settings.max_num_batched_tokens is not None
+        assert settings.max_num_seqs is not None
+        step = self._warm_up(max_model_len)
+        if self.device.type != "cuda" or not settings.cuda_graphs or not self._capturable():
+            return step
+        row = getattr(self.model, "vocab_size", 0) * torch.float32.itemsize
+        tokens = settings.max_num_batched_tokens
+        return step + graph_bytes(step, tokens, settings.max_num_seqs, max_model_len, row)
+
+    def _warm_up(self, max_model_len: int) -> int:
+        """Run the largest step, which compiles and tunes its kernels; the bytes it takes."""
         settings = self.settings
         assert settings.max_num_batched_tokens is not None
         assert settings.max_num_seqs is not None
@@ -288,5 +325,6 @@ class ModelRunner:
         )
         table.apply(step)
         batch = builder.build(step)
+        inputs = batch.metadata, batch.input_ids, batch.position_ids
         with torch.inference_mode():
-            self.model(batch.metadata, batch.input_ids, batch.position_ids)
+            return peak_bytes(lambda: self.model(*inputs), self.device)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmfw.config import ModelConfig
 from llmfw.errors import UsageError
 from llmfw.models.build import build
@@ -16,6 +18,8 @@ from llmfw.models.plans import open_weights, plan_of
 from llmfw.models.prepare import PreparedModel, prepare_model
 from llmfw.models.pretrained import PretrainedModel
 from llmfw.models.weights import CheckpointTensors, has_own_load_weights, load_by_author, load_dummy
+from llmfw.ops.memory import memory_for
+from llmfw.phases import Phases
 from llmfw.plugins import PluginHost, ResolvedPlugin
 from llmfw.weights import LoadReport, ModelSource, load_weights
 from llmfw.weights.converted import ConvertedCheckpoint
@@ -23,6 +27,11 @@ from llmfw.weights.converted import ConvertedCheckpoint
 logger = logging.getLogger("llmfw.models")
 
 Progress = Callable[[int, int, str], None]
+
+_CURES = (
+    "load a smaller dtype (bfloat16 takes half of float32) or a quantised checkpoint",
+    "or end what else uses the device, or choose a larger one",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ def load_model(
     threads: int = 1,
     progress: Progress | None = None,
     seed: int = 0,
+    phases: Phases | None = None,
     **settings: Any,
 ) -> LoadedModel:
     """Find, build and load a model.
@@ -58,6 +68,7 @@ def load_model(
         threads: How many threads read the checkpoint.
         progress: Called with (bytes done, bytes in all, name of the parameter).
         seed: Of dummy weights.
+        phases: Takes the seconds of "resolve", "build" and "weights".
         **settings: `dtype`, `device`, `plugin`, `plugin_modules`, `fallback`, `extensions`,
             `kernels`, `attn_backend`, `max_model_len`, `block_size`, `mapping`, as `prepare_model`
             takes them.
@@ -67,16 +78,24 @@ def load_model(
         PluginError: If no plugin serves it, several do, or its plugin is broken.
         CheckpointError: If a file of weights cannot be read.
         WeightError: If tensors and parameters do not fit.
+        DeviceError: If the device has too little memory for the weights.
     """
     if load_format not in ("auto", "dummy"):
         raise UsageError(f"load_format {load_format!r} is not known", hint="known: auto, dummy")
-    prepared = prepare_model(model, **settings)
-    built = build(prepared.model_config, prepared.host)
+    phases = phases or Phases()
+    with phases.measure("resolve"):
+        prepared = prepare_model(model, **settings)
+    with phases.measure("build"):
+        built = build(prepared.model_config, prepared.host)
     report: LoadReport | None = None
-    if load_format == "dummy":
-        load_dummy(built, seed)
-    else:
-        report = _load_checkpoint(built, prepared, threads, progress)
+    device = prepared.model_config.device
+    with phases.measure("weights"), memory_for("the weights", device, *_CURES):
+        if load_format == "dummy":
+            load_dummy(built, seed)
+        else:
+            report = _load_checkpoint(built, prepared, threads, progress)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     logger.info("%s is served by %s", prepared.architecture, prepared.plugin_label)
     return LoadedModel(
         model=built,
