@@ -1,0 +1,233 @@
+"""llmfw as a model of lm-eval, held against lm-eval's own model for transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_helpers import run
+from llmfw.engine.tokenizer import Tokenizer
+from llmfw.errors import RequestError, UsageError
+from llmfw_cli.lm_eval.chat import render
+from llmfw_cli.summarize.data import Source, read_samples
+from tiny_tokenizer import tiny_backend
+
+pytest.importorskip("lm_eval", reason="lm-eval comes with the extra eval of llmfw-cli")
+
+# Packages of lm-eval's warn of their own dependencies.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}[{{ m['content'] | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Well, "},
+]
+
+
+def test_a_chat_is_rendered_without_a_system_message_that_is_refused() -> None:
+    tokenizer = Tokenizer(tiny_backend(), templates={"default": TEMPLATE})
+    assert render(tokenizer, CHAT[:2], add_generation_prompt=True) == "[Hi]>"
+    assert render(tokenizer, CHAT, add_generation_prompt=False) == "[Hi][Well,"
+    with pytest.raises(RequestError, match="no system"):
+        render(
+            Tokenizer(tiny_backend(), templates={"default": "{{ raise_exception('no system') }}"}),
+            CHAT[1:],
+            add_generation_prompt=True,
+        )
+
+
+def test_an_answer_that_the_template_changes_cannot_be_continued() -> None:
+    tokenizer = Tokenizer(tiny_backend(), templates={"default": "nothing"})
+    with pytest.raises(RequestError, match="changes the last message"):
+        render(tokenizer, CHAT[1:], add_generation_prompt=False)
+
+
+def test_the_extra_is_named_where_lm_eval_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.models", None)
+    done = run("eval", "--model", "smollm2", "--tasks", "none")
+    assert done.exit_code == 2
+    assert 'pip install "llmfw-cli[eval]"' in done.stderr
+
+
+def test_a_model_is_named_once() -> None:
+    from llmfw_cli.lm_eval.model import LlmfwLM
+
+    for names in ({}, {"model": "a", "pretrained": "b"}):
+        with pytest.raises(UsageError, match="must name one model"):
+            LlmfwLM(**names)
+
+
+# Against transformers, on tasks of three types whose data are made here.
+
+LENGTH = 80
+"""Of both models' windows: shorter than the longer texts, so that they are cut and rolled."""
+
+CHOICES = [
+    ("The capital of France is", [" London", " Paris", " Rome"], 1),
+    ("Water freezes at a temperature of", [" zero degrees", " one hundred degrees"], 0),
+    ("The opposite of hot is", [" cold", " warm", " fire engines"], 0),
+    ("A long story. " * 40 + "The end of it is", [" near", " a very happy one"], 1),
+]
+QUESTIONS = [
+    ("Question: What is the capital of Italy?\nAnswer:", "Rome"),
+    ("Question: How many days are in a week?\nAnswer:", "Seven"),
+    ("Once upon a time. " * 30 + "There was a", "king"),
+    ("", "The"),
+]
+BASE: dict[str, Any] = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0}
+TASKS: list[dict[str, Any]] = [
+    {
+        "task": "local_choice",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+    },
+    {
+        "task": "local_perplexity",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+        ],
+    },
+    {
+        "task": "local_greedy",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n", ".", "<|im_end|>"], "max_gen_toks": 16},
+        "metric_list": [{"metric": "exact_match", "ignore_case": True}],
+    },
+    {
+        "task": "local_continuation",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": " {{answer}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    },
+]
+
+
+def write_tasks(folder: Path) -> Path:
+    """A task a YAML file (JSON is YAML), and its data."""
+    rows: dict[str, list[dict[str, Any]]] = {
+        "local_choice": [
+            {"question": q, "choices": choices, "answer": answer} for q, choices, answer in CHOICES
+        ],
+        "local_perplexity": [{"text": each.article} for each in read_samples(Source(), 1)],
+        # An empty prompt makes transformers' generate fail, so there is nothing to compare with.
+        "local_greedy": [{"question": q, "answer": a} for q, a in QUESTIONS if q],
+        "local_continuation": [{"question": q, "answer": a} for q, a in QUESTIONS],
+    }
+    for task in TASKS:
+        data = folder / f"{task['task']}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[task["task"]]), "utf-8")
+        whole = {**BASE, "dataset_kwargs": {"data_files": {"test": str(data)}}, **task}
+        (folder / f"{task['task']}.yaml").write_text(json.dumps(whole), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = write_tasks(tmp_path_factory.mktemp("tasks"))
+    patch = pytest.MonkeyPatch()
+    import datasets
+
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    yield folder
+    patch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_against_hf_smollm2_on_four_types_of_tasks(tasks: Path) -> None:
+    pytest.importorskip("accelerate", reason="lm-eval's model for transformers imports it")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.registry import get_model
+    from lm_eval.tasks import TaskManager
+
+    from llmfw_cli.lm_eval import register
+
+    register()
+    ours = get_model("llmfw")(
+        model="smollm2", dtype="float32", device="cpu", max_length=LENGTH, max_model_len=512
+    )
+    theirs = get_model("hf")(
+        pretrained=str(ours.llm.loaded.source.model_dir),
+        dtype="float32",
+        device="cpu",
+        max_length=LENGTH,
+        batch_size=1,
+    )
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    names = [task["task"] for task in TASKS]
+    found = []
+    for model in (ours, theirs):
+        made = simple_evaluate(
+            model=model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True
+        )
+        found.append(made)
+    ours.llm.shutdown()
+    for name in names:
+        mine, other = (figures(made["results"][name]) for made in found)
+        assert mine
+        assert set(mine) == set(other)
+        print(name, mine, other)
+        for metric in mine:
+            assert mine[metric] == pytest.approx(other[metric], rel=1e-3, abs=1e-3), metric
+        for own, reference in zip(*(made["samples"][name] for made in found), strict=True):
+            same_answers(own["resps"], reference["resps"])
+
+
+def figures(result: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a task's result."""
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, float) and "stderr" not in name
+    }
+
+
+def same_answers(ours: Any, theirs: Any) -> None:
+    """The raw answers: texts and greedy flags equal, log probabilities to 1e-3."""
+    if isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for own, reference in zip(ours, theirs, strict=True):
+            same_answers(own, reference)
+    elif isinstance(ours, float):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command(tasks: Path, tmp_path: Path) -> None:
+    done = run(
+        *("eval", "--model", "smollm2", "--dtype", "float32", "--device", "cpu"),
+        *("--max-model-len", "512", "--tasks", "local_choice,local_greedy"),
+        *("--include_path", str(tasks), "--limit", "2", "--output_path", str(tmp_path / "out")),
+    )
+    assert done.exit_code == 0, done.output
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(written.read_text("utf-8"))
+    assert set(results["results"]) == {"local_choice", "local_greedy"}
+    assert results["config"]["model"] == "llmfw"
+    assert results["config"]["model_args"] == {
+        "model": "smollm2",
+        "dtype": "float32",
+        "max_model_len": 512,
+    }
