@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmfw.plugins import hookimpl
 
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 
 class Plugin:
-    """The hooks of the fallback; torch and transformers are imported only when it serves."""
+    """The hooks of the fallback; torch and transformers are imported only when it serves.
+
+    `tiny_configs` names the architectures that `llmfw check` and pytest try it on: transformers'
+    defaults in small, where nothing else is said.
+    """
+
+    tiny_configs: ClassVar[dict[str, dict[str, Any]]] = {
+        "Olmo2ForCausalLM": {},
+        "Cohere2ForCausalLM": {},
+        "GraniteMoeForCausalLM": {},
+    }
 
     @hookimpl
     def llmfw_config(self, raw: Mapping[str, Any]) -> Any:

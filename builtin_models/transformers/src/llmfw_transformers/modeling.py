@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class TransformersForCausalLM(PretrainedModel[Any]):
         for module, name, table in tables:
             module._buffers[name] = table
         self._adopt(model)
-        _tell(architecture, len(findings.calls), replaced)
+        _tell(architecture, len(findings.calls), tuple(replaced.items()))
 
     def _adopt(self, model: Any) -> None:
         """Take over the tree, its paths unchanged; `forward` runs transformers' own."""
@@ -122,16 +122,15 @@ def _set_functions(model: Any, attention: str, experts: str | None) -> None:
             config._experts_implementation = experts
 
 
-def _tell(architecture: str, attentions: int, replaced: Counter[str]) -> None:
-    """The one line that says what serves the model."""
-    parts = [f"{count} {kind}" for kind, count in replaced.items()]
+@cache
+def _tell(architecture: str, attentions: int, replaced: tuple[tuple[str, int], ...]) -> None:
+    """The one line that says what serves the model, once for equal models."""
+    parts = [f"attention in {attentions} layers", *(f"{count} {kind}" for kind, count in replaced)]
     logger.warning(
-        "%s has no plugin of its own: the fallback %s runs transformers' %s with our attention in "
-        "%d layers and these layers of ours: %s; a plugin of its own is written by: "
-        "llmfw new --from MODEL",
+        "%s is served by the fallback %s: the modules of transformers %s, where ours are %s; "
+        "a plugin of its own would be faster: llmfw new --from MODEL",
         architecture,
         NAME,
         transformers.__version__,
-        attentions,
-        ", ".join(parts) or "none",
+        ", ".join(parts),
     )

@@ -46,7 +46,8 @@ def check(
     subjects = subjects_of(name, reference=reference, **tiny_settings(serving))
     catalog = Catalog.scan()
     served = {subject.architecture for subject in subjects}
-    entries = [entry for each in served for entry in catalog.models.get(each, ())]
+    named = [entry for each in served for entry in catalog.owners(each)]
+    entries = named or list(catalog.models.get("*", ()))  # what serves them is a fallback then
     chosen = {subject.distribution for subject in subjects} - {None}
     doctor = [examined(entry, catalog) for entry in entries if not chosen or entry.dist in chosen]
     if not json:

@@ -132,6 +132,8 @@ def _state(entry: PluginEntry, catalog: Catalog) -> str:
     refusal = switches.refusal(entry.dist)
     if refusal:
         return refusal
+    if entry.is_fallback and switches.no_fallback:
+        return f"switched off by {switches.no_fallback}"
     unmet = misfits(entry.requires, catalog.path)
     if unmet:
         return "; ".join(misfit.reason for misfit in unmet)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from packaging.utils import canonicalize_name
 
 from llmfw.errors import ConfigError, UsageError
 from llmfw.plugins import Catalog, PluginEntry, find_local
+from llmfw.plugins.catalog import MODELS
+from llmfw.plugins.choose import FALLBACK
+from llmfw.plugins.resolve import load_checked
 from llmfw.plugins.switches import nearest_hint
 from llmfw.testing.reference import ReferenceFactory
 from llmfw.testing.subject import Subject
-from llmfw.testing.tiny import shrink
+from llmfw.testing.tiny import model_type_of, shrink
 
 
 def model_entries(name: str, catalog: Catalog | None = None) -> tuple[PluginEntry, ...]:
     """The model entry points of a distribution, or those that serve an architecture.
+
+    A fallback's is there once for each architecture that its `tiny_configs` names.
 
     Raises:
         UsageError: If neither is installed.
@@ -33,10 +39,30 @@ def model_entries(name: str, catalog: Catalog | None = None) -> tuple[PluginEntr
 
 
 def _entries(name: str, catalog: Catalog) -> tuple[PluginEntry, ...]:
-    if name in catalog.models:
-        return catalog.models[name]
+    if catalog.owners(name):
+        return catalog.owners(name)
     owned = catalog.distributions.get(canonicalize_name(name), ())
-    return tuple(entry for entry in owned if entry.group == "llmfw.models")
+    models = [entry for entry in owned if entry.group == MODELS]
+    return tuple(each for entry in models for each in _by_architecture(entry, catalog))
+
+
+def _by_architecture(entry: PluginEntry, catalog: Catalog) -> Iterator[PluginEntry]:
+    if not entry.is_fallback:
+        yield entry
+        return
+    for architecture in getattr(load_checked(entry, catalog), "tiny_configs", ()):
+        yield replace(entry, name=architecture)
+
+
+def _falls_back(name: str, catalog: Catalog) -> bool:
+    """Whether a name is an architecture of transformers that nothing but a fallback serves."""
+    if FALLBACK not in catalog.models or not name.isidentifier():
+        return False
+    try:
+        model_type_of(name)
+    except ConfigError:
+        return False
+    return True
 
 
 def subjects_of(
@@ -60,7 +86,8 @@ def subjects_of(
     common: dict[str, Any] = {"reference": reference, "device": device, "settings": settings}
     if find_local(name) is not None:
         return [Subject(name, distribution=distribution, **common)]
-    entries = _entries(name, Catalog.scan())
+    catalog = Catalog.scan()
+    entries = _entries(name, catalog)
     if entries:
         owners = {entry.name: entry.dist for entry in entries}
         by_name = canonicalize_name(name) == canonicalize_name(entries[0].dist)
@@ -68,6 +95,8 @@ def subjects_of(
             Subject(each, distribution=owner if by_name else distribution, **common)
             for each, owner in owners.items()
         ]
+    if _falls_back(name, catalog):
+        return [Subject(name, distribution=distribution, **common)]
     return [_of_model(name, distribution, common)]
 
 
