@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, Qwen3MoeConfig
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    Mamba2Config,
+    MambaConfig,
+    Qwen3MoeConfig,
+)
 
 from llmfw import LLM, SamplingParams
 from parity import random_prompts, tiny_hf
@@ -32,6 +40,7 @@ BASE: dict[str, Any] = {
 NEOX = {name: size for name, size in BASE.items() if name != "num_key_value_heads"}
 WINDOW = {"head_dim": 128, "sliding_window": 40}
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+STATE = {"vocab_size": VOCAB, "hidden_size": 256, "num_hidden_layers": 3, "eos_token_id": None}
 MODELS = {
     "Qwen3MoeForCausalLM": Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=128, norm_topk_prob=True),
     "Gemma2ForCausalLM": Gemma2Config(**BASE, **WINDOW),
@@ -40,6 +49,8 @@ MODELS = {
         vocab_size=VOCAB, n_embd=256, n_layer=3, n_head=4, n_positions=512, eos_token_id=None
     ),
     "GPTNeoXForCausalLM": GPTNeoXConfig(**NEOX),
+    "MambaForCausalLM": MambaConfig(**STATE),
+    "Mamba2ForCausalLM": Mamba2Config(**STATE, num_heads=8, head_dim=64, n_groups=2),
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
