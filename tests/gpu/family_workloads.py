@@ -42,6 +42,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "torch_dtype": "bfloat16",
     },
+    "deepseek-v2-lite": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "vocab_size": 102400,
+        "max_position_embeddings": 163840,
+        "torch_dtype": "bfloat16",
+    },
     "gemma-3-4b": {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -79,15 +101,16 @@ def step_seconds(llm: LLM, batch: int) -> float:
 
 def floor_seconds(llm: LLM, config: dict[str, Any], batch: int) -> float:
     """Time to read a step's weights, keys and values once."""
-    experts, chosen = config.get("num_experts", 0), config.get("num_experts_per_tok", 0)
+    experts = config.get("num_experts") or config.get("n_routed_experts", 0)
+    chosen = config.get("num_experts_per_tok", 0)
     share = 1 - (1 - chosen / experts) ** batch if experts else 1.0
     nbytes = 0.0
     for name, parameter in llm.loaded.model.named_parameters():
         untied = "embed_tokens" not in name or config.get("tie_word_embeddings", not experts)
         if untied:
             nbytes += parameter.nbytes * (share if ".experts." in name else 1.0)
-    heads = config["num_key_value_heads"] * config["head_dim"]
-    nbytes += 4 * heads * config["num_hidden_layers"] * batch * (PROMPT + 0.75 * NEW)
+    cached = sum(spec.bytes_per_token for spec in llm.loaded.model.cache_specs().values())
+    nbytes += cached * batch * (PROMPT + 0.75 * NEW)
     return nbytes / READ
 
 
