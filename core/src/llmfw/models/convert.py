@@ -29,6 +29,7 @@ from llmfw.weights.block_scales import BlockScaledCheckpoint
 from llmfw.weights.converted import CHECKSUMS, IGNORED, rank_file
 from llmfw.weights.converted_config import HF_FOLDER, ConvertedConfig, LossyStep, SourceSummary
 from llmfw.weights.layout import layout_digest
+from llmfw.weights.mxfp4 import Mxfp4Checkpoint
 from llmfw.weights.loader import loaded_dtype, read_parameter, stored_dtype
 from llmfw.weights.plan import FilledSlot, dtype_text, stored_as
 from llmfw.weights.safetensors_reader import INDEX_NAME
@@ -190,9 +191,9 @@ def _ranks(
                 "the model without converting it",
             )
         checkpoint = open_weights(prepared)
-        if checkpoint.format == BlockScaledCheckpoint.format:
+        if checkpoint.format in (BlockScaledCheckpoint.format, Mxfp4Checkpoint.format):
             raise CheckpointError(
-                f"{model}: has float8 weights, which are dequantised when they are read",
+                f"{model}: has {checkpoint.format} weights, which are dequantised when they are read",
                 hint="run it as it is; a converted checkpoint could not give them back",
             )
         yield _Rank(number, prepared, checkpoint, plan_of(prepared, built, checkpoint))

@@ -43,7 +43,7 @@ class Checkpoint(Protocol):
 
     @property
     def format(self) -> str:
-        """ "safetensors", "gguf" or "memory"."""
+        """ "safetensors", "gguf", "memory", or what a wrapper dequantises: "float8", "mxfp4"."""
 
     @property
     def path(self) -> Path:

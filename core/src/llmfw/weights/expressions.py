@@ -84,6 +84,9 @@ class Source(Expr):
     def write(self, out: torch.Tensor, checkpoint: Checkpoint) -> None:
         if isinstance(checkpoint, ReadsInto) and _is_plain(out, self.dtype):
             checkpoint.read_into(self.name, out)
+        elif out.dim() > 2:  # a stack of matrices, perhaps to be dequantised: one at a time
+            for index in range(out.shape[0]):
+                out[index].copy_(checkpoint.slice(self.name, 0, index, index + 1)[0])
         else:
             super().write(out, checkpoint)
 
@@ -271,6 +274,14 @@ class Reorder(Expr):
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         return reorder(self.of.read(checkpoint), self.dim, self.view, self.permutation)
+
+    def write(self, out: torch.Tensor, checkpoint: Checkpoint) -> None:
+        if self.dim == 0 or out.dim() < 3:
+            super().write(out, checkpoint)
+            return
+        for index in range(out.shape[0]):  # a stack of matrices, one at a time
+            row = self.of.narrow(0, index, index + 1).read(checkpoint)
+            out[index : index + 1].copy_(reorder(row, self.dim, self.view, self.permutation))
 
     def scatter(self, value: torch.Tensor, sink: Sink) -> None:
         view = tuple(self.view[axis] for axis in self.permutation)

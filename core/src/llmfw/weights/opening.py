@@ -9,6 +9,7 @@ from llmfw.errors import CheckpointError
 from llmfw.weights.block_scales import BlockScaledCheckpoint, block_size_in, has_block_scales
 from llmfw.weights.checkpoint import Checkpoint
 from llmfw.weights.converted_config import is_converted
+from llmfw.weights.mxfp4 import Mxfp4Checkpoint, has_mxfp4
 from llmfw.weights.safetensors_reader import open_safetensors
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -21,8 +22,8 @@ _PICKLE_CURE = (
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a directory with safetensors, or a `.safetensors` or `.gguf` file; headers only.
 
-    Of a converted checkpoint, the first rank's tensors. Float8 weights with a scale a block are
-    dequantised when they are read.
+    Of a converted checkpoint, the first rank's tensors. Float8 weights with a scale a block, and
+    MXFP4 ones, are dequantised when they are read.
 
     Raises:
         CheckpointError: If there is nothing to open, it is damaged, or it is a pickle (those can
@@ -72,6 +73,8 @@ def _open_directory(path: Path) -> Checkpoint:
 
 def _open_safetensors_directory(path: Path) -> Checkpoint:
     checkpoint = open_safetensors(path)
+    if has_mxfp4(checkpoint):
+        return Mxfp4Checkpoint(checkpoint)
     if not has_block_scales(checkpoint):
         return checkpoint
     config = path / "config.json"

@@ -1,0 +1,40 @@
+"""gpt-oss (arXiv:2508.10925): a mixture of experts with biases and a clamped gated activation.
+
+Every second layer attends within a window, and every head has a sink: a learned logit that takes
+part in the softmax and stands for no key (the plugin's `llmfw_layer`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers import GptOssConfig
+
+from llmfw import DecoderSpec, GatedActivation, ModelConfig, MoEParams, StockDecoderForCausalLM
+
+
+def clamped_swiglu(
+    gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float
+) -> torch.Tensor:
+    """(up + 1) * gate * sigmoid(alpha * gate), with gate cut above and up on both sides."""
+    gate = gate.clamp(max=limit)
+    return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+class GptOssForCausalLM(StockDecoderForCausalLM):
+    """The stock decoder with experts, whose weights are the softmax over the chosen ones.
+
+    Args:
+        model_config: The model's configuration.
+    """
+
+    def __init__(self, model_config: ModelConfig[GptOssConfig]) -> None:
+        config = model_config.pretrained_config
+        swiglu = partial(clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+        spec = DecoderSpec.from_config(
+            config,
+            moe=MoEParams.from_config(config, scoring="topk_softmax", bias=True),
+            activation=GatedActivation(swiglu),
+        )
+        super().__init__(model_config, spec)
