@@ -11,7 +11,7 @@ from llmfw.weights.plan import LoadPlan, dtype_text
 
 
 def layout_digest(plan: LoadPlan) -> str:
-    """SHA-256 of which elements of which tensors go where; dtypes and files do not count."""
+    """SHA-256 of which elements of which tensors go where; stored dtypes, files do not count."""
     described = {
         "parameters": {
             filled.slot.path: {
