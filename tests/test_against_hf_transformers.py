@@ -35,7 +35,8 @@ MORE: dict[str, dict[str, Any]] = {
     "GraniteSWAForCausalLM": {},  # windows and sinks
     "VaultGemmaForCausalLM": {},  # soft caps
     "OlmoeForCausalLM": {},
-    "Ernie4_5_MoeForCausalLM": {},  # a correction that is a buffer in float32
+    "Ernie4_5_MoeForCausalLM": {"moe_layer_start_index": 1},  # a gate in float32
+    "Glm4MoeForCausalLM": {},  # a correction that is a buffer in float32
     "MiniMaxM2ForCausalLM": {},
 }
 MLA = {  # values narrower than keys

@@ -17,7 +17,7 @@ from llmfw_transformers.architectures import NAME, declared_model, refused
 from llmfw_transformers.attention import CHILD, PAGED, PagedAttention, Step
 from llmfw_transformers.buffers import Table, computed_buffers, freeze_rope
 from llmfw_transformers.probe import PROBE, Findings, Unservable, probe
-from llmfw_transformers.replace import replace_layers
+from llmfw_transformers.replace import keep_in_float32, replace_layers
 
 logger = logging.getLogger("llmfw.fallback")
 
@@ -104,6 +104,7 @@ def _declare(config: ModelConfig[Any]) -> tuple[Any, list[Table], Findings]:
         raise Unservable(f"it refuses an attention function from outside: {exc}") from exc
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise Unservable("it takes no position_ids, which packed inputs need")
+    keep_in_float32(model, config.dtype)
     tables = computed_buffers(model, config.device)
     freeze_rope(model, config.max_model_len)
     experts = model.config._experts_implementation

@@ -68,7 +68,6 @@ def replace_layers(
                 maker.put(path, maker.norm(path, norm))
                 replaced["norms"] += 1
     _replace_head(maker, head)
-    maker.keep_in_float32()
     return replaced
 
 
@@ -78,19 +77,11 @@ class _Maker:
     def __init__(self, model: Any, config: ModelConfig[Any]) -> None:
         self.model = model
         self.config = config
-        plan = model._get_dtype_plan(config.dtype)
-        self._kept = tuple(f".{name}." for name in plan)
+        self._in_float32 = float32_names(model, config.dtype)
 
     def keeps(self, path: str) -> bool:
-        """Whether a module stays transformers': the root, and those that stay in float32."""
-        return not path or any(name in f".{path}." for name in self._kept)
-
-    def keep_in_float32(self) -> None:
-        """Declare the parameters that transformers keeps in float32 as such."""
-        for path, module in self.model.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and self.keeps(f"{path}.{name}"):
-                    module._parameters[name] = nn.Parameter(parameter.float(), requires_grad=False)
+        """Whether a module stays transformers': the root, and what has a parameter in float32."""
+        return not path or any(each.startswith(f"{path}.") for each in self._in_float32)
 
     def make(self, kind: str, path: str, **spec: Any) -> nn.Module:
         numbers = [int(part) for part in path.split(".") if part.isdigit()]
@@ -214,6 +205,24 @@ class Part(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features of this part]."""
         return self.shared.part(self.index, x)
+
+
+def float32_names(model: Any, dtype: torch.dtype) -> set[str]:
+    """The parameters and buffers that transformers keeps in float32 in a model of `dtype`."""
+    plan = [f".{name}." for name in model._get_dtype_plan(dtype)]
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return {name for name in names if any(part in f".{name}." for part in plan)}
+
+
+def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Declare what transformers keeps in float32 as such."""
+    for path in float32_names(model, dtype):
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if name in module._buffers:
+            module._buffers[name] = module._buffers[name].float()
+        else:
+            module._parameters[name] = nn.Parameter(module._parameters[name].float())
 
 
 def over_rows(module: nn.Module) -> nn.Module:

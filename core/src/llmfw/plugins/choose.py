@@ -36,7 +36,7 @@ def choose_owner(
         return one_of(allowed, switches, f"the architecture {architecture!r}", flag="--plugin")
     allowed = [entry for entry in fallbacks if switches.refusal(entry.dist) is None]
     if allowed:
-        what = f"the fallback for {architecture!r}, which no other plugin owns,"
+        what = f"the architecture {architecture!r}, which only fallbacks serve,"
         return one_of(allowed, switches, what, flag="--plugin")
     raise unknown_architecture(catalog, architecture, switches)
 
