@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from published_latent import LATENT_LAYOUTS
+from published_mxfp4 import MXFP4_LAYOUTS
 from published_parts import (
     EXPERTS,
     FOUR_NORMS,
@@ -264,6 +265,7 @@ LAYOUTS: dict[str, Layout] = {
         {**QKVO, **NORMS, **MIXTRAL, **weights(block_sparse_moe__gate=(EXPERTS, H))},
     ),
     **LATENT_LAYOUTS,
+    **MXFP4_LAYOUTS,
     "GemmaForCausalLM": Layout(
         {"model_type": "gemma", **SIZES, **GEMMA}, TOP, {**QKVO, **GATED, **NORMS}
     ),

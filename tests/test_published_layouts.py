@@ -14,15 +14,19 @@ from llmfw.errors import CheckpointError, WeightError
 from llmfw.models import load_model
 from llmfw.models.convert import convert_checkpoint
 from llmfw.testing import PackedSession
+from llmfw.weights.mxfp4 import dequantise_mxfp4
 from published_layouts import LAYOUTS, tensors_of, write
+from published_mxfp4 import blocks_and_scales
 
 # How a row says that a parameter is made of several tensors.
 RANGE = re.compile(r"(?P<first>\S+) \.\. (?P<last>\S+) \((?P<count>\d+)\)")
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+OUTPUT = "model.layers.1.self_attn.o_proj.weight"
 MIXTRALS = "model.layers.1.{}.experts.2.w2.weight"
 MAMBAS = ("backbone.layers.1.mixer.out_proj.weight", "model.layers.1.mixer.out_proj.weight")
 # A tensor of the checkpoint, and the name that the error has for it.
 LOST = {
+    "GptOssForCausalLM": (OUTPUT, OUTPUT),
     "Qwen2MoeForCausalLM": (EXPERT, EXPERT),
     "Qwen3MoeForCausalLM": (EXPERT, EXPERT),
     "MixtralForCausalLM": (MIXTRALS.format("block_sparse_moe"), MIXTRALS.format("mlp")),
@@ -125,3 +129,31 @@ def test_float8_weights_are_dequantised(tmp_path: Path):
     assert "F8_E4M3, scaled by blocks" in done.stdout
     with pytest.raises(CheckpointError, match="has float8 weights, which are dequantised"):
         convert_checkpoint(tmp_path / "stored", tmp_path / "converted")
+
+
+def test_mxfp4_experts_are_dequantised(tmp_path: Path):
+    """As gpt-oss is published: four-bit blocks and their scales in place of experts' matrices."""
+    architecture = "GptOssForCausalLM"
+    stored = {**tensors_of(architecture), **blocks_and_scales()}
+    plain = dict(stored)
+    for name in [name for name in stored if name.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        blocks, scales = plain.pop(name), plain.pop(f"{stem}_scales")
+        plain[stem] = dequantise_mxfp4(blocks, scales).transpose(1, 2).contiguous()
+        del stored[stem]
+    logits = []
+    for folder, tensors in (("plain", plain), ("stored", stored)):
+        write(architecture, tmp_path / folder, tensors)
+        loaded = load_model(tmp_path / folder, kernels="reference", block_size=4)
+        logits.append(PackedSession(loaded.model).step({"a": [1, 2, 3, 4, 5]})["a"])
+    assert torch.equal(*logits)
+    done = run("inspect", str(tmp_path / "stored"), "--weights")
+    assert "MXFP4" in done.stdout
+    assert "0 tensors ignored" in done.stdout
+    with pytest.raises(CheckpointError, match="has mxfp4 weights, which are dequantised"):
+        convert_checkpoint(tmp_path / "stored", tmp_path / "converted")
+    scales = "model.layers.1.mlp.experts.down_proj_scales"
+    write(architecture, tmp_path / "lone", {n: t for n, t in stored.items() if n != scales})
+    done = run("inspect", str(tmp_path / "lone"), "--weights")
+    assert done.exit_code == CheckpointError.exit_code
+    assert f"down_proj_blocks has no {scales} beside it" in " ".join(done.stderr.split())

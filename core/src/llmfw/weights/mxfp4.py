@@ -4,8 +4,8 @@ An element is E2M1 (sign, two bits of exponent, one of mantissa), a block's scal
 power of a byte less 127, and no number where the byte is 255. Source: OCP Microscaling Formats (MX)
 Specification 1.0.
 
-In a checkpoint, X of shape [..., in, out] is stored as `X_blocks` uint8 [..., out, in / 32, 16], two
-elements a byte with the first in the low bits, and `X_scales` uint8 [..., out, in / 32].
+In a checkpoint, X of shape [..., in, out] is stored as `X_blocks` uint8 [..., out, in / 32, 16],
+two elements a byte with the first in the low bits, and `X_scales` uint8 [..., out, in / 32].
 """
 
 from __future__ import annotations
