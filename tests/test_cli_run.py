@@ -149,7 +149,9 @@ def test_every_setting_of_python_has_an_option() -> None:
     assert isinstance(made, SamplingParams)
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     source = inspect.getsource(SamplingOptions.params)
-    assert {name for name in fields if f" {name}=" not in source} == {"n", "detokenize"}
+    own = {"n", "detokenize", "prompt_logprobs_start"}
+    by_files = {"return_context_logits", "return_generation_logits"}
+    assert {name for name in fields if f" {name}=" not in source} == own | by_files
     keywords = set(inspect.signature(LLM.__init__).parameters) - {"self", "model", "unknown"}
     given = set(dataclasses.asdict(EngineOptions())) | set(ServingOptions().arguments())
     given = given - {"attn_backend", "engine_seed"} | {"attention_backend", "seed"}

@@ -141,7 +141,8 @@ def test_commands_parse(arguments: list[str]) -> None:
         child = command.get_command(context, name)
         assert child is not None, f"llmfw has no command {name!r}"
         command, context = child, child.context_class(child, info_name=name, parent=context)
-    _, left, _ = command.make_parser(context).parse_args(list(rest))
+    words = command.in_our_words(rest) if hasattr(command, "in_our_words") else list(rest)
+    _, left, _ = command.make_parser(context).parse_args(words)
     assert left == [], "arguments that the command does not take"
 
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmfw_cli.errors import INTERNAL, INTERRUPTED, report, report_usage
+from llmfw_cli.guide import GuideCommand
 
 
 class Program(TyperGroup):
@@ -140,7 +141,7 @@ def _add_commands() -> None:
         verify,
     )
 
-    app.command()(run.run)
+    app.command(cls=GuideCommand)(run.run)
     app.command()(chat.chat)
     app.command()(inspect.inspect)
     app.command()(new.new)

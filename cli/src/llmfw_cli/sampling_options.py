@@ -94,6 +94,31 @@ class SamplingOptions(OptionGroup):
             envvar="LLMFW_MIN_TOKENS", help="No end before so many.", rich_help_panel=SAMPLING
         ),
     ] = 0
+    num_beams: Annotated[
+        int,
+        typer.Option(
+            envvar="LLMFW_NUM_BEAMS",
+            min=1,
+            help="Search with so many beams instead of drawing.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 1
+    length_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Beams: scores are divided by length to this power; above 0 favours long ones.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 1.0
+    early_stopping: Annotated[
+        str,
+        typer.Option(
+            metavar="no|yes|never",
+            help="Beams: no stops when none can become better at its length, yes once as many as "
+            "beams are finished, never when none can at any length. 0, 1 and 2 are the same.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = "no"
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,6 +208,9 @@ class SamplingOptions(OptionGroup):
             frequency_penalty=self.frequency_penalty,
             seed=self.seed,
             min_tokens=self.min_tokens,
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            early_stopping=_early_stopping(self.early_stopping),
             stop=self.stop,
             stop_token_ids=self.stop_token_id,
             bad_words=self.bad_word,
@@ -194,6 +222,12 @@ class SamplingOptions(OptionGroup):
             skip_special_tokens=self.skip_special_tokens,
             **more,
         )
+
+
+def _early_stopping(word: str) -> bool | str:
+    """What `SamplingParams` has for the option's words; it refuses all others."""
+    words: dict[str, bool | str] = {"no": False, "0": False, "yes": True, "1": True, "2": "never"}
+    return words.get(word, word)
 
 
 def _biases(texts: Sequence[str]) -> dict[int, float]:

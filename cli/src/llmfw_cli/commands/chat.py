@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmfw_cli.commands.run import tell_speed
 from llmfw_cli.engine_options import EngineOptions
 from llmfw_cli.groups import takes_groups
 from llmfw_cli.options import CommonOptions, ModelOption, ServingOptions
 from llmfw_cli.output import note, write
+from llmfw_cli.printing import tell_speed
 from llmfw_cli.sampling_options import SamplingOptions
 from llmfw_cli.session import Session, open_session
 

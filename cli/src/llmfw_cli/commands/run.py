@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,16 +12,20 @@ import typer
 
 from llmfw_cli.engine_options import EngineOptions
 from llmfw_cli.groups import takes_groups
+from llmfw_cli.guide import DEFAULT_PROMPT
 from llmfw_cli.inputs import read_prompts
 from llmfw_cli.options import CommonOptions, JsonOption, ModelOption, ServingOptions
-from llmfw_cli.output import write, write_json
+from llmfw_cli.output import note, write_json
+from llmfw_cli.output_files import check_output_files, write_output_files
+from llmfw_cli.printing import layout_for, print_stream, print_texts, raise_first
+from llmfw_cli.profiling import profile, profile_line
+from llmfw_cli.prompt_files import FilePrompt, PaddedIds, usage_error
+from llmfw_cli.run_options import RunOptions
 from llmfw_cli.sampling_options import SamplingOptions
 from llmfw_cli.session import Session, open_session
 
 if TYPE_CHECKING:
     from llmfw import RequestOutput, SamplingParams
-
-logger = logging.getLogger("llmfw.cli")
 
 PROMPT = "Prompt"
 
@@ -45,7 +51,8 @@ def run(
     prompt_file: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A file that is a prompt, in UTF-8. May be given several times.",
+            help="A file of prompts: .jsonl; .csv or .npy with token ids; any other is one text. "
+            "May be given several times.",
             rich_help_panel=PROMPT,
         ),
     ] = None,
@@ -60,11 +67,18 @@ def run(
         typer.Option(help="System message, with --chat.", rich_help_panel=PROMPT),
     ] = None,
     n: Annotated[
-        int,
-        typer.Option("--n", "-n", help="Completions for each prompt.", rich_help_panel=PROMPT),
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--n",
+            "-n",
+            help="Completions for each prompt, or best beams; 1, or with --labels all beams, "
+            "when left out.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
     json: JsonOption = False,
     *,
+    options: RunOptions,
     sampling: SamplingOptions,
     engine: EngineOptions,
 ) -> None:
@@ -72,78 +86,113 @@ def run(
 
     Without --prompt and --prompt-file, standard input is the prompt. The text streams to standard
     output; with --json one object is printed at the end, which has a list `outputs` where there are
-    several.
+    several. The options of TensorRT-LLM's run.py are understood, too.
     """
-    texts = read_prompts([*(prompts or ()), *(prompt or ())], prompt_file or ())
+    default = DEFAULT_PROMPT if options.labels else None
+    given = read_prompts([*(prompts or ()), *(prompt or ())], prompt_file or (), default)
     if system is not None and not chat:
-        raise _system_without_chat()
-    params = sampling.params(n=n)
+        raise usage_error("--system needs the chat template", hint="add --chat")
+    check_output_files(options)
+    if n is None:
+        n = sampling.num_beams if options.labels else 1
+    params = sampling.params(n=n, **_logits(options, sampling.num_beams))
     use = sampling.use_generation_config
+    engine = _engine_for(options, engine)
     with open_session(model, serving, engine, use_generation_config=use) as session:
-        inputs = [_ready(session, text, chat, system) for text in texts]
-        if json or len(inputs) > 1 or n > 1:
-            _answer_all(session, inputs, params, as_json=json)
-        else:
-            _stream(session, inputs[0], params)
+        inputs = [_ready(session, each, chat, system) for each in given]
+        with _recorded(session, options):
+            requests = _answer(session, inputs, params, options, as_json=json)
+        write_output_files(requests, options)
+        measured = None
+        if options.run_profiling:
+            measured = profile(session, inputs, params, options.profiling_repeats)
+        if json:
+            _write_object(session, requests, measured)
+        elif measured is not None:
+            note(profile_line(measured))
+        raise_first([request.error for request in requests if request.error is not None])
 
 
-def _ready(session: Session, text: str, chat: bool, system: str | None) -> str | list[int]:
+def _logits(options: RunOptions, num_beams: int) -> dict[str, bool]:
+    """The logits that a file is wanted of; beams have none of their own."""
+    wanted = options.output_logits_npy is not None
+    return {
+        "return_context_logits": wanted,
+        "return_generation_logits": wanted and num_beams == 1,
+    }
+
+
+def _engine_for(options: RunOptions, engine: EngineOptions) -> EngineOptions:
+    """Settings without what would hide modules, or make repeats cheaper than the first time."""
+    if options.debug_mode:
+        engine = dataclasses.replace(engine, cuda_graphs=False)
+    if options.run_profiling:
+        engine = dataclasses.replace(engine, enable_prefix_caching=False)
+    return engine
+
+
+def _ready(session: Session, prompt: FilePrompt, chat: bool, system: str | None) -> str | list[int]:
+    if isinstance(prompt, list):
+        if chat:
+            raise usage_error(
+                "--chat needs texts, but a file has token ids", hint="leave --chat out"
+            )
+        return _stripped(session, prompt) if isinstance(prompt, PaddedIds) else prompt
     if not chat:
-        return text
+        return prompt
     messages = [{"role": "system", "content": system}] if system is not None else []
-    return session.llm.chat_token_ids([*messages, {"role": "user", "content": text}])
+    return session.llm.chat_token_ids([*messages, {"role": "user", "content": prompt}])
 
 
-def _stream(session: Session, prompt: str | list[int], params: SamplingParams) -> None:
-    """Write the text as it comes, then end the line."""
-    last: RequestOutput | None = None
-    for last in session.llm.stream(prompt, params):
-        write(last.outputs[0].text_diff)
-    write("\n")
-    if last is not None:
-        tell_speed(last)
+def _stripped(session: Session, ids: list[int]) -> list[int]:
+    """The ids without padding tokens at their ends."""
+    tokenizer = session.llm.tokenizer
+    pad = tokenizer and tokenizer.token_id(tokenizer.special_tokens.get("pad_token"))
+    kept = [place for place, token in enumerate(ids) if token != pad]
+    return ids[kept[0] : kept[-1] + 1] if kept else []
 
 
-def tell_speed(request: RequestOutput) -> None:
-    """Log how long the answer took."""
-    timings = request.timings
-    first, total = timings.time_to_first_token, timings.total
-    if first is None or total is None:
+@contextmanager
+def _recorded(session: Session, options: RunOptions) -> Iterator[None]:
+    """With --debug-mode, keep what modules give meanwhile and write it."""
+    if not options.debug_mode:
+        yield
         return
-    tokens = len(request.outputs[0].token_ids)
-    speed = f", then {(tokens - 1) / (total - first):.1f} tokens/s" if total > first else ""
-    logger.info("%d tokens in %.2f s; the first after %.2f s%s", tokens, total, first, speed)
+    from llmfw.models.recording import ModuleRecorder
+
+    with ModuleRecorder(session.llm.loaded.model, options.debug_modules or ("*",)) as recorder:
+        yield
+    recorder.save(options.debug_file)
+    silent = f"; nothing came of {', '.join(recorder.silent)}" if recorder.silent else ""
+    note(f"{len(recorder.arrays)} arrays in {options.debug_file}{silent}")
 
 
-def _answer_all(
-    session: Session, inputs: list[Any], params: SamplingParams, *, as_json: bool
+def _answer(
+    session: Session,
+    inputs: list[Any],
+    params: SamplingParams,
+    options: RunOptions,
+    *,
+    as_json: bool,
+) -> list[RequestOutput]:
+    """Answer the prompts and, unless they become an object, print the texts."""
+    layout = layout_for(labels=options.labels, several=len(inputs) > 1 or params.n > 1)
+    alone = len(inputs) == 1 and not options.labels
+    if not as_json and params.n == 1 and (alone or options.streaming):
+        return print_stream(session, inputs, params, layout)
+    requests: list[RequestOutput] = session.llm.generate(inputs, params)
+    if not as_json:
+        print_texts(session, requests, layout)
+    return requests
+
+
+def _write_object(
+    session: Session, requests: Sequence[RequestOutput], measured: dict[str, Any] | None
 ) -> None:
     from llmfw_cli.results import all_results, one_result
 
-    single = len(inputs) == 1
-    answered = session.llm.generate(inputs[0] if single else inputs, params)
-    requests = [answered] if not isinstance(answered, list) else answered
-    if as_json and single and params.n == 1:
-        write_json(one_result(requests[0], session))
-    elif as_json:
-        write_json(all_results(requests, session))
-    else:
-        _write_texts(requests)
-    failed = [request.error for request in requests if request.error is not None]
-    for error in failed[1:]:
-        logger.error("%s", error.message)
-    if failed:
-        raise failed[0]
-
-
-def _write_texts(requests: list[RequestOutput]) -> None:
-    """Each completion under a line that says which it is."""
-    for number, request in enumerate(requests, 1):
-        for output in request.outputs:
-            write(f"--- prompt {number}, completion {output.index + 1} ---\n{output.text}\n")
-
-
-def _system_without_chat() -> Exception:
-    from llmfw.errors import UsageError
-
-    return UsageError("--system needs the chat template", hint="add --chat")
+    single = len(requests) == 1 and len(requests[0].outputs) == 1 and requests[0].error is None
+    value = one_result(requests[0], session) if single else all_results(list(requests), session)
+    if measured is not None:
+        value["profiling"] = measured
+    write_json(value)

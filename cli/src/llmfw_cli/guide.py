@@ -1,0 +1,103 @@
+"""The options of TensorRT-LLM's `run.py`, understood as ours.
+
+A command of this class takes `--name_with_underscores` for `--name-with-underscores`, and the names
+of the table. What the guide gives to an option at once (`--stop_words " London" " chef"`) becomes
+our option several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from typer.core import TyperCommand
+
+#: The prompt of a run in the guide's style that gives none.
+DEFAULT_PROMPT = "Born in north-east France, Soyer trained as a"
+#: The option that prints the guide's lines.
+LABELS = "--labels"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One of the guide's options.
+
+    ours: The option that it means. many: Whether it takes all the words up to the next option.
+    labels: Whether a run that uses it prints the guide's lines.
+    """
+
+    ours: str
+    many: bool = False
+    labels: bool = False
+
+
+ALIASES = {
+    "--engine-dir": Alias("--model", labels=True),
+    "--tokenizer-dir": Alias("--tokenizer"),
+    "--input-text": Alias("--prompt", many=True, labels=True),
+    "--input-file": Alias("--prompt-file", labels=True),
+    "--max-output-len": Alias("--max-tokens"),
+    "--stop-words": Alias("--stop", many=True),
+    "--bad-words": Alias("--bad-word", many=True),
+    "--random-seed": Alias("--seed"),
+    "--min-length": Alias("--min-tokens"),
+    "--end-id": Alias("--stop-token-id"),
+    "--num-return-sequences": Alias("--n"),
+}
+
+
+class GuideCommand(TyperCommand):
+    """A command that understands the guide's options beside its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what `in_our_words` makes of the arguments."""
+        return super().parse_args(ctx, self.in_our_words(args))
+
+    def in_our_words(self, args: Iterable[str]) -> list[str]:
+        """The same arguments with our options only."""
+        valued = {
+            name
+            for param in self.params
+            if param.param_type_name == "option" and not getattr(param, "is_flag", False)
+            for name in param.opts
+        }
+        words = list(_translated(args, valued))
+        return words
+
+
+def _translated(args: Iterable[str], valued: set[str]) -> Iterator[str]:
+    words = iter(args)
+    labels = False
+    many: str | None = None  # the option that the words to come belong to
+    for word in words:
+        if word == "--":
+            yield word
+            yield from words
+        elif word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            alias = ALIASES.get(name, Alias(name))
+            if alias.labels and not labels:
+                labels = True
+                yield LABELS
+            yield alias.ours + equals + value
+            many = alias.ours if alias.many else None
+            if not equals and alias.ours in valued:
+                yield from _next(words)
+        elif word.startswith("-") and word != "-":
+            many = None
+            yield word
+            if word in valued:
+                yield from _next(words)
+        elif many is not None:
+            yield from (many, word)
+        else:
+            yield word
+
+
+def _next(words: Iterator[str]) -> Iterator[str]:
+    """The value that follows an option, whatever it looks like; nothing at the end."""
+    value = next(words, None)
+    if value is not None:
+        yield value
