@@ -141,6 +141,17 @@ LATENTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"rope": "RopeParams.from_config(config, interleaved=True)"},
     ),
 }
+KINDS |= {
+    "biogpt": ({"intermediate_size": 96}, {"embed_scale": "config.hidden_size**0.5"}),
+    "granite_swa": (
+        {**GROUPED, "num_hidden_layers": 4, "sliding_window": 8},
+        {"sinks": "True"},
+    ),
+    "kolibri1": (
+        {**GROUPED, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2},
+        {"block": '"sandwich"'},
+    ),
+}
 KINDS |= MIXTURES | LATENTS
 
 

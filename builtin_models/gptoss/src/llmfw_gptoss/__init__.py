@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmfw.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from llmfw import Attention, DecoderModelForCausalLM, ModelConfig, WeightMap
+    from llmfw import DecoderModelForCausalLM, ModelConfig, WeightMap
 
 
 class Plugin:
@@ -20,17 +19,6 @@ class Plugin:
         from llmfw_gptoss.modeling import GptOssForCausalLM
 
         return GptOssForCausalLM(model_config)
-
-    @hookimpl
-    def llmfw_layer(
-        self, kind: str, model_config: ModelConfig[Any], layer_idx: int, spec: Mapping[str, Any]
-    ) -> Attention | None:
-        """Attention has sinks; all else is stock."""
-        if kind != "attention":
-            return None
-        from llmfw import Attention
-
-        return Attention(config=model_config, layer_idx=layer_idx, sinks=True, **spec)
 
     @hookimpl
     def llmfw_weight_map(self, model_config: ModelConfig[Any]) -> WeightMap:

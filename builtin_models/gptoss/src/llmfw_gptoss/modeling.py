@@ -1,7 +1,7 @@
 """gpt-oss (arXiv:2508.10925): a mixture of experts with biases and a clamped gated activation.
 
 Every second layer attends within a window, and every head has a sink: a learned logit that takes
-part in the softmax and stands for no key (the plugin's `llmfw_layer`).
+part in the softmax and stands for no key.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class GptOssForCausalLM(StockDecoderForCausalLM):
         swiglu = partial(clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
         spec = DecoderSpec.from_config(
             config,
+            sinks=True,
             moe=MoEParams.from_config(config, scoring="topk_softmax", bias=True),
             activation=GatedActivation(swiglu),
         )

@@ -13,6 +13,7 @@ from llmfw_cli.new.tensors import Modules, Shape
 _NUMBERED = re.compile(r"(?P<base>.+)\.(?P<number>\d+)\.(?P<leaf>\w+)")
 _SHARED = re.compile(r"shared_(expert|experts|mlp)")
 _SCORE_BIAS = re.compile(r"score_correction_bias|expert_bias")
+SCORE_BIAS = "mlp.e_score_correction_bias"
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHARED_SIZES = (  # what a shared expert's width may be called
     "config.shared_expert_intermediate_size",
@@ -51,14 +52,23 @@ class ExpertTensors:
     shared_width: int | None = None
     score_bias: str = ""
 
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Tensors that are no module's weight or bias, by their place in our layer."""
+        places = {f"mlp.experts.{name}": path for name, path in self.stacked.items()}
+        return places | ({SCORE_BIAS: self.score_bias} if self.score_bias else {})
+
 
 def experts_of_layer(modules: Modules, hidden: int) -> ExpertTensors | None:
     """The experts of the layers that have some; None where none are known."""
     found = _numbered(modules) or _stacked(modules)
     if found is None:
         return None
-    router = dict(_router(modules, found.base, (found.count, hidden)))
     shared = dict(_shared(modules))
+    others = {**modules.layer}
+    for path in (*found.taken, *shared.values()):
+        del others[path]
+    router = dict(_router(others, found.base, (found.count, hidden)))
     down = modules.layer.get(shared.get("mlp.shared_expert.down_proj", ""), {}).get("weight")
     return replace(
         found,
@@ -86,6 +96,9 @@ def moe_switches(
         changes["intermediate_size"] = fields.width_expression(config, found.width)
     if found.score_bias:
         changes |= {"scoring": '"sigmoid"', "score_bias": "True", "float32_router": "True"}
+    if getattr(config, "routed_scaling_factor", None) is None:
+        scale = _field(config, "router_scaling_factor", "route_scale")
+        changes |= {"scale": scale} if scale else {}
     if (getattr(config, "n_group", None) or 1) > 1:
         changes |= {"num_groups": "config.n_group", "top_groups": "config.topk_group"}
         changes |= {"group_best": "2"} if found.score_bias else {}
@@ -145,10 +158,12 @@ def _stacked(modules: Modules) -> ExpertTensors | None:
     return None
 
 
-def _router(modules: Modules, base: str, shape: Shape) -> Iterator[tuple[str, str]]:
+def _router(
+    modules: Mapping[str, Mapping[str, Shape]], base: str, shape: Shape
+) -> Iterator[tuple[str, str]]:
     """The matrix beside the experts that has a row for each."""
     above = base.partition(".")[0]
-    for path, parameters in modules.layer.items():
+    for path, parameters in modules.items():
         if path.startswith(above) and parameters.get("weight") == shape:
             yield "mlp.gate", path
             return

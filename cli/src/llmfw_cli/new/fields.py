@@ -39,6 +39,7 @@ _READ = set(
     label2id output_attentions output_hidden_states task_specific_params is_encoder_decoder
     add_cross_attention tokenizer_class chunk_size_feed_forward problem_type layerdrop rotary
     original_max_position_embeddings multi_query num_kv_heads n_head_kv num_nextn_predict_layers
+    scale_embedding
     kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim
 """.split()  # noqa: SIM905 - words read better than a list of strings
 )
@@ -67,6 +68,8 @@ def switches_of(config: Any) -> Iterator[tuple[str, str]]:
     for field, (switch, expression) in SWITCHES.items():
         if getattr(config, field, None) is not None:
             yield switch, expression
+    if getattr(config, "scale_embedding", False) is True:
+        yield "embed_scale", "config.hidden_size**0.5"
     if isinstance(getattr(config, "activation", None), str):
         yield "activation", "config.activation"
 

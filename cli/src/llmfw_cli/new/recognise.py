@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class Recognition:
         places: Checkpoint paths by their place in our model; those of a layer by the place in it.
         switches: Changes to `DecoderSpec.from_config(config)`, as Python expressions.
         experts: The experts' tensors, where there are some.
+        tensors: Tensors of a layer that are no module's weight or bias, by their place in ours.
         transposed: Whether matrices are stored as [in, out].
         qkv_order: How the rows of a fused q, k, v are ordered: "plain" (all of q, of k, of v),
             "by head" (q, k and v of each head), "by group" (the queries of a group, its k, its v).
@@ -43,6 +44,7 @@ class Recognition:
     places: Mapping[str, str]
     switches: Mapping[str, str]
     experts: ExpertTensors | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
     qkv_order: str = "plain"
 
@@ -82,6 +84,9 @@ def recognise_shapes(
         **_layer_switches(base, modules, inner, config, transposed),
         **_model_switches(base, modules, places, config),
     }
+    sinks = _sinks(modules, base.num_heads)
+    if sinks:
+        switches["sinks"] = "True"
     if mixture:
         switches |= experts.moe_switches(mixture, modules.sparse, config, base)
     return Recognition(
@@ -93,6 +98,7 @@ def recognise_shapes(
         places=places,
         switches=switches,
         experts=mixture,
+        tensors={**sinks, **(mixture.tensors if mixture else {})},
         transposed=transposed,
         qkv_order=_likely_order(base.num_heads, _kv_heads(base, modules, inner, transposed), inner),
     )
@@ -189,6 +195,15 @@ def _qk_norm(base: DecoderSpec, modules: Modules, inner: Mapping[str, str]) -> d
         return {}
     all_heads = base.num_heads * base.head_dim
     return {"qk_norm": '"full"' if weight[0] == all_heads != base.head_dim else "True"}
+
+
+def _sinks(modules: Modules, heads: int) -> dict[str, str]:
+    """The tensor of learned logits, one a head, by its place."""
+    for path, parameters in modules.layer.items():
+        for parameter, shape in parameters.items():
+            if roles.is_sink(parameter) and shape == (heads,):
+                return {"self_attn.sinks": f"{path}.{parameter}"}
+    return {}
 
 
 def _kv_heads(

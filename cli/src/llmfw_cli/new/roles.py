@@ -41,6 +41,9 @@ _SECOND = (
 _FOUR = (
     ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ("post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+    ("post_attn_norm", "post_attention_layernorm", "post_ffn_norm"),
+    ("post_norm1", "post_attention_layernorm", "post_norm2"),
 )
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERT = re.compile(r"expert")
@@ -48,6 +51,7 @@ _EMBEDDING = re.compile(
     r"embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|token_embedding|^embeddings?$"
 )
 _POSITIONS = re.compile(r"wpe|embed_positions|position_embeddings?|pos_emb|positional")
+_SINK = re.compile(r"sinks?$|^softmax_offset$")
 _FINAL_NORM = re.compile(r"(^|\.)(norm|norm_f|ln_f|final_layernorm|final_layer_norm|final_norm)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
 
@@ -65,6 +69,11 @@ def parts_of_layer(modules: Modules, taken: Collection[str] = ()) -> dict[str, s
         if place is not None:
             places.setdefault(place, path)
     return places
+
+
+def is_sink(parameter: str) -> bool:
+    """Whether a parameter of attention may be its heads' learned logits."""
+    return bool(_SINK.search(parameter))
 
 
 def in_mlp(leaf: str) -> str | None:

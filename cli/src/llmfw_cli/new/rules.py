@@ -10,7 +10,6 @@ from llmfw_cli.new.recognise import Recognition
 
 QKV = "self_attn.qkv_proj"
 EXPERTS = "model.layers.{i}.mlp.experts"
-SCORE_BIAS = "model.layers.{i}.mlp.e_score_correction_bias"
 STOCK_LEAVES = ("gate_proj", "up_proj", "down_proj")
 BUFFERS = {
     "bias": "the causal mask, computed here",
@@ -22,6 +21,7 @@ def weight_rules(found: Recognition) -> list[source.Rule]:
     """Each rule of the map, in order."""
     return [
         *_ignored(found),
+        *_moved(found),
         *_stacked(found),
         *_transposed(found),
         *_reordered(found),
@@ -52,19 +52,18 @@ def _ignored(found: Recognition) -> Iterator[source.Rule]:
                 yield source.rule("ignore", name, source.quoted(BUFFERS[parameter]))
 
 
-def _stacked(found: Recognition) -> Iterator[source.Rule]:
-    """Experts become the stacked weights of ours."""
-    mixture = found.experts
-    if mixture is None:
-        return
-    tensors = {name: f"{EXPERTS}.{parameter}" for parameter, name in mixture.stacked.items()}
-    if mixture.score_bias:
-        tensors[mixture.score_bias] = SCORE_BIAS
-    for name, new in tensors.items():
-        old = f"{found.modules.prefix}.{{i}}.{name}"
+def _moved(found: Recognition) -> Iterator[source.Rule]:
+    """Tensors that are no module's weight or bias get the names of ours."""
+    for place, path in found.tensors.items():
+        old, new = f"{found.modules.prefix}.{{i}}.{path}", f"model.layers.{{i}}.{place}"
         if old != new:
             yield source.rule("rename", source.quoted(old), source.quoted(new))
-    if not mixture.leaves:
+
+
+def _stacked(found: Recognition) -> Iterator[source.Rule]:
+    """Numbered experts become the stacked weights of ours."""
+    mixture = found.experts
+    if mixture is None or not mixture.leaves:
         return
     path = f"{found.modules.prefix}.{{i}}.{mixture.base}.{{e}}"
     names = [] if mixture.leaves == STOCK_LEAVES else [source.quoted(x) for x in mixture.leaves]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmfw_cli.new import source
@@ -80,6 +82,8 @@ class Reference:
         import torch
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+        from llmfw.weights import open_checkpoint
+
         raw = shrink(found.raw, names_of(found.config))
         self.config = CONFIG_MAPPING[found.raw["model_type"]].from_dict(raw)
         self.config.architectures = [found.architecture]
@@ -91,12 +95,10 @@ class Reference:
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.15)
                 self.logits = model(torch.tensor([self.PROMPT])).logits[0]
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        self.tensors = {
-            name: value.clone()
-            for name, value in model.state_dict().items()
-            if not (self.config.tie_word_embeddings and name in tied)
-        }
+        with tempfile.TemporaryDirectory() as folder:  # its names are then a checkpoint's
+            model.save_pretrained(folder)
+            checkpoint = open_checkpoint(Path(folder))
+            self.tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names()}
 
     def recognised(self) -> Recognition:
         """The tiny model's own recognition."""

@@ -69,13 +69,12 @@ def report(settled: Settled, problems: str) -> dict[str, Any]:
 
 def unrecognised(found: Recognition) -> list[str]:
     """Tensors that have no place in the stock decoder, the layers' with {i}."""
-    corrects = found.experts.score_bias if found.experts else ""
     placed = {*found.places.values(), *(found.experts.taken if found.experts else ())}
     names = [
         f"{found.modules.prefix}.{{i}}.{path}.{parameter} {list(shape)}"
         for path, parameters in found.modules.layer.items()
         for parameter, shape in parameters.items()
-        if path not in placed and f"{path}.{parameter}" != corrects
+        if path not in placed and f"{path}.{parameter}" not in found.tensors.values()
         if "weight" in parameters or len(shape) == 1
     ]
     names += [

@@ -168,6 +168,7 @@ def attention_arguments(spec: DecoderSpec, layer_idx: int) -> dict[str, Any]:
         "sliding_window": spec.window(layer_idx),
         "softcap": spec.attn_softcap,
         "qk_norm": spec.qk_norm,
+        "sinks": spec.sinks,
         "norm_kind": spec.norm,
         "norm_eps": spec.norm_eps,
         "norm_offset": spec.norm_offset,

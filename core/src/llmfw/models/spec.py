@@ -24,7 +24,7 @@ class DecoderSpec:
         have a bias.
     qkv_bias, o_bias, mlp_bias, lm_head_bias: which linear layers have one.
     qk_norm: q and k are normalised by the decoder's kind of norm: a head (True), or all heads
-        together ("full").
+        together ("full"). sinks: a learned logit a head takes part in attention's softmax.
     gated: the MLP is act(gate) * up instead of plain. activation: its name in configurations, a
         function, or a `GatedActivation`.
     moe: a mixture of experts in place of the MLP; moe_layers: in which layers (none named: in all).
@@ -59,6 +59,7 @@ class DecoderSpec:
     mlp_bias: bool = False
     lm_head_bias: bool = False
     qk_norm: bool | Literal["full"] = False
+    sinks: bool = False
     gated: bool = True
     activation: str | Activation | GatedActivation = "silu"
     moe: MoEParams | None = None
