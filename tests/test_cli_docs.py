@@ -10,6 +10,7 @@ import cli_reference
 from llmfw import errors
 from llmfw.plugins import hookspecs
 from llmfw_cli.environment import KNOWN
+from llmfw_cli.guide import ALIASES
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOKS = ROOT / "docs" / "plugins" / "hooks.md"
@@ -45,8 +46,9 @@ def test_options_named_in_the_text_exist() -> None:
         for param in command.params
         for option in (*param.opts, *param.secondary_opts)
     }
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose))
-    assert named - options - {"--help"} == set()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", prose))
+    known = options | {"--help", *ALIASES}
+    assert {name for name in named if name.replace("_", "-") not in known} == set()
 
 
 def test_every_variable_of_the_source_is_documented_and_the_reverse() -> None:
