@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -41,7 +43,21 @@ NEOX = {name: size for name, size in BASE.items() if name != "num_key_value_head
 WINDOW = {"head_dim": 128, "sliding_window": 40}
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
 STATE = {"vocab_size": VOCAB, "hidden_size": 256, "num_hidden_layers": 3, "eos_token_id": None}
+LATENT = {
+    **BASE,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+}
 MODELS = {
+    "DeepseekV2ForCausalLM": DeepseekV2Config(**LATENT, q_lora_rank=None),
+    "DeepseekV3ForCausalLM": DeepseekV3Config(**LATENT, q_lora_rank=64, n_group=4, topk_group=2),
     "Qwen3MoeForCausalLM": Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=128, norm_topk_prob=True),
     "Gemma2ForCausalLM": Gemma2Config(**BASE, **WINDOW),
     "Gemma3ForCausalLM": Gemma3TextConfig(**BASE, **WINDOW, sliding_window_pattern=2),
