@@ -57,7 +57,7 @@ def summarize(
 
     ROUGE against reference summaries, latency and tokens/s, and with --eval-ppl perplexity, for
     both. Both get the same tokens, in the same dtype, in one process. With --check-accuracy the
-    exit code is 1 unless the differences are shown to be within the margins (docs/summarize.md).
+    exit code is 1 unless the differences are shown to be within the margins (docs/evaluation.md).
     """
     from llmfw_cli.summarize.measure import run_engines
     from llmfw_cli.summarize.report import (
