@@ -89,9 +89,12 @@ def test_an_unknown_architecture_is_exit_code_6(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     done = run("run", "--model", str(folder), "--prompt", "x")
     assert done.exit_code == 6
-    assert done.stderr.startswith(
-        "error: no installed plugin serves the architecture 'NobodyForCausalLM'\ninstalled: "
-    )
+    unknown = "error: no installed plugin serves the architecture 'NobodyForCausalLM'\n"
+    assert done.stderr.startswith(f"{unknown}the fallback llmfw-transformers does not serve it on ")
+    assert "transformers has no model of that name\ninstalled: " in done.stderr
+    off = run("run", "--model", str(folder), "--prompt", "x", "--no-fallback")
+    assert off.exit_code == 6
+    assert "a fallback, might, but is switched off by --no-fallback\ninstalled: " in off.stderr
     assert run("inspect", str(folder)).exit_code == 6
 
 

@@ -93,6 +93,8 @@ def test_a_rendered_package_pins_what_the_built_in_ones_pin(tmp_path: Path, base
     pins = set(facts["project"]["dependencies"])
     for path in sorted(ROOT.glob("builtin_models/*/pyproject.toml")):
         family = tomllib.loads(path.read_text("utf-8"))
+        if "*" in family["project"]["entry-points"]["llmfw.models"]:
+            continue  # a fallback lives on more of transformers than a family does
         theirs = set(family["project"]["dependencies"])
         of_its_kind = any(pin.startswith("torch") for pin in theirs) == (base == "blank")
         assert pins == theirs or not of_its_kind, path

@@ -29,6 +29,7 @@ TOP_LEVEL = {
     "tests",
 }
 FAMILIES = sorted(path.parent for path in ROOT.glob("builtin_models/*/pyproject.toml"))
+FALLBACK = ROOT / "builtin_models/transformers"  # it serves what has no family: files of its own
 PACKAGES = [ROOT / "core", ROOT / "cli", *FAMILIES]
 SOURCES = sorted(path for package in PACKAGES for path in package.glob("src/**/*.py"))
 CORE_SOURCES = [path for path in SOURCES if path.is_relative_to(ROOT / "core")]
@@ -57,7 +58,7 @@ FAMILY_FILES = {
 FAMILY_MAY_HAVE = re.compile(
     r"src/PACKAGE/(configuration\.py|demo\.py|kernels/.*)|tests/test_\w+\.py"
 )
-MOST_LINES = {"llama": 120, "opt": 110, "deepseek": 300, "mamba": 300}
+MOST_LINES = {"llama": 120, "opt": 110, "deepseek": 300, "mamba": 300, "transformers": 900}
 MOST_LINES_OF_OTHERS = 60
 
 
@@ -184,6 +185,8 @@ def test_every_family_has_the_same_files(family: Path) -> None:
         for name in tracked_files(relative(family))
     }
     assert names >= FAMILY_FILES
+    if family == FALLBACK:
+        return
     assert [name for name in names - FAMILY_FILES if not FAMILY_MAY_HAVE.fullmatch(name)] == []
 
 
