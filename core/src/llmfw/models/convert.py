@@ -7,6 +7,7 @@ with; the directory appears in one step, when all of it is there.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +26,9 @@ from llmfw.models.prepare import PreparedModel, prepare_model
 from llmfw.models.settings import choose_dtype
 from llmfw.models.weights import has_own_load_weights
 from llmfw.weights import Checkpoint, LoadPlan
-from llmfw.weights.block_scales import BlockScaledCheckpoint
 from llmfw.weights.converted import CHECKSUMS, IGNORED, rank_file
 from llmfw.weights.converted_config import HF_FOLDER, ConvertedConfig, LossyStep, SourceSummary
 from llmfw.weights.layout import layout_digest
-from llmfw.weights.mxfp4 import Mxfp4Checkpoint
 from llmfw.weights.loader import loaded_dtype, read_parameter, stored_dtype
 from llmfw.weights.plan import FilledSlot, dtype_text, stored_as
 from llmfw.weights.safetensors_reader import INDEX_NAME
@@ -77,8 +76,8 @@ def convert_checkpoint(
     Args:
         model: A Hugging Face directory, a GGUF file, an alias or a hub id.
         out: The directory to make.
-        dtype: "auto" leaves each tensor in its own; a GGUF file's become the model's. Any other
-            converts all floating-point parameters, and the checkpoint says so.
+        dtype: "auto" leaves each tensor in its own, and gives what has to be dequantised the
+            model's. Any other converts all floating-point parameters, and the checkpoint says so.
         mapping: Sizes of the parallel run that it is for; all ranks are written.
         keep_ignored: Whether tensors that the model does not take are kept in a side file.
         progress: Called after each tensor with (bytes done, bytes in all, name).
@@ -154,7 +153,7 @@ class _Rank:
     def tensors(self, asked: torch.dtype | None) -> Iterator[PendingTensor]:
         """Its parameters, in the order of the source's files."""
         for filled in self.plan.filled:
-            dtype = _written_dtype(filled, asked, self.checkpoint.format)
+            dtype = _written_dtype(filled, asked)
             read = partial(read_parameter, filled, self.checkpoint, dtype)
             yield PendingTensor(filled.slot.path, filled.slot.shape, dtype, read)
 
@@ -191,18 +190,18 @@ def _ranks(
                 "the model without converting it",
             )
         checkpoint = open_weights(prepared)
-        if checkpoint.format in (BlockScaledCheckpoint.format, Mxfp4Checkpoint.format):
-            raise CheckpointError(
-                f"{model}: has {checkpoint.format} weights, which are dequantised when they are read",
-                hint="run it as it is; a converted checkpoint could not give them back",
-            )
         yield _Rank(number, prepared, checkpoint, plan_of(prepared, built, checkpoint))
 
 
-def _written_dtype(filled: FilledSlot, asked: torch.dtype | None, format: str) -> torch.dtype:
+def _written_dtype(filled: FilledSlot, asked: torch.dtype | None) -> torch.dtype:
+    """As asked; else the tensors' own, and the model's for what is dequantised."""
     if asked is not None:
         return loaded_dtype(filled, asked)
-    return loaded_dtype(filled, "declared") if format == "gguf" else stored_dtype(filled)
+    return loaded_dtype(filled, "declared") if _is_packed(filled) else stored_dtype(filled)
+
+
+def _is_packed(filled: FilledSlot) -> bool:
+    return any(source.info.is_packed for fill in filled.fills for source in fill.expr.sources())
 
 
 def _state_of(checkpoint: Checkpoint) -> list[list[Any]]:
@@ -246,15 +245,15 @@ def _lossy(rank: _Rank, asked: torch.dtype | None, keep_ignored: bool) -> Iterat
     source, plan = rank.prepared.source, rank.plan
     if source.gguf is not None:
         yield LossyStep("gguf", f"{source.gguf.name} was dequantised and is no GGUF file any more")
-    changed: dict[str, int] = {}
+    changed: Counter[tuple[str, str]] = Counter()
     for filled in plan.filled:
-        dtype = _written_dtype(filled, asked, rank.checkpoint.format)
+        dtype = _written_dtype(filled, asked)
         for fill in filled.fills:
-            if fill.expr.dtype != dtype and dtype != stored_dtype(filled):
-                change = f"{stored_as(fill.expr)[0]} to {dtype_text(dtype)}"
-                changed[change] = changed.get(change, 0) + 1
-    for change, count in changed.items():
-        yield LossyStep("dtype", f"{count} tensors from {change}")
+            step = "packed" if _is_packed(filled) else "dtype"
+            if step == "packed" or (fill.expr.dtype != dtype and dtype != stored_dtype(filled)):
+                changed[step, f"{stored_as(fill.expr)[0]} to {dtype_text(dtype)}"] += 1
+    for (step, change), count in changed.items():
+        yield LossyStep(step, f"{count} tensors from {change}")
     if plan.ignored and not keep_ignored:
         names = ", ".join(each.name for each in plan.ignored[:4])
         more = f" and {len(plan.ignored) - 4} more" if len(plan.ignored) > 4 else ""

@@ -27,7 +27,12 @@ from llmfw.models.prepare import prepare_model
 from llmfw.weights import LoadPlan, resolve_model
 from llmfw.weights.checkpoint import TensorInfo
 from llmfw.weights.converted import IGNORED, ConvertedCheckpoint, check, read_checksums
-from llmfw.weights.converted_config import HF_FOLDER, LossyStep, read_converted_config
+from llmfw.weights.converted_config import (
+    HF_FOLDER,
+    ConvertedConfig,
+    LossyStep,
+    read_converted_config,
+)
 from llmfw.weights.expressions import Source
 from llmfw.weights.gather import Gather
 from llmfw.weights.layout import layout_digest
@@ -104,8 +109,8 @@ def export_checkpoint(
         with Staging(out, {"export": config.layouts, "source": config.source.digest}) as staging:
             files = _write(staging.folder, folder, plans, record, targets, exact, progress)
             carry_over(folder / HF_FOLDER, staging.folder)
-            if config.converted_dtype is not None and not exact:
-                _tell_dtype(staging.folder / "config.json", config.converted_dtype)
+            if not exact:
+                _tell_changes(staging.folder / "config.json", config)
             if exact:
                 _require_identical(staging.folder, record)
             staging.commit()
@@ -154,7 +159,7 @@ def _targets(
     for filled in plan.filled:
         for source in (source for fill in filled.fills for source in fill.expr.sources()):
             stored = converted.info(filled.slot.path).dtype
-            dtypes[source.name] = stored if keep_dtypes or record.format == "gguf" else source.dtype
+            dtypes[source.name] = stored if keep_dtypes or source.info.is_packed else source.dtype
     if (folder / IGNORED).is_file():
         for each in plan.ignored:
             dtypes |= {source.name: source.dtype for source in each.expr.sources()}
@@ -273,15 +278,17 @@ def _write_index(
         (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _tell_dtype(path: Path, dtype: str) -> None:
-    """config.json names the dtype that the weights have now."""
+def _tell_changes(path: Path, config: ConvertedConfig) -> None:
+    """config.json names the dtype that the weights have now, and no packed form of them."""
     raw = read_json(path)
-    for part in (raw, raw.get("text_config") or {}):
-        for key in ("dtype", "torch_dtype"):
-            if key in part:
-                part[key] = dtype
-    if not {"dtype", "torch_dtype"} & set(raw):
-        raw["torch_dtype"] = dtype
+    parts = [raw, *([raw["text_config"]] if isinstance(raw.get("text_config"), dict) else [])]
+    for part in parts:
+        if any(step.step == "packed" for step in config.lossy):
+            part.pop("quantization_config", None)
+        named = [key for key in ("dtype", "torch_dtype") if key in part]
+        if config.converted_dtype is not None:
+            keys = named or (["torch_dtype"] if part is raw else [])
+            part |= dict.fromkeys(keys, config.converted_dtype)
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 

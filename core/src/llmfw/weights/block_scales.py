@@ -87,6 +87,11 @@ class BlockScaledCheckpoint:
             tensor=name,
         )
 
+    @property
+    def stored(self) -> Checkpoint:
+        """The checkpoint as it is."""
+        return self._stored
+
     def names(self) -> Sequence[str]:
         """All names but those of scales."""
         return self._names

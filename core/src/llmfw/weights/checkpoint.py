@@ -31,6 +31,11 @@ class TensorInfo:
     stored: str = ""
     offset: int = 0
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is stored in a form of its own, and is dequantised when it is read."""
+        return self.nbytes != torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 @runtime_checkable
 class Checkpoint(Protocol):

@@ -58,7 +58,7 @@ class LossyStep:
     """Something that no export gives back.
 
     Args:
-        step: "dtype", "gguf" or "ignored".
+        step: "dtype", "packed" (dequantised), "gguf" or "ignored".
         detail: What happened, for people.
     """
 

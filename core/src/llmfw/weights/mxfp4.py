@@ -97,6 +97,11 @@ class Mxfp4Checkpoint:
             tensor=f"{stem}{BLOCKS}",
         )
 
+    @property
+    def stored(self) -> Checkpoint:
+        """The checkpoint as it is."""
+        return self._stored
+
     def names(self) -> Sequence[str]:
         """All names; of blocks and scales the one that they share."""
         return self._names

@@ -32,7 +32,7 @@ class SourceFile:
         name: Its path inside of the source's directory.
         size: Its bytes.
         sha256: Its digest.
-        header: The JSON of its header as it stands in the file; "" for a GGUF file.
+        header: The JSON of its header as it stands in the file; "" where tensors are described.
     """
 
     name: str
@@ -46,10 +46,11 @@ class SourceRecord:
     """The source's headers.
 
     Args:
-        format: "safetensors" or "gguf".
+        format: Of the checkpoint: "safetensors", "gguf", "float8" or "mxfp4".
         files: Its files of weights, in the order in which they were read.
         index: The text of model.safetensors.index.json; None where there was none.
-        tensors: For GGUF: each tensor as a mapping with the fields of `TensorInfo` and its name.
+        tensors: Where tensors are dequantised when they are read: each one as a mapping with the
+            fields of `TensorInfo` and its name.
     """
 
     format: str
@@ -114,9 +115,8 @@ class HeaderCheckpoint:
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """The files of weights that a checkpoint is read from."""
-    if isinstance(checkpoint, SafetensorsCheckpoint):
-        return list(checkpoint.files)
-    return [checkpoint.path]
+    stored = getattr(checkpoint, "stored", checkpoint)
+    return list(stored.files) if isinstance(stored, SafetensorsCheckpoint) else [stored.path]
 
 
 def record_source(checkpoint: Checkpoint) -> SourceRecord:
