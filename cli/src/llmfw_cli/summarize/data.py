@@ -137,7 +137,8 @@ def _from_parquet(path: Path) -> Iterator[Row]:
         from pyarrow import ArrowException, parquet
     except ImportError as exc:
         raise UsageError(
-            f"{path} needs pyarrow, which is not installed", hint="pip install pyarrow"
+            f"{path} needs pyarrow, which is not installed",
+            hint='pip install "llmfw-cli[datasets]"',
         ) from exc
     try:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=64)
@@ -153,7 +154,7 @@ def _from_datasets(source: Source) -> Iterator[Row]:
         raise UsageError(
             f"there is no file {source.name}, and a set of that name needs `datasets`, which is "
             "not installed",
-            hint="pip install datasets, or give a .jsonl, .csv or .parquet file",
+            hint='pip install "llmfw-cli[datasets]", or give a .jsonl, .csv or .parquet file',
         ) from exc
     try:
         rows = datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
