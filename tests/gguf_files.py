@@ -42,8 +42,9 @@ def write_gguf(
     writer = gguf.GGUFWriter(file, arch)
     for key, size in {**SIZES, **(sizes or {})}.items():
         writer.add_uint32(f"{arch}.{key}", size)
-    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32(f"{arch}.rope.freq_base", 10000.0)
+    if f"{arch}.attention.layer_norm_epsilon" not in (metadata or {}):
+        writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_float32(f"{arch}.rope.freq_base", 10000.0)
     if tokenizer is not None:
         _add_tokenizer(writer, tokenizer)
     for key, value in (metadata or {}).items():

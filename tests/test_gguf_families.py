@@ -1,16 +1,34 @@
-"""GGUF files of the families give transformers' logits: names by gguf's own tables, not by ours."""
+"""GGUF files of the families give transformers' logits: names by gguf's own tables, not by ours.
+
+Tensors are permuted, transposed and split as llama.cpp's converter does it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    MixtralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
-from gguf_files import TOKENS, write_gguf
+from gguf_files import TOKENS, to_ggml_pairs, write_gguf
 from llmfw.models import load_model
 from llmfw.testing import PackedSession
 from parity import ATOL, hf_logits, random_prompts, tiny_hf
@@ -28,82 +46,247 @@ BASE: dict[str, Any] = {
     "rope_theta": 10000.0,
     "eos_token_id": None,
     "bos_token_id": None,
+    "pad_token_id": None,
 }
-HEAD = {"head_dim": 32}
-WINDOW = {"sliding_window": 9}
+LAYER_NORM = {name: BASE[name] for name in BASE if name not in ("rms_norm_eps",)}
+LAYER_NORM |= {"layer_norm_eps": 1e-3, "num_key_value_heads": 4, "tie_word_embeddings": False}
+UNTIED = {"tie_word_embeddings": False}
+HEAD, HEAD_KEYS = {"head_dim": 32}, {"attention.key_length": 32}
+WINDOW, WINDOW_KEYS = {"sliding_window": 9}, {"attention.sliding_window": 9}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-EXPERT_SIZES = {
-    "expert_count": 6,
-    "expert_used_count": 2,
-    "expert_feed_forward_length": 24,
+LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+LOCAL_KEYS = {"expert_count": 6, "expert_used_count": 2}
+EXPERT_KEYS = {**LOCAL_KEYS, "expert_feed_forward_length": 24}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+EPS = {"attention.layer_norm_epsilon": 1e-3}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 4 for i in range(6)],
+    "long_factor": [2.0 + i for i in range(6)],
+    "partial_rotary_factor": 0.75,
+    "rope_theta": 10000.0,
 }
-CASES: dict[str, tuple[str, Any, dict[str, int]]] = {
-    "qwen2": ("Qwen2ForCausalLM", Qwen2Config(**BASE), {}),
-    "qwen3moe": (
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_KEYS = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 16,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's tiny model, and what its GGUF file says of it.
+
+    Args:
+        arch: `general.architecture`.
+        architecture: HF's.
+        config: Of the HF model.
+        keys: Metadata, less the sizes that all have, after "<arch>.".
+        quantise: ggml's types of tensors whose names end so.
+    """
+
+    arch: str
+    architecture: str
+    config: Any
+    keys: dict[str, Any] = field(default_factory=dict)
+    quantise: dict[str, str] = field(default_factory=dict)
+
+
+GPT_OSS = GptOssConfig(
+    **{**BASE, **UNTIED, **LOCAL_EXPERTS, **WINDOW, "rope_parameters": {**YARN, "truncate": False}},
+    head_dim=16,
+)
+GPT_OSS_KEYS = {**LOCAL_KEYS, **WINDOW_KEYS, **YARN_KEYS, "expert_feed_forward_length": 96}
+CASES: dict[str, Case] = {
+    "qwen2": Case("qwen2", "Qwen2ForCausalLM", Qwen2Config(**BASE)),
+    "qwen2moe": Case(
+        "qwen2moe",
+        "Qwen2MoeForCausalLM",
+        Qwen2MoeConfig(**BASE, **EXPERTS, shared_expert_intermediate_size=40),
+        {**EXPERT_KEYS, "expert_shared_feed_forward_length": 40},
+    ),
+    "qwen3moe": Case(
+        "qwen3moe",
         "Qwen3MoeForCausalLM",
         Qwen3MoeConfig(**BASE, **HEAD, **EXPERTS, norm_topk_prob=True),
-        EXPERT_SIZES,
+        HEAD_KEYS | EXPERT_KEYS,
     ),
-    "gemma": ("GemmaForCausalLM", GemmaConfig(**BASE, **HEAD), {}),
-    "gemma2": (
+    "mixtral": Case(
+        "llama",
+        "MixtralForCausalLM",
+        MixtralConfig(**{**BASE, **UNTIED}, **LOCAL_EXPERTS),
+        LOCAL_KEYS,
+    ),
+    "gemma": Case("gemma", "GemmaForCausalLM", GemmaConfig(**BASE, **HEAD), HEAD_KEYS),
+    "gemma2": Case(
+        "gemma2",
         "Gemma2ForCausalLM",
         Gemma2Config(**BASE, **HEAD, **WINDOW),
-        {"attention.sliding_window": 9},
+        HEAD_KEYS | WINDOW_KEYS | CAPS,
     ),
-    "gemma3": (
+    "gemma3": Case(
+        "gemma3",
         "Gemma3ForCausalLM",
         Gemma3TextConfig(**BASE, **HEAD, **WINDOW),
-        {"attention.sliding_window": 9},
+        HEAD_KEYS | WINDOW_KEYS,
+    ),
+    "phi2": Case(
+        "phi2",
+        "PhiForCausalLM",
+        PhiConfig(**LAYER_NORM, partial_rotary_factor=0.5),
+        {**EPS, "attention.head_count_kv": 4, "rope.dimension_count": 8},
+    ),
+    "phi3": Case(
+        "phi3", "Phi3ForCausalLM", Phi3Config(**{**BASE, **UNTIED}, **WINDOW), WINDOW_KEYS
+    ),
+    "phi3_long": Case(
+        "phi3",
+        "Phi3ForCausalLM",
+        Phi3Config(
+            **{**BASE, **UNTIED},
+            rope_parameters=LONGROPE,
+            original_max_position_embeddings=32,
+        ),
+        {
+            "attention.sliding_window": 0,
+            "rope.dimension_count": 12,
+            "rope.scaling.original_context_length": 32,
+        },
+    ),
+    "gpt2": Case(
+        "gpt2",
+        "GPT2LMHeadModel",
+        GPT2Config(
+            vocab_size=len(TOKENS),
+            n_embd=64,
+            n_inner=96,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            layer_norm_epsilon=1e-3,
+            eos_token_id=None,
+            bos_token_id=None,
+        ),
+        EPS,
+    ),
+    "gptneox": Case(
+        "gptneox",
+        "GPTNeoXForCausalLM",
+        GPTNeoXConfig(**LAYER_NORM, rotary_pct=0.5),
+        {**EPS, "rope.dimension_count": 8, "use_parallel_residual": True},
+    ),
+    "gptneox_sequential": Case(
+        "gptneox",
+        "GPTNeoXForCausalLM",
+        GPTNeoXConfig(**LAYER_NORM, rotary_pct=0.25, use_parallel_residual=False),
+        {**EPS, "rope.dimension_count": 4, "use_parallel_residual": False},
+    ),
+    "gpt-oss": Case(
+        "gpt-oss", "GptOssForCausalLM", GPT_OSS, {**GPT_OSS_KEYS, "attention.key_length": 16}
+    ),
+    "gpt-oss_mxfp4": Case(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        GPT_OSS,
+        {**GPT_OSS_KEYS, "attention.key_length": 16},
+        quantise={"_exps.weight": "MXFP4"},
     ),
 }
 
 
-def ggml_tensors(arch: str, hf: torch.nn.Module) -> dict[str, torch.Tensor]:
+def converted(case: Case, hf: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors as llama.cpp's converter writes them."""
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == case.arch)
     names = gguf.get_tensor_name_map(number, 2)
     tensors = {}
-    for name, value in published(hf).items():
+    for name, value in rearranged(case, published(hf)):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
-        offset = float(arch.startswith("gemma") and name.endswith("norm.weight"))
-        tensors[theirs] = value + offset
+        tensors[theirs] = value.contiguous()
+    factors = getattr(hf.config, "rope_parameters", None) or {}
+    for kind in ("long", "short"):
+        if factors.get(f"{kind}_factor"):
+            tensors[f"rope_factors_{kind}.weight"] = torch.tensor(factors[f"{kind}_factor"])
     return tensors
+
+
+def rearranged(case: Case, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the converter does to values and names before it looks the names up."""
+    heads = 4
+    for name, value in tensors.items():
+        if case.arch.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + 1
+        if case.arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = to_ggml_pairs(value, heads if "q_proj" in name else 2)
+        if case.arch == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            value = value.t()
+        if "query_key_value" in name:
+            by_head = value.reshape(heads, 3, 64 // heads, *value.shape[1:])
+            value = torch.cat([by_head[:, part].flatten(0, 1) for part in range(3)])
+        if name.endswith("shared_expert_gate.weight"):
+            value = value.squeeze()
+        yield (f"{name}.weight" if name.endswith("sinks") else name), value
 
 
 def published(hf: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with its experts' products apart and the tied head left out."""
     tensors = {}
+    alternating = hf.config.model_type == "gpt_oss"
     for name, value in hf.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            gate, up = value.chunk(2, dim=1)
-            stem = name.removesuffix("gate_up_proj")
-            tensors |= {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
+        stem, _, last = name.rpartition(".")
+        if "experts.gate_up_proj" in name:
+            ending = ".bias" if last.endswith("_bias") else ".weight"
+            if alternating:
+                value = value if ending == ".bias" else value.transpose(1, 2)
+                gate, up = value[:, ::2], value[:, 1::2]
+            else:
+                gate, up = value.chunk(2, dim=1)
+            tensors |= {f"{stem}.gate_proj{ending}": gate, f"{stem}.up_proj{ending}": up}
+        elif name.endswith("experts.down_proj_bias"):
+            tensors[f"{stem}.down_proj.bias"] = value
         elif name.endswith("experts.down_proj"):
-            tensors[f"{name}.weight"] = value
-        elif name != "lm_head.weight":
+            tensors[f"{name}.weight"] = value.transpose(1, 2) if alternating else value
+        elif name != "lm_head.weight" or not hf.config.tie_word_embeddings:
             tensors[name] = value
     return tensors
 
 
-@pytest.mark.parametrize("arch", CASES)
+def round_experts(hf: torch.nn.Module) -> None:
+    """Make the experts' matrices what their MXFP4 blocks say."""
+    kind = gguf.GGMLQuantizationType.MXFP4
+    for name, value in hf.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks = gguf.quantize(value.detach().transpose(1, 2).contiguous().numpy(), kind)
+            value.data = torch.from_numpy(gguf.dequantize(blocks, kind)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_gguf_file_gives_transformers_logits(
-    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("LLMFW_CACHE", str(tmp_path / "cache"))
-    architecture, config, sizes = CASES[arch]
-    hf = tiny_hf(config, architecture, "eager")
+    case = CASES[name]
+    hf = tiny_hf(case.config, case.architecture, "eager")
     for parameter in hf.parameters():  # unpacked files of this size are kept in bfloat16
         parameter.data = parameter.data.bfloat16().float()
-    if HEAD["head_dim"] == getattr(config, "head_dim", None):
-        sizes = {**sizes, "attention.key_length": 32}
-    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    metadata = {f"{arch}.{key}": value for key, value in caps.items() if arch == "gemma2"}
+    if case.quantise:
+        round_experts(hf)
+    tensors = converted(case, hf)
     file = write_gguf(
-        tmp_path / "x.gguf", ggml_tensors(arch, hf), arch=arch, sizes=sizes, metadata=metadata
+        tmp_path / "x.gguf",
+        tensors,
+        arch=case.arch,
+        metadata={f"{case.arch}.{key}": value for key, value in case.keys.items()},
+        quantise={
+            tensor: kind
+            for tensor in tensors
+            for end, kind in case.quantise.items()
+            if tensor.endswith(end)
+        },
     )
     loaded = load_model(file, dtype="float32", kernels="reference", block_size=4)
-    assert loaded.model_config.pretrained_config.architectures == [architecture]
-    for ids in random_prompts(2, len(TOKENS), 20, 40):
+    assert loaded.model_config.pretrained_config.architectures == [case.architecture]
+    for ids in random_prompts(2, len(TOKENS), 34, 60):  # longer than the original length
         got = PackedSession(loaded.model).step({"a": ids})["a"]
         torch.testing.assert_close(got, hf_logits(hf, ids), atol=ATOL, rtol=0)

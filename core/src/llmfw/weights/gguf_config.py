@@ -11,7 +11,7 @@ import torch
 
 from llmfw.errors import ConfigError
 from llmfw.weights.gguf_reader import GGUFCheckpoint
-from llmfw.weights.gguf_tables import CONFIG_KEYS, ROPE_FACTORS
+from llmfw.weights.gguf_tables import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 
 _TOKEN_IDS = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
@@ -31,33 +31,41 @@ def config_of(checkpoint: GGUFCheckpoint) -> dict[str, Any]:
     """
     metadata, family = checkpoint.header.metadata, checkpoint.family
     prefix = f"{metadata['general.architecture']}."
-    keys = {**CONFIG_KEYS, **family.config_keys}
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **family.config,
         **{
             ours: _plain(metadata[prefix + key])
-            for key, ours in keys.items()
+            for key, ours in family.config_keys.items()
             if prefix + key in metadata
         },
         **{ours: metadata[key] for key, ours in _TOKEN_IDS.items() if key in metadata},
     }
-    names = set(checkpoint.names())
-    embedding = checkpoint.info(_require_name(checkpoint, names, "model.embed_tokens.weight"))
-    config["vocab_size"] = embedding.shape[0]
-    config["tie_word_embeddings"] = "lm_head.weight" not in names
+    tensors = checkpoint.header.tensors
+    _require_sizes(checkpoint, prefix)
+    if "token_embd.weight" not in tensors:
+        raise ConfigError(
+            f"{checkpoint.path}: no tensor 'token_embd.weight'", hint="download it again"
+        )
+    heads = metadata[f"{prefix}attention.head_count"]
+    config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in tensors
     config["dtype"] = "bfloat16"
-    _require_sizes(checkpoint, config)
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    config["head_dim"] = _head_dim(metadata, prefix, config)
-    if "model.layers.0.self_attn.o_proj.bias" in names:
+    config.setdefault("num_key_value_heads", heads)
+    config["head_dim"] = _head_dim(checkpoint, prefix, heads)
+    turned = metadata.get(f"{prefix}rope.dimension_count")
+    if family.rotary_part is not None and turned is not None:
+        config[family.rotary_part] = turned / config["head_dim"]
+    if config.get("sliding_window") == 0:
+        config["sliding_window"] = None
+    if "blk.0.attn_output.bias" in tensors:
         config["attention_bias"] = True
-    if "model.layers.0.mlp.down_proj.bias" in names:
+    if "blk.0.ffn_down.bias" in tensors:
         config["mlp_bias"] = True
     scaling = _rope_scaling(checkpoint, prefix, config)
     if scaling is not None:
-        config["rope_scaling"] = scaling
+        config["rope_scaling"] = {**scaling, **family.rope}
     return config
 
 
@@ -80,15 +88,11 @@ def _plain(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _require_name(checkpoint: GGUFCheckpoint, names: set[str], name: str) -> str:
-    if name not in names:
-        raise ConfigError(f"{checkpoint.path}: no tensor '{name}'", hint="download it again")
-    return name
-
-
-def _require_sizes(checkpoint: GGUFCheckpoint, config: Mapping[str, Any]) -> None:
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    missing = [key for key in needed if not isinstance(config.get(key), int) or config[key] <= 0]
+def _require_sizes(checkpoint: GGUFCheckpoint, prefix: str) -> None:
+    metadata, names = checkpoint.header.metadata, checkpoint.family.config_keys
+    needed = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+    found = {key: metadata.get(prefix + key) for key in needed}
+    missing = [names[key] for key, size in found.items() if not isinstance(size, int) or size <= 0]
     if missing:
         raise ConfigError(
             f"{checkpoint.path}: its metadata give no single number for {', '.join(missing)}",
@@ -96,21 +100,29 @@ def _require_sizes(checkpoint: GGUFCheckpoint, config: Mapping[str, Any]) -> Non
         )
 
 
-def _head_dim(metadata: Mapping[str, Any], prefix: str, config: Mapping[str, Any]) -> int:
-    default = config["hidden_size"] // config["num_attention_heads"]
-    for key in ("attention.key_length", "rope.dimension_count"):
+def _head_dim(checkpoint: GGUFCheckpoint, prefix: str, heads: int) -> int:
+    metadata = checkpoint.header.metadata
+    keys = ["attention.key_length"]
+    if checkpoint.family.rotary_part is None:
+        keys.append("rope.dimension_count")
+    for key in keys:
         if prefix + key in metadata:
             return int(metadata[prefix + key])
-    return int(default)
+    return int(metadata[f"{prefix}embedding_length"] // heads)
 
 
 def _rope_scaling(
     checkpoint: GGUFCheckpoint, prefix: str, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     metadata = checkpoint.header.metadata
-    if ROPE_FACTORS in checkpoint.header.tensors:
-        factors = checkpoint.rope_factors()
+    factors = checkpoint.setting(ROPE_FACTORS)
+    if factors is not None:
         return _stored_rope(checkpoint, factors, float(config.get("rope_theta", 10000.0)))
+    long, short = checkpoint.setting(LONG_FACTORS), checkpoint.setting(SHORT_FACTORS)
+    if long is not None and short is not None:
+        exact = {"long_factor": long.tolist(), "short_factor": short.tolist()}
+        plain = {name: [_plain(value) for value in values] for name, values in exact.items()}
+        return {"rope_type": "longrope", **plain}
     kind = metadata.get(f"{prefix}rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -123,6 +135,9 @@ def _rope_scaling(
     original = metadata.get(f"{prefix}rope.scaling.original_context_length")
     if original is not None:
         scaling["original_max_position_embeddings"] = original
+    for name in ("beta_fast", "beta_slow"):
+        if f"{prefix}rope.scaling.yarn_{name}" in metadata:
+            scaling[name] = _plain(metadata[f"{prefix}rope.scaling.yarn_{name}"])
     return scaling
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,13 @@ from llmfw.errors import CheckpointError
 from llmfw.weights.checkpoint import TensorInfo
 from llmfw.weights.expressions import reorder
 from llmfw.weights.gguf_header import GGUFEntry, GGUFHeader, read_gguf_header
-from llmfw.weights.gguf_tables import FAMILIES, ROPE_FACTORS, TOP_NAMES, Family
+from llmfw.weights.gguf_tables import (
+    FAMILIES,
+    ONE_ROW,
+    SETTINGS,
+    WITH_EXPERTS,
+    Family,
+)
 
 _PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -37,6 +44,8 @@ def family_of(file: Path, header: GGUFHeader) -> Family:
             hint="merge them with llama.cpp's `llama-gguf-split --merge`",
             file=str(file),
         )
+    if name in WITH_EXPERTS and header.metadata.get(f"{name}.expert_count", 0):
+        return WITH_EXPERTS[name]
     return FAMILIES[name]
 
 
@@ -60,9 +69,9 @@ class GGUFCheckpoint:
         self.header = header or read_gguf_header(path)
         self.family = family_of(path, self.header)
         self._entries = {
-            _hf_name(name, self.family): entry
+            _hf_name(name, self.family): _matrix(entry)
             for name, entry in self.header.tensors.items()
-            if name != ROPE_FACTORS
+            if name not in SETTINGS
         }
 
     def names(self) -> Sequence[str]:
@@ -75,28 +84,29 @@ class GGUFCheckpoint:
         dtype = _PLAIN.get(entry.type_name, torch.float32)
         if self._is_norm(name):
             dtype = torch.float32
-        return TensorInfo(entry.shape, dtype, self.path.name, entry.nbytes, entry.type_name)
+        shape = entry.shape[::-1] if self._is_transposed(entry) else entry.shape
+        return TensorInfo(shape, dtype, self.path.name, entry.nbytes, entry.type_name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, dequantised and in HF's layout."""
         entry = self._entry(name)
         value = self._dequantised(entry, 0, entry.shape[0])
-        heads = self._paired_heads(entry)
-        if heads:
-            value = reorder(value, 0, (heads, entry.shape[0] // heads // 2, 2), (0, 2, 1))
-        return value
+        order = self._row_order(entry)
+        if order is not None:
+            value = reorder(value, 0, *order)
+        return value.t().contiguous() if self._is_transposed(entry) else value
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Part of it; along dimension 0 only those rows are dequantised where that can be."""
         entry = self._entry(name)
-        if dim == 0 and not self._paired_heads(entry):
+        if dim == 0 and self._row_order(entry) is None and not self._is_transposed(entry):
             return self._dequantised(entry, start, stop)
         return self.tensor(name).narrow(dim, start, stop - start)
 
-    def rope_factors(self) -> torch.Tensor:
-        """The stored rotary factors, float32 [head_dim / 2]; only some models have them."""
-        entry = self.header.tensors[ROPE_FACTORS]
-        return self._dequantised(entry, 0, entry.shape[0])
+    def setting(self, name: str) -> torch.Tensor | None:
+        """A tensor that belongs to the config, such as rotary factors; None where it is not."""
+        entry = self.header.tensors.get(name)
+        return None if entry is None else self._dequantised(entry, 0, entry.shape[0])
 
     def _entry(self, name: str) -> GGUFEntry:
         if name not in self._entries:
@@ -106,16 +116,28 @@ class GGUFCheckpoint:
     def _is_norm(self, name: str) -> bool:
         return self.family.norm_offset != 0 and name.endswith("norm.weight")
 
-    def _paired_heads(self, entry: GGUFEntry) -> int:
-        """Number of heads whose rows are stored in pairs; 0 for any other tensor."""
-        stem = entry.name.split(".")[-2]
-        if not self.family.permuted_heads or stem not in ("attn_q", "attn_k"):
-            return 0
+    def _is_transposed(self, entry: GGUFEntry) -> bool:
+        return len(entry.shape) == 2 and _stem(entry) in self.family.transposed
+
+    def _row_order(self, entry: GGUFEntry) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """How rows are seen and permuted to be HF's (as for `reorder`); None where they are."""
+        stem = _stem(entry)
+        if self.family.permuted_heads and stem in ("attn_q", "attn_k"):
+            heads = self._heads(entry, 2)
+            return (heads, entry.shape[0] // heads // 2, 2), (0, 2, 1)
+        if self.family.qkv_by_head and stem == "attn_qkv":
+            heads = self._heads(entry, 3)
+            return (3, heads, entry.shape[0] // heads // 3), (1, 0, 2)
+        return None
+
+    def _heads(self, entry: GGUFEntry, parts: int) -> int:
+        """Number of heads of a tensor, each of which has rows in so many parts."""
+        stem = _stem(entry)
         prefix = f"{self.header.metadata['general.architecture']}.attention."
         heads = self.header.metadata.get(f"{prefix}head_count")
         if stem == "attn_k":
             heads = self.header.metadata.get(f"{prefix}head_count_kv", heads)
-        if not isinstance(heads, int) or heads <= 0 or entry.shape[0] % (2 * heads):
+        if not isinstance(heads, int) or heads <= 0 or entry.shape[0] % (parts * heads):
             raise CheckpointError(
                 f"{self.path}: tensor '{entry.name}': {entry.shape[0]} rows do not divide by "
                 f"{heads} heads",
@@ -173,6 +195,17 @@ class GGUFCheckpoint:
         return self._is_norm(entry.name)
 
 
+def _stem(entry: GGUFEntry) -> str:
+    return entry.name.split(".")[-2] if "." in entry.name else entry.name
+
+
+def _matrix(entry: GGUFEntry) -> GGUFEntry:
+    """The entry in HF's number of dimensions."""
+    if _stem(entry) in ONE_ROW and len(entry.shape) == 1:
+        return replace(entry, shape=(1, *entry.shape))
+    return entry
+
+
 def _numel(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
@@ -180,9 +213,14 @@ def _numel(shape: tuple[int, ...]) -> int:
 def _hf_name(name: str, family: Family) -> str:
     """HF's name for ggml's; one that the tables lack stays, and the load plan will name it."""
     stem, _, suffix = name.rpartition(".")
-    if stem in TOP_NAMES:
-        return f"{TOP_NAMES[stem]}.{suffix}"
+    if stem in family.top:
+        return f"{family.top[stem]}.{suffix}"
     parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in family.block:
-        return f"model.layers.{parts[1]}.{family.block[parts[2]]}.{suffix}"
+    if len(parts) != 3 or parts[0] != "blk":
+        return name
+    layer = f"{family.layer}.{parts[1]}"
+    if f"{parts[2]}.{suffix}" in family.block:
+        return f"{layer}.{family.block[f'{parts[2]}.{suffix}']}"
+    if parts[2] in family.block:
+        return f"{layer}.{family.block[parts[2]]}.{suffix}"
     return name

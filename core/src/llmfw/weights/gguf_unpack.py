@@ -23,7 +23,7 @@ from llmfw.weights.safetensors_reader import SINGLE_NAME
 logger = logging.getLogger("llmfw.weights")
 
 # Written into the key: raise it when the unpacked files change.
-_LAYOUT = 1
+_LAYOUT = 2
 _UNPACK_BELOW = 1 << 30
 
 

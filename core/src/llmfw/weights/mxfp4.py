@@ -22,8 +22,8 @@ from llmfw.weights.checkpoint import Checkpoint, TensorInfo
 BLOCK = 32
 BLOCKS, SCALES = "_blocks", "_scales"
 # The sixteen values of E2M1, by their four bits.
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-VALUES += tuple(-value for value in VALUES)
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
 
 
 def dequantise_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

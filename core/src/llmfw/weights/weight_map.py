@@ -91,6 +91,8 @@ class WeightMap:
     ) -> WeightMap:
         """A layer's numbered experts become the stacked weights of a stock `Experts` at `dst`.
 
+        Their biases, too, where there are.
+
         Experts that are stacked already load, too: `dst` with gate_proj.weight, up_proj.weight and
         down_proj.weight as in GGUF files, or with `Experts`' own names.
 
@@ -104,10 +106,13 @@ class WeightMap:
         """
         names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
         stacked = self
-        for ours, theirs in names.items():
-            stacked = stacked.rename(f"{dst}.{ours}.weight", f"{dst}.{ours}")
-            stacked = stacked.stack(f"{dst}.{ours}", f"{src}.{theirs}.weight", count)
-        return stacked.fuse(f"{dst}.gate_up_proj", [f"{dst}.gate_proj", f"{dst}.up_proj"], dim=1)
+        for ending, kind in (("", "weight"), ("_bias", "bias")):
+            for ours, theirs in names.items():
+                stacked = stacked.rename(f"{dst}.{ours}.{kind}", f"{dst}.{ours}{ending}")
+                stacked = stacked.stack(f"{dst}.{ours}{ending}", f"{src}.{theirs}.{kind}", count)
+            parts = [f"{dst}.gate_proj{ending}", f"{dst}.up_proj{ending}"]
+            stacked = stacked.fuse(f"{dst}.gate_up_proj{ending}", parts, dim=1)
+        return stacked
 
     def transpose(self, pattern: str) -> WeightMap:
         """The last two dimensions exchanged."""
