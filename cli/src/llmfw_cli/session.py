@@ -24,10 +24,12 @@ class Session:
     Args:
         llm: The model.
         load_seconds: From the start of loading to a model that is ready.
+        name: What reports call it; the source's own name when left out.
     """
 
     llm: LLM
     load_seconds: float
+    name: str | None = None
 
     @property
     def config(self) -> ModelConfig[Any]:
@@ -51,12 +53,22 @@ class Session:
     def about(self) -> dict[str, Any]:
         """Which model and plugin answer, where and with what."""
         return {
-            "model": self.llm.loaded.source.name,
+            "model": self.name or self.llm.loaded.source.name,
             "plugin": self.llm.loaded.plugin_label,
             "dtype": str(self.config.dtype).removeprefix("torch."),
             "device": str(self.config.device),
             "versions": versions(),
         }
+
+
+def llm_arguments(
+    serving: ServingOptions, engine: EngineOptions, *, with_tokenizer: bool = True
+) -> dict[str, Any]:
+    """The keywords of `LLM` that the options set."""
+    arguments: dict[str, Any] = {**serving.arguments(), **engine.arguments()}
+    arguments["attention_backend"] = arguments.pop("attn_backend")
+    arguments["skip_tokenizer_init"] = not with_tokenizer
+    return arguments
 
 
 @contextmanager
@@ -66,13 +78,13 @@ def open_session(
     engine: EngineOptions,
     *,
     use_generation_config: bool = True,
+    with_tokenizer: bool = True,
 ) -> Iterator[Session]:
     """Load the model, with a progress bar where one is shown, and shut it down at the end."""
     started = time.perf_counter()
     from llmfw import LLM
 
-    arguments: dict[str, Any] = {**serving.arguments(), **engine.arguments()}
-    arguments["attention_backend"] = arguments.pop("attn_backend")
+    arguments = llm_arguments(serving, engine, with_tokenizer=with_tokenizer)
     arguments["generation_config"] = "auto" if use_generation_config else "none"
     with progress("loading") as advance:
         llm = LLM(model, **arguments, progress=advance)

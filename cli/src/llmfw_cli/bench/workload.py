@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from llmfw_cli.bench.lengths import Lengths
+
 HIGHEST_TOKEN = 10_000
 
 
@@ -20,7 +22,7 @@ class Workload:
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
-    new_tokens: int
+    new_tokens: tuple[int, ...]
 
     @property
     def prompt_tokens(self) -> int:
@@ -30,30 +32,35 @@ class Workload:
     @property
     def total_new_tokens(self) -> int:
         """Tokens to make in all."""
-        return self.new_tokens * len(self.prompts)
+        return sum(self.new_tokens)
+
+    def first(self, count: int) -> Workload:
+        """The first `count` prompts of it."""
+        return Workload(self.name, self.prompts[:count], self.new_tokens[:count])
 
 
-def random_prompts(
-    count: int, shortest: int, longest: int, vocab_size: int, seed: int
-) -> tuple[tuple[int, ...], ...]:
-    """Prompts of uniformly drawn lengths and tokens; equal seeds give equal prompts."""
-    draw = random.Random(seed)
-    top = min(vocab_size, HIGHEST_TOKEN) - 1
-    return tuple(
-        tuple(draw.randint(0, top) for _ in range(draw.randint(shortest, longest)))
-        for _ in range(count)
-    )
-
-
-def one_prompt(length: int, new_tokens: int, vocab_size: int, seed: int) -> Workload:
-    """One prompt of an exact length."""
-    prompts = random_prompts(1, length, length, vocab_size, seed)
-    return Workload(f"1 x {length} + {new_tokens}", prompts, new_tokens)
-
-
-def many_prompts(
-    count: int, shortest: int, longest: int, new_tokens: int, vocab_size: int, seed: int
+def draw_workload(
+    count: int, prompt: Lengths, new: Lengths, vocab_size: int, seed: int
 ) -> Workload:
-    """Several prompts at once."""
-    prompts = random_prompts(count, shortest, longest, vocab_size, seed)
-    return Workload(f"{count} x {shortest}..{longest} + {new_tokens}", prompts, new_tokens)
+    """Prompts of drawn lengths and tokens, then all output lengths; equal seeds, equal workloads.
+
+    Args:
+        count: Prompts.
+        prompt: Their lengths.
+        new: Tokens to make for each.
+        vocab_size: Token ids are below it, and at most `HIGHEST_TOKEN`.
+        seed: Of everything that is drawn.
+    """
+    rng = random.Random(seed)
+    top = min(vocab_size - 1, HIGHEST_TOKEN)
+    prompts = tuple(
+        tuple(rng.randint(0, top) for _ in range(prompt.draw(rng))) for _ in range(count)
+    )
+    news = tuple(new.draw(rng) for _ in range(count))
+    return Workload(f"{count} x {prompt} + {new}", prompts, news)
+
+
+def fixed(count: int, prompt: int, new: int, vocab_size: int, seed: int) -> Workload:
+    """Prompts of one length, each continued by the same number of tokens."""
+    lengths = Lengths(str(prompt), prompt, prompt), Lengths(str(new), new, new)
+    return draw_workload(count, *lengths, vocab_size, seed)
