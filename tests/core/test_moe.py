@@ -188,6 +188,8 @@ def test_parameters_are_read_by_the_usual_names_and_checked():
     assert MoEParams.from_config(raw, shared_size=4) == MoEParams(
         8, 2, 16, renormalize=True, shared_size=4
     )
+    with pytest.raises(ConfigError, match="does not say num_experts_per_tok"):
+        MoEParams.from_config(SimpleNamespace(num_experts=8, intermediate_size=64))
     with pytest.raises(ConfigError, match="scoring 'dice'"):
         MoEParams(8, 2, 16, scoring="dice")
     raw.routed_scaling_factor = 2.5

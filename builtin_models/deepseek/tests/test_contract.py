@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 from llmfw.testing import ModelContract
+from llmfw_deepseek import plugin
 
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-}
+TINY = plugin.tiny_configs["DeepseekV2ForCausalLM"]
 
 
 class TestDeepseekV2(ModelContract):
     architecture = "DeepseekV2ForCausalLM"
-    tiny_config = {**TINY, "q_lora_rank": None, "n_shared_experts": 2}
+    tiny_config = TINY
 
 
 class TestDeepseekV3(ModelContract):
     architecture = "DeepseekV3ForCausalLM"
     tiny_config = {
         **TINY,
+        "num_key_value_heads": 4,
         "q_lora_rank": 20,
         "n_shared_experts": 1,
         "n_group": 4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmfw.plugins import hookimpl
 
@@ -12,6 +12,28 @@ if TYPE_CHECKING:
 
 class Plugin:
     """The family's hooks; torch is imported only when a model is built."""
+
+    # transformers' defaults do not say how many experts a token goes through.
+    tiny_configs: ClassVar[dict[str, dict[str, Any]]] = {
+        "DeepseekV2ForCausalLM": {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "kv_lora_rank": 24,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+        }
+    }
 
     @hookimpl
     def llmfw_model(self, model_config: ModelConfig[Any]) -> DecoderModelForCausalLM[Any, Any]:

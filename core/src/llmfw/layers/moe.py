@@ -79,18 +79,24 @@ class MoEParams:
         Args:
             config: The configuration object.
             **changes: Fields that the configuration does not tell.
+
+        Raises:
+            ConfigError: If it does not say how many experts a token goes through.
         """
         names = ("num_experts", "num_local_experts", "n_routed_experts")
         counts = [getattr(config, name) for name in names if getattr(config, name, None)]
         fields: dict[str, Any] = {
             "num_experts": counts[0] if counts else 0,
-            "top_k": config.num_experts_per_tok,
+            "top_k": getattr(config, "num_experts_per_tok", None),
             "intermediate_size": getattr(config, "moe_intermediate_size", None)
             or config.intermediate_size,
             "renormalize": bool(getattr(config, "norm_topk_prob", False)),
             "scale": getattr(config, "routed_scaling_factor", None) or 1.0,
         }
-        return cls(**{**fields, **changes})
+        fields |= changes
+        if fields["top_k"] is None:
+            raise ConfigError("the configuration does not say num_experts_per_tok")
+        return cls(**fields)
 
 
 class Experts(Layer):

@@ -26,6 +26,14 @@ _SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 12,
     "sliding_window": 12,
     "max_window_layers": 1,
     "dropout": 0.0,
@@ -69,7 +77,7 @@ def shrunk_config(architecture: str) -> dict[str, Any]:
 
     model_type = model_type_of(architecture)
     small = shrink({**CONFIG_MAPPING[model_type]().to_dict(), "model_type": model_type})
-    if "num_key_value_heads" in small:
+    if "num_key_value_heads" in small and "kv_lora_rank" not in small:  # latents have no groups
         small["num_key_value_heads"] = _SMALL["num_key_value_heads"]
     return small
 
@@ -78,7 +86,7 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A real config.json in small: its switches stay, its sizes do not."""
     small = {name: value for name, value in raw.items() if name not in _DROPPED}
     for name, field in _field_names(raw.get("model_type")):
-        if small.get(field) is not None:
+        if small.get(field) is not None and not (name == "n_group" and small[field] == 1):
             small[field] = _SMALL[name]
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
     if kv_heads is not None:
