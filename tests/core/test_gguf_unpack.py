@@ -21,6 +21,7 @@ from llmfw.errors import CheckpointError, ConfigError, TokenizerError
 from llmfw.weights import open_checkpoint
 from llmfw.weights.gguf_config import config_of, generation_config_of
 from llmfw.weights.gguf_reader import GGUFCheckpoint
+from llmfw.weights.gguf_tables import PRE_TOKENIZERS
 from llmfw.weights.gguf_tokenizer import tokenizer_of
 from llmfw.weights.gguf_unpack import unpack_gguf
 
@@ -268,6 +269,45 @@ def test_the_named_pre_tokenizer_splits_digits(pre: str, tokens: list[str]) -> N
     tokenizer = tokenizer_of(Path("x.gguf"), byte_level(pre))
     assert tokenizer.encode("ab1234").tokens == tokens
     assert tokenizer.decode(tokenizer.encode("ab1234 ab").ids) == "ab1234 ab"
+
+
+TEXT = "fooBar don't 12345  x/\n"
+BY_DIGIT, BY_THREE = [*"12345"], ["123", "45"]
+END, BYTES_END = [" ", " x", "/\n"], [" ", " x", "/", "\n"]
+PIECES = {
+    "gpt-2": ["fooBar", " don", "'t", " 12345", *BYTES_END],
+    "phi-2": ["fooBar", " don", "'t", " 12345", *BYTES_END],
+    "starcoder": ["fooBar", " don", "'t", " ", *BY_DIGIT, *BYTES_END],
+    "llama-bpe": ["fooBar", " don", "'t", " ", *BY_THREE, *END],
+    "dbrx": ["fooBar", " don", "'t", " ", *BY_THREE, *END],
+    "qwen2": ["fooBar", " don", "'t", " ", *BY_DIGIT, *END],
+    "gpt-4o": ["foo", "Bar", " don't", " ", *BY_THREE, *END],
+    "tekken": ["foo", "Bar", " don", "'t", " ", *BY_DIGIT, *END],
+    "deepseek-v3": ["fooBar", " don", "'t", " ", *BY_THREE, *END],
+    "deepseek-coder": ["fooBar", " don", "'", "t", " ", *BY_DIGIT, *BYTES_END],
+}
+
+
+def pieces_of(pre: str, text: str) -> list[str]:
+    tokenizer = tokenizer_of(Path("x.gguf"), byte_level(pre))
+    found = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [text[start:stop] for _, (start, stop) in found]
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_text_is_split_as_the_pre_tokenizer_does(pre: str) -> None:
+    assert pieces_of(pre, TEXT) == PIECES[pre]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_no_pre_tokenizer_loses_text(pre: str) -> None:
+    text = TEXT + "\u4e2d\u6587ab \u00e9\u0301A, [b]\r\n\t..  "
+    assert "".join(pieces_of(pre, text)) == text
+
+
+def test_scripts_without_spaces_stand_apart_where_the_model_has_it_so() -> None:
+    assert pieces_of("deepseek-v3", "\u4e2d\u6587ab") == ["\u4e2d\u6587", "ab"]
+    assert pieces_of("llama-bpe", "\u4e2d\u6587ab") == ["\u4e2d\u6587ab"]
 
 
 def test_what_names_no_known_pre_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
