@@ -20,6 +20,7 @@ _LATENT = {  # of latent attention
     "qk_head_dim": 24,
     "v_head_dim": 16,
 }
+_DERIVED_WHEN_NONE = ("head_dim", "num_key_value_heads")
 _AT_MOST = {  # of a small mixture of experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"), 2),
@@ -70,7 +71,9 @@ def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> di
         common = usual.get(name, name)
         if name in _NOT_NEEDED or name.startswith("_"):
             continue
-        if isinstance(value, int) and not isinstance(value, bool) and common in sizes:
+        if common in sizes and (
+            type(value) is int or (value is None and common in _DERIVED_WHEN_NONE)
+        ):
             small[name] = sizes[common]
         elif isinstance(value, int) and name in _AT_MOST:
             small[name] = min(value, _AT_MOST[name])
