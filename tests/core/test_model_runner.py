@@ -56,6 +56,7 @@ def test_caches_are_zeroed_in_the_backends_layout():
     assert cache.k.shape[0] >= made.num_blocks
     assert cache.k.shape[1:] == (4, 2, 8)
     assert not cache.k.any()
+    assert len(cache.tensors) == 2
 
 
 def test_a_latent_cache_is_one_tensor_and_v_a_view_of_it():
@@ -66,6 +67,7 @@ def test_a_latent_cache_is_one_tensor_and_v_a_view_of_it():
     assert (cache.k.shape, cache.v.shape) == ((3, 4, 1, 12), (3, 4, 1, 8))
     cache.k[2, 1, 0] = torch.arange(12.0)
     assert cache.v[2, 1, 0].tolist() == list(range(8))
+    assert [tensor is cache.k for tensor in cache.tensors] == [True]
 
 
 def test_models_without_cache_and_with_groups():

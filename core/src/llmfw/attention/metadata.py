@@ -56,6 +56,12 @@ class LayerCache:
     v: torch.Tensor
     group: int = 0
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What holds it: k and v, or k alone where v is a view of it."""
+        shared = self.v.untyped_storage().data_ptr() == self.k.untyped_storage().data_ptr()
+        return (self.k,) if shared else (self.k, self.v)
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:

@@ -211,8 +211,8 @@ class ModelRunner:
             sources, targets = upload(list(np.array(columns)), torch.int64, self.device)
             for cache in self.caches.values():
                 copy = self._ops.resolve("copy_blocks", cache.k.dtype)
-                copy(cache.k, sources, targets)
-                copy(cache.v, sources, targets)
+                for tensor in cache.tensors:
+                    copy(tensor, sources, targets)
         if self.state_specs:
             row_of = self.table.row_of
             pairs = [[row_of[fork.parent], row_of[fork.seq_id]] for fork in forks]
