@@ -11,7 +11,15 @@ from torch import nn
 
 from llmfw import ConfigError, DecoderSpec, Mapping, ModelConfig, WeightError, WeightMap
 from llmfw.engine.model_runner import ModelRunner
-from llmfw.layers import Experts, MoE, MoEParams, stock_layer
+from llmfw.layers import (
+    MLP,
+    Experts,
+    GatedActivation,
+    GatedMLP,
+    MoE,
+    MoEParams,
+    stock_layer,
+)
 from llmfw.models import bind_tree
 from llmfw.models.weights import materialize
 from llmfw.ops.reference_moe import grouped_linear, moe_route
@@ -76,6 +84,41 @@ def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(shared: dict, reno
     for tokens in (1, 2, 33):
         x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
         torch.testing.assert_close(layer(x), one_by_one(layer, x), atol=1e-3, rtol=1e-4)
+
+
+def test_experts_with_biases_and_an_activation_of_gate_and_up():
+    def act(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(gate) + up
+
+    moe = MoEParams(COUNT, TOP_K, WIDTH, scoring="topk_softmax", bias=True)
+    layer = ready(
+        MoE(hidden_size=HIDDEN, moe=moe, activation=GatedActivation(act), config=config())
+    )
+    experts, names = layer.experts, {name for name, _ in layer.named_parameters()}
+    assert {"gate.bias", "experts.gate_up_proj_bias", "experts.down_proj_bias"} <= names
+    x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for token in x:
+        logits = layer.gate.weight @ token + layer.gate.bias
+        weights, chosen = logits.topk(TOP_K)
+        total = torch.zeros(HIDDEN)
+        for weight, expert in zip(weights.softmax(-1), chosen.tolist(), strict=True):
+            both = experts.gate_up_proj[expert] @ token + experts.gate_up_proj_bias[expert]
+            down = experts.down_proj[expert] @ act(*both.chunk(2))
+            total += weight * (down + experts.down_proj_bias[expert])
+        rows.append(total)
+    torch.testing.assert_close(layer(x), torch.stack(rows), atol=1e-3, rtol=1e-4)
+
+
+def test_a_gated_activation_in_other_layers():
+    both = GatedActivation(lambda gate, up: gate.clamp(max=1) * (up + 1))
+    mlp = ready(GatedMLP(hidden_size=8, intermediate_size=6, activation=both, config=config()))
+    x = torch.randn(3, HIDDEN)
+    gate, up = (x @ mlp.gate_up_proj.weight.t()).chunk(2, -1)
+    expected = (gate.clamp(max=1) * (up + 1)) @ mlp.down_proj.weight.t()
+    torch.testing.assert_close(mlp(x), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match="no meaning in a plain MLP"):
+        MLP(hidden_size=8, intermediate_size=6, activation=both, config=config())
 
 
 def test_a_tokens_result_does_not_depend_on_its_batch():
@@ -230,11 +273,11 @@ def numbered_experts() -> dict[str, torch.Tensor]:
     }
 
 
-def experts_in_a_block() -> nn.Module:
+def experts_in_a_block(**changes) -> nn.Module:
     block = nn.Module()
     block.block = nn.Module()
     sizes = {"num_experts": COUNT, "hidden_size": HIDDEN, "intermediate_size": WIDTH}
-    block.block.experts = Experts(**sizes, config=config())
+    block.block.experts = Experts(**sizes, **changes, config=config())
     bind_tree(block, config())
     return block
 
@@ -254,6 +297,22 @@ def test_numbered_experts_are_stacked():
         gate, up, down = (tensors[name] for name in names)
         assert torch.equal(loaded.gate_up_proj[expert], torch.cat((gate, up)))
         assert torch.equal(loaded.down_proj[expert], down)
+
+
+def test_biases_of_numbered_experts_are_stacked():
+    generator = torch.Generator().manual_seed(1)
+    tensors = numbered_experts()
+    for name in list(tensors):
+        bias = torch.randn(tensors[name].shape[0], generator=generator)
+        tensors[name.replace(".weight", ".bias")] = bias
+    model, checkpoint = experts_in_a_block(bias=True), MemoryCheckpoint(tensors)
+    load_weights(model, plan_weights(model, checkpoint, EXPERTS_MAP), checkpoint)
+    loaded = model.block.experts
+    for expert in range(COUNT):
+        names = [f"block.experts.{expert}.{name}.bias" for name in ("w1", "w3", "w2")]
+        gate, up, down = (tensors[name] for name in names)
+        assert torch.equal(loaded.gate_up_proj_bias[expert], torch.cat((gate, up)))
+        assert torch.equal(loaded.down_proj_bias[expert], down)
 
 
 def test_a_lacking_expert_is_named():
