@@ -14,12 +14,15 @@ import gguf
 import pytest
 import torch
 from transformers import (
+    FalconMambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    Mamba2Config,
+    MambaConfig,
     MixtralConfig,
     Phi3Config,
     PhiConfig,
@@ -72,6 +75,16 @@ YARN_KEYS = {
     "rope.scaling.factor": 4.0,
     "rope.scaling.original_context_length": 16,
 }
+STATE: dict[str, Any] = {
+    "vocab_size": len(TOKENS),
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "state_size": 8,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+STATE_KEYS = {"ssm.conv_kernel": 4, "ssm.inner_size": 128, "ssm.state_size": 8}
 
 
 @dataclass(frozen=True)
@@ -192,6 +205,24 @@ CASES: dict[str, Case] = {
         {**GPT_OSS_KEYS, "attention.key_length": 16},
         quantise={"_exps.weight": "MXFP4"},
     ),
+    "mamba": Case(
+        "mamba",
+        "MambaForCausalLM",
+        MambaConfig(**STATE, time_step_rank=5),
+        {**STATE_KEYS, "ssm.time_step_rank": 5, "ssm.dt_b_c_rms": False},
+    ),
+    "falcon_mamba": Case(
+        "mamba",
+        "FalconMambaForCausalLM",
+        FalconMambaConfig(**STATE, tie_word_embeddings=False),
+        {**STATE_KEYS, "ssm.time_step_rank": 4, "ssm.dt_b_c_rms": True},
+    ),
+    "mamba2": Case(
+        "mamba2",
+        "Mamba2ForCausalLM",
+        Mamba2Config(**STATE, num_heads=8, head_dim=16, n_groups=2),
+        {**STATE_KEYS, "ssm.time_step_rank": 8, "ssm.group_count": 2},
+    ),
 }
 
 
@@ -224,6 +255,15 @@ def rearranged(case: Case, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[s
         if "query_key_value" in name:
             by_head = value.reshape(heads, 3, 64 // heads, *value.shape[1:])
             value = torch.cat([by_head[:, part].flatten(0, 1) for part in range(3)])
+        if name.endswith("A_log"):
+            value = -torch.exp(value)
+        if name.endswith("conv1d.weight"):
+            value = value.squeeze(1)
+        if case.arch == "mamba2" and name.endswith(("A_log", ".D")):
+            value = value[:, None]
+        if name.endswith("mixer.norm.weight"):
+            value = value.unflatten(0, (2, -1))
+        name = name.replace("mixer.dt_bias", "mixer.dt_proj.bias")
         if name.endswith("shared_expert_gate.weight"):
             value = value.squeeze()
         yield (f"{name}.weight" if name.endswith("sinks") else name), value

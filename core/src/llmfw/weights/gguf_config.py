@@ -11,13 +11,23 @@ import torch
 
 from llmfw.errors import ConfigError
 from llmfw.weights.gguf_reader import GGUFCheckpoint
-from llmfw.weights.gguf_tables import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
+from llmfw.weights.gguf_tables import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
 
 _TOKEN_IDS = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+# What there must be, where a family has it.
+_SIZES = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "ssm.state_size",
+    "ssm.inner_size",
+    "ssm.time_step_rank",
+)
 # Constants of the rope that ggml stores as factors, in every published model; they are checked.
 _ROPE_ORIGINAL, _ROPE_LOW, _ROPE_HIGH = 8192, 1.0, 4.0
 
@@ -41,6 +51,7 @@ def config_of(checkpoint: GGUFCheckpoint) -> dict[str, Any]:
             if prefix + key in metadata
         },
         **{ours: metadata[key] for key, ours in _TOKEN_IDS.items() if key in metadata},
+        **_quotients(metadata, prefix, family),
     }
     tensors = checkpoint.header.tensors
     _require_sizes(checkpoint, prefix)
@@ -48,10 +59,18 @@ def config_of(checkpoint: GGUFCheckpoint) -> dict[str, Any]:
         raise ConfigError(
             f"{checkpoint.path}: no tensor 'token_embd.weight'", hint="download it again"
         )
-    heads = metadata[f"{prefix}attention.head_count"]
     config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["dtype"] = "bfloat16"
+    if "attention.head_count" in family.config_keys:
+        _add_attention(checkpoint, prefix, config)
+    return config
+
+
+def _add_attention(checkpoint: GGUFCheckpoint, prefix: str, config: dict[str, Any]) -> None:
+    """What only families with attention have: heads, windows, biases and rope."""
+    metadata, family = checkpoint.header.metadata, checkpoint.family
+    tensors, heads = checkpoint.header.tensors, metadata[f"{prefix}attention.head_count"]
     config.setdefault("num_key_value_heads", heads)
     config["head_dim"] = _head_dim(checkpoint, prefix, heads)
     turned = metadata.get(f"{prefix}rope.dimension_count")
@@ -66,7 +85,16 @@ def config_of(checkpoint: GGUFCheckpoint) -> dict[str, Any]:
     scaling = _rope_scaling(checkpoint, prefix, config)
     if scaling is not None:
         config["rope_scaling"] = {**scaling, **family.rope}
-    return config
+
+
+def _quotients(metadata: Mapping[str, Any], prefix: str, family: Family) -> dict[str, Any]:
+    """Sizes that follow from two others, whole where they come out even."""
+    found: dict[str, Any] = {}
+    for ours, keys in family.quotients.items():
+        above, below = (metadata.get(prefix + key) for key in keys)
+        if isinstance(above, int) and isinstance(below, int) and below > 0:
+            found[ours] = above / below if above % below else above // below
+    return found
 
 
 def generation_config_of(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,8 +118,7 @@ def _plain(value: Any) -> Any:
 
 def _require_sizes(checkpoint: GGUFCheckpoint, prefix: str) -> None:
     metadata, names = checkpoint.header.metadata, checkpoint.family.config_keys
-    needed = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    found = {key: metadata.get(prefix + key) for key in needed}
+    found = {key: metadata.get(prefix + key) for key in _SIZES if key in names}
     missing = [names[key] for key, size in found.items() if not isinstance(size, int) or size <= 0]
     if missing:
         raise ConfigError(

@@ -19,6 +19,7 @@ from llmfw.weights.gguf_tables import (
     ONE_ROW,
     SETTINGS,
     WITH_EXPERTS,
+    WITH_NORMS,
     Family,
 )
 
@@ -46,6 +47,8 @@ def family_of(file: Path, header: GGUFHeader) -> Family:
         )
     if name in WITH_EXPERTS and header.metadata.get(f"{name}.expert_count", 0):
         return WITH_EXPERTS[name]
+    if name in WITH_NORMS and header.metadata.get(f"{name}.ssm.dt_b_c_rms"):
+        return WITH_NORMS[name]
     return FAMILIES[name]
 
 
@@ -69,7 +72,7 @@ class GGUFCheckpoint:
         self.header = header or read_gguf_header(path)
         self.family = family_of(path, self.header)
         self._entries = {
-            _hf_name(name, self.family): _matrix(entry)
+            _hf_name(name, self.family): _reshaped(entry, self.family)
             for name, entry in self.header.tensors.items()
             if name not in SETTINGS
         }
@@ -102,6 +105,10 @@ class GGUFCheckpoint:
         if dim == 0 and self._row_order(entry) is None and not self._is_transposed(entry):
             return self._dequantised(entry, start, stop)
         return self.tensor(name).narrow(dim, start, stop - start)
+
+    def stays_float32(self, name: str) -> bool:
+        """Whether it decides by exponents, so that rounding it tells more than that of weights."""
+        return _stem(self._entry(name)) in self.family.float32
 
     def setting(self, name: str) -> torch.Tensor | None:
         """A tensor that belongs to the config, such as rotary factors; None where it is not."""
@@ -160,6 +167,8 @@ class GGUFCheckpoint:
             return plain.float() - self.family.norm_offset if self._shifted(entry) else plain
         if entry.type_name == "F32":
             value = torch.from_numpy(raw).view(torch.float32).reshape(shape)
+            if _stem(entry) in self.family.exponents:
+                return value.neg().log()
         else:
             kind = GGMLQuantizationType[entry.type_name]
             try:
@@ -196,14 +205,21 @@ class GGUFCheckpoint:
 
 
 def _stem(entry: GGUFEntry) -> str:
-    return entry.name.split(".")[-2] if "." in entry.name else entry.name
+    """ "attn_q" of "blk.3.attn_q.weight", "ssm_a" of "blk.3.ssm_a"."""
+    parts = entry.name.split(".")
+    return parts[2] if parts[0] == "blk" and len(parts) > 2 else parts[0]
 
 
-def _matrix(entry: GGUFEntry) -> GGUFEntry:
+def _reshaped(entry: GGUFEntry, family: Family) -> GGUFEntry:
     """The entry in HF's number of dimensions."""
-    if _stem(entry) in ONE_ROW and len(entry.shape) == 1:
-        return replace(entry, shape=(1, *entry.shape))
-    return entry
+    stem, shape = _stem(entry), entry.shape
+    if stem in ONE_ROW and len(shape) == 1:
+        shape = (1, *shape)
+    elif stem in family.flat:
+        shape = (_numel(shape),)
+    elif stem in family.taps and len(shape) == 2:
+        shape = (shape[0], 1, shape[1])
+    return replace(entry, shape=shape)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -215,6 +231,8 @@ def _hf_name(name: str, family: Family) -> str:
     stem, _, suffix = name.rpartition(".")
     if stem in family.top:
         return f"{family.top[stem]}.{suffix}"
+    if name.count(".") == 2:  # ggml has some without an ending
+        stem, suffix = name, ""
     parts = stem.split(".")
     if len(parts) != 3 or parts[0] != "blk":
         return name
@@ -222,5 +240,5 @@ def _hf_name(name: str, family: Family) -> str:
     if f"{parts[2]}.{suffix}" in family.block:
         return f"{layer}.{family.block[f'{parts[2]}.{suffix}']}"
     if parts[2] in family.block:
-        return f"{layer}.{family.block[parts[2]]}.{suffix}"
+        return f"{layer}.{family.block[parts[2]]}.{suffix}".rstrip(".")
     return name

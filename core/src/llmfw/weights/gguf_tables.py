@@ -10,7 +10,7 @@ package's `tensor_mapping.py`, transformers' `integrations/ggml.py` (config keys
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 # Values of `tokenizer.ggml.model`, and what `tokenizer.ggml.pre` means where it is left out.
@@ -95,6 +95,24 @@ _NEOX_TOP = {
     "output_norm": "gpt_neox.final_layer_norm",
     "output": "embed_out",
 }
+_STATE = {
+    "attn_norm": "norm",
+    "ssm_in": "mixer.in_proj",
+    "ssm_conv1d": "mixer.conv1d",
+    "ssm_x": "mixer.x_proj",
+    "ssm_dt": "mixer.dt_proj",
+    "ssm_a": "mixer.A_log",
+    "ssm_d": "mixer.D",
+    "ssm_norm": "mixer.norm",
+    "ssm_out": "mixer.out_proj",
+}
+# The second Mamba has the bias of a step size without the product.
+_STATE_2 = {**_STATE, "ssm_dt.bias": "mixer.dt_bias"}
+_STATE_TOP = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "output": "lm_head",
+}
 
 # Metadata key (after "<architecture>.") -> config key.
 _SIZE_KEYS = {
@@ -124,6 +142,16 @@ _GPT2_KEYS = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
+_STATE_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+    "ssm.conv_kernel": "conv_kernel",
+    "ssm.state_size": "state_size",
+}
+_CHANNEL_KEYS = {"ssm.inner_size": "intermediate_size", "ssm.time_step_rank": "time_step_rank"}
+_HEAD_KEYS = {"ssm.group_count": "n_groups", "ssm.time_step_rank": "num_heads"}
+_EXPAND = {"expand": ("ssm.inner_size", "embedding_length")}
 _EXPERT_KEYS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
@@ -158,7 +186,12 @@ class Family:
         qkv_by_head: HF has the rows of a fused q, k, v head by head; ggml all of q, of k, of v.
         transposed: Stems after "blk.N." whose matrices HF has as [in, out].
         norm_offset: What ggml has added to every norm weight.
+        flat: Stems after "blk.N." that HF has with one dimension.
+        taps: Stems whose matrices [channels, K] HF has as [channels, 1, K].
+        exponents: Stems that ggml has as minus e to the power of HF's.
+        float32: Stems that stay float32 when a file is unpacked.
         config_keys: Metadata keys and their names in the config.
+        quotients: Config keys that are one metadata key divided by another.
         config: Fixed config entries that the metadata has no key for.
         rope: The same of `rope_scaling`.
         rotary_part: The config's name for the part of a head that rope turns; None: all of it.
@@ -173,13 +206,31 @@ class Family:
     qkv_by_head: bool = False
     transposed: frozenset[str] = frozenset()
     norm_offset: float = 0.0
+    flat: frozenset[str] = frozenset()
+    taps: frozenset[str] = frozenset()
+    exponents: frozenset[str] = frozenset()
+    float32: frozenset[str] = frozenset()
     config_keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType(_KEYS))
+    quotients: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
     rope: Mapping[str, object] = field(default_factory=dict)
     rotary_part: str | None = None
 
 
 _SILU = {"hidden_act": "silu"}
+_MAMBA = Family(
+    "MambaForCausalLM",
+    "mamba",
+    top=_STATE_TOP,
+    block=_STATE,
+    layer="backbone.layers",
+    taps=frozenset({"ssm_conv1d"}),
+    exponents=frozenset({"ssm_a"}),
+    float32=frozenset({"ssm_a", "ssm_d", "ssm_dt"}),
+    config_keys=_STATE_KEYS | _CHANNEL_KEYS,
+    quotients=_EXPAND,
+    config=_SILU,
+)
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM", "llama", permuted_heads=True, config=_SILU),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", config=_SILU),
@@ -266,6 +317,16 @@ FAMILIES: Mapping[str, Family] = {
         config=_SILU,
         rope={"truncate": False},
     ),
+    "mamba": _MAMBA,
+    "mamba2": replace(
+        _MAMBA,
+        architecture="Mamba2ForCausalLM",
+        model_type="mamba2",
+        block=_STATE_2,
+        flat=frozenset({"ssm_a", "ssm_d", "ssm_norm"}),
+        config_keys=_STATE_KEYS | _HEAD_KEYS,
+        quotients=_EXPAND | {"head_dim": ("ssm.inner_size", "ssm.time_step_rank")},
+    ),
 }
 # What a row of `FAMILIES` becomes where the metadata count experts.
 WITH_EXPERTS: Mapping[str, Family] = {
@@ -277,6 +338,10 @@ WITH_EXPERTS: Mapping[str, Family] = {
         config_keys=_KEYS | _LOCAL_EXPERT_KEYS,
         config=_SILU,
     ),
+}
+# The same where they say that what follows from a token is normalised.
+WITH_NORMS: Mapping[str, Family] = {
+    "mamba": replace(_MAMBA, architecture="FalconMambaForCausalLM", model_type="falcon_mamba"),
 }
 
 # Tensors that are settings rather than weights: they go into the config.

@@ -77,7 +77,12 @@ def _fill(file: Path, folder: Path, unpack_below: int) -> None:
     _write_json(folder / "tokenizer_config.json", tokenizer_config_of(metadata, max_length))
     numel = sum(torch.Size(checkpoint.info(name).shape).numel() for name in checkpoint.names())
     if numel * 2 < unpack_below:
-        tensors = {name: checkpoint.tensor(name).bfloat16() for name in checkpoint.names()}
+        tensors = {
+            name: checkpoint.tensor(name).to(
+                torch.float32 if checkpoint.stays_float32(name) else torch.bfloat16
+            )
+            for name in checkpoint.names()
+        }
         save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
 
 
