@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from llmfw import MLAParams, ModelConfig
-from llmfw.layers.mla import LatentProjection
+from llmfw.layers.latent import LatentProjection
 from llmfw.models import bind_tree
 from llmfw.models.build import finish_loading
 from llmfw.models.weights import materialize

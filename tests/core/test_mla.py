@@ -15,7 +15,7 @@ from llmfw.attention.backend import get_attention_backend
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.kernels.cupy.paged_decode import supports
 from llmfw.layers import RMSNorm, stock_layer
-from llmfw.layers.mla import LatentProjection
+from llmfw.layers.latent import LatentProjection
 from llmfw.models import bind_tree
 from llmfw.models.build import finish_loading
 from llmfw.models.weights import materialize

@@ -4,9 +4,10 @@ from llmfw.layers.activation import GatedActivation
 from llmfw.layers.attention import Attention
 from llmfw.layers.causal_conv import CausalConv1d
 from llmfw.layers.embedding import Embedding, LMHead
+from llmfw.layers.latent import MLAParams
 from llmfw.layers.layer import Layer
 from llmfw.layers.linear import ColumnLinear, Linear, RowLinear
-from llmfw.layers.mla import MLA, MLAParams
+from llmfw.layers.mla import MLA
 from llmfw.layers.mlp import MLP, GatedMLP
 from llmfw.layers.moe import Experts, MoE, MoEParams
 from llmfw.layers.norm import LayerNorm, RMSNorm

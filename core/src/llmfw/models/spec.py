@@ -9,7 +9,7 @@ from typing import Any, Literal
 from llmfw.config import text_config
 from llmfw.errors import ConfigError
 from llmfw.layers.activation import Activation, GatedActivation
-from llmfw.layers.mla import MLAParams
+from llmfw.layers.latent import MLAParams
 from llmfw.layers.moe import MoEParams
 from llmfw.layers.rope import RopeParams
 
