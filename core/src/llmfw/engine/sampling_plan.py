@@ -80,6 +80,11 @@ class SamplingPlan:
     bad_words: BadWords | None = None
     logprobs: tuple[int | None, ...] | None = None
 
+    @property
+    def filters(self) -> bool:
+        """Whether top_k, top_p or min_p drop tokens of some row."""
+        return not (self.top_k is self.top_p is self.min_p is None)
+
 
 GREEDY = SamplingPlan(Feature(0))
 
