@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedConfig
 
 from llmfw import (
@@ -26,7 +28,12 @@ from llmfw.errors import (
     WeightError,
 )
 from llmfw.models.build import CoreDefaults
-from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
+from llmfw.models.settings import (
+    choose_device,
+    choose_dtype,
+    choose_max_model_len,
+    stored_dtype,
+)
 from llmfw.models.spec import BLOCKS, windows_of
 from llmfw.models.weights import load_by_author, load_dummy
 from llmfw.plugins import PluginHost
@@ -288,10 +295,20 @@ def test_a_buffer_computed_while_declaring_is_refused():
         load_dummy(model)
 
 
+def test_a_configuration_without_a_dtype_takes_the_files(tmp_path: Path):
+    assert stored_dtype(tmp_path) is None
+    half = {f"w{i}": torch.zeros(2, dtype=torch.bfloat16) for i in range(2)}
+    whole = {"b": torch.zeros(9), **{f"n{i}": torch.zeros(2, dtype=torch.int64) for i in range(4)}}
+    save_file({**half, **whole}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == torch.bfloat16
+
+
 def test_dtype_is_as_asked_or_as_the_checkpoint_says():
     assert choose_dtype("auto", {"torch_dtype": "bfloat16"}) == torch.bfloat16
     assert choose_dtype("auto", {"text_config": {"dtype": "float16"}}) == torch.float16
     assert choose_dtype("auto", {}) == torch.float32
+    assert choose_dtype("auto", {}, lambda: torch.bfloat16) == torch.bfloat16
+    assert choose_dtype("auto", {"dtype": "float16"}, lambda: torch.bfloat16) == torch.float16
     assert choose_dtype(torch.float16, {"dtype": "bfloat16"}) == torch.float16
     with pytest.raises(UsageError, match="dtype 'int3'"):
         choose_dtype("int3", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from llmfw.config.reading import read_json
 from llmfw.models.build import CoreDefaults
 from llmfw.models.converted import converted_config, identity_of
 from llmfw.models.engine_dir import OpenedEngine, checked_manifest, open_engine
-from llmfw.models.settings import choose_device, choose_dtype, choose_max_model_len
+from llmfw.models.settings import (
+    choose_device,
+    choose_dtype,
+    choose_max_model_len,
+    stored_dtype,
+)
 from llmfw.ops.device import device_info
 from llmfw.ops.kernel import DeviceInfo
 from llmfw.ops.table import OpTable
@@ -91,7 +97,11 @@ def prepare_model(
     model_config = ModelConfig(
         pretrained_config=config,
         mapping=mapping,
-        dtype=choose_dtype(dtype, raw if converted is None else {"dtype": converted.dtype}),
+        dtype=choose_dtype(
+            dtype,
+            raw if converted is None else {"dtype": converted.dtype},
+            partial(stored_dtype, source.checkpoint_path),
+        ),
         device=target,
         ops=op_table(host, device_info(target), kernels, catalog),
         attn_backend=attn_backend,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmfw.config import text_config
-from llmfw.errors import ConfigError, DeviceError, UsageError
+from llmfw.errors import CheckpointError, ConfigError, DeviceError, UsageError
 from llmfw.ops.kernel import DTYPE_NAMES
+from llmfw.weights import open_checkpoint
 
 DTYPE_ALIASES = {
     **DTYPE_NAMES,
@@ -19,8 +23,18 @@ DTYPE_ALIASES = {
 _SCALED_LENGTH = ("dynamic", "yarn", "longrope", "linear", "llama3")
 
 
-def choose_dtype(wanted: str | torch.dtype, raw: dict[str, Any]) -> torch.dtype:
-    """The dtype asked for; with "auto" the raw configuration's, or float32 where it has none.
+def choose_dtype(
+    wanted: str | torch.dtype,
+    raw: dict[str, Any],
+    stored: Callable[[], torch.dtype | None] = lambda: None,
+) -> torch.dtype:
+    """The dtype asked for; with "auto" the raw configuration's, or where it has none the files'.
+
+    Args:
+        wanted: A dtype, its name, or "auto".
+        raw: config.json.
+        stored: Called where the configuration names none: the dtype of the checkpoint's tensors;
+            None, and so float32, where there are no files.
 
     Raises:
         UsageError: If the name is not a dtype that models run in.
@@ -34,7 +48,7 @@ def choose_dtype(wanted: str | torch.dtype, raw: dict[str, Any]) -> torch.dtype:
             or raw.get("torch_dtype")
             or text.get("dtype")
             or text.get("torch_dtype")
-            or "float32"
+            or str(stored() or torch.float32).removeprefix("torch.")
         )
     if wanted not in DTYPE_ALIASES:
         raise UsageError(
@@ -42,6 +56,20 @@ def choose_dtype(wanted: str | torch.dtype, raw: dict[str, Any]) -> torch.dtype:
             hint=f"known: auto, {', '.join(DTYPE_ALIASES)}",
         )
     return DTYPE_ALIASES[wanted]
+
+
+def stored_dtype(path: Path) -> torch.dtype | None:
+    """The dtype that most tensors of a checkpoint have, of those that models run in.
+
+    None where there is no checkpoint, or none that can be opened: loading it tells why.
+    """
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError:
+        return None
+    found = Counter(checkpoint.info(name).dtype for name in checkpoint.names())
+    kept = {dtype: count for dtype, count in found.items() if dtype in DTYPE_ALIASES.values()}
+    return max(kept, key=lambda dtype: kept[dtype], default=None)
 
 
 def choose_device(wanted: str | torch.device) -> torch.device:
