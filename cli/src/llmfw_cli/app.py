@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmfw_cli.errors import INTERNAL, INTERRUPTED, report, report_usage
-from llmfw_cli.guide import GuideCommand
+from llmfw_cli.guide import GuideCommand, GuideSummarize
 
 
 class Program(TyperGroup):
@@ -150,7 +150,7 @@ def _add_commands() -> None:
     app.command()(export.export)
     app.command()(verify.verify)
     app.command()(check.check)
-    app.command()(summarize.summarize)
+    app.command(cls=GuideSummarize)(summarize.summarize)
     app.command()(env.env)
     app.command(
         "eval",

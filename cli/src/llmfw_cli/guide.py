@@ -1,15 +1,15 @@
-"""The options of TensorRT-LLM's `run.py`, understood as ours.
+"""The options of TensorRT-LLM's `run.py` and `summarize.py`, understood as ours.
 
-A command of this class takes `--name_with_underscores` for `--name-with-underscores`, and the names
-of the table. What the guide gives to an option at once (`--stop_words " London" " chef"`) becomes
-our option several times.
+A command of these classes takes `--name_with_underscores` for `--name-with-underscores`, and the
+names of its table. What the guide gives to an option at once (`--stop_words " London" " chef"`)
+becomes our option several times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
@@ -45,10 +45,18 @@ ALIASES = {
     "--end-id": Alias("--stop-token-id"),
     "--num-return-sequences": Alias("--n"),
 }
+SUMMARIZE_ALIASES = {
+    "--engine-dir": Alias("--model"),
+    "--tokenizer-dir": Alias("--tokenizer"),
+    "--data-type": Alias("--dtype"),
+    "--test-trt-llm": Alias("--test-llmfw"),
+}
 
 
 class GuideCommand(TyperCommand):
     """A command that understands the guide's options beside its own."""
+
+    aliases: ClassVar[Mapping[str, Alias]] = ALIASES
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse what `in_our_words` makes of the arguments."""
@@ -62,11 +70,18 @@ class GuideCommand(TyperCommand):
             if param.param_type_name == "option" and not getattr(param, "is_flag", False)
             for name in param.opts
         }
-        words = list(_translated(args, valued))
-        return words
+        return list(_translated(args, valued, self.aliases))
 
 
-def _translated(args: Iterable[str], valued: set[str]) -> Iterator[str]:
+class GuideSummarize(GuideCommand):
+    """`summarize`, with the options of the guide's `summarize.py`."""
+
+    aliases = SUMMARIZE_ALIASES
+
+
+def _translated(
+    args: Iterable[str], valued: set[str], aliases: Mapping[str, Alias]
+) -> Iterator[str]:
     words = iter(args)
     labels = False
     many: str | None = None  # the option that the words to come belong to
@@ -77,7 +92,7 @@ def _translated(args: Iterable[str], valued: set[str]) -> Iterator[str]:
         elif word.startswith("--"):
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
-            alias = ALIASES.get(name, Alias(name))
+            alias = aliases.get(name, Alias(name))
             if alias.labels and not labels:
                 labels = True
                 yield LABELS

@@ -1,4 +1,4 @@
-"""The options of `llmfw summarize`; those of TensorRT-LLM's guide may be spelled with `_` too."""
+"""The options of `llmfw summarize`, under the names of the guide's script where it has them."""
 
 from __future__ import annotations
 
@@ -24,33 +24,28 @@ class RunOptions(OptionGroup):
         bool,
         typer.Option(
             "--test-llmfw",
-            "--test_llmfw",
             help="Run llmfw; without --test-llmfw and --test-hf both run.",
             rich_help_panel=WHAT,
         ),
     ] = False
     test_hf: Annotated[
         bool,
-        typer.Option("--test-hf", "--test_hf", help="Run transformers.", rich_help_panel=WHAT),
+        typer.Option("--test-hf", help="Run transformers.", rich_help_panel=WHAT),
     ] = False
     hf_model_dir: Annotated[
         str | None,
         typer.Option(
-            "--hf-model-dir",
-            "--hf_model_dir",
             help="What transformers loads; left out, the model itself.",
             rich_help_panel=WHAT,
         ),
     ] = None
     max_ite: Annotated[
         int,
-        typer.Option("--max-ite", "--max_ite", min=1, help="Most batches.", rich_help_panel=WHAT),
+        typer.Option(min=1, help="Most batches.", rich_help_panel=WHAT),
     ] = 20
     batch_size: Annotated[
         int,
         typer.Option(
-            "--batch-size",
-            "--batch_size",
             min=1,
             help="Articles given at once.",
             rich_help_panel=WHAT,
@@ -59,8 +54,6 @@ class RunOptions(OptionGroup):
     max_input_length: Annotated[
         int,
         typer.Option(
-            "--max-input-length",
-            "--max_input_length",
             min=2,
             help="Most tokens of a prompt; longer articles are cut at their end.",
             rich_help_panel=WHAT,
@@ -69,8 +62,6 @@ class RunOptions(OptionGroup):
     output_len: Annotated[
         int,
         typer.Option(
-            "--output-len",
-            "--output_len",
             min=1,
             help="Most tokens of a summary.",
             rich_help_panel=WHAT,
@@ -79,8 +70,6 @@ class RunOptions(OptionGroup):
     num_beams: Annotated[
         int,
         typer.Option(
-            "--num-beams",
-            "--num_beams",
             min=1,
             help="Above 1, a beam search instead of greedy tokens.",
             rich_help_panel=WHAT,
@@ -90,7 +79,6 @@ class RunOptions(OptionGroup):
         bool,
         typer.Option(
             "--eval-ppl",
-            "--eval_ppl",
             help="Perplexity of each prompt with its reference summary.",
             rich_help_panel=WHAT,
         ),
@@ -98,12 +86,20 @@ class RunOptions(OptionGroup):
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            "--output-dir",
-            "--output_dir",
             help="Where summaries.jsonl and report.json go.",
             rich_help_panel=WHAT,
         ),
     ] = None
+
+    @property
+    def runs_llmfw(self) -> bool:
+        """Whether our engine runs."""
+        return self.test_llmfw or not self.test_hf
+
+    @property
+    def runs_hf(self) -> bool:
+        """Whether transformers runs."""
+        return self.test_hf or not self.test_llmfw
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,6 @@ class CheckOptions(OptionGroup):
         bool,
         typer.Option(
             "--check-accuracy",
-            "--check_accuracy",
             help="Exit with 1 unless llmfw is shown to be as good as transformers.",
             rich_help_panel=CHECK,
         ),
