@@ -11,12 +11,14 @@ from llmfw_cli.options import CommonOptions, JsonOption
 from llmfw_cli.output import note, write, write_json, write_table
 
 if TYPE_CHECKING:
+    import torch
+
     from llmfw.ops.check import KernelReport
     from llmfw.ops.kernel import DeviceInfo, Kernel
     from llmfw.ops.table import Choice
     from llmfw.plugins import PackProblem
 
-app = typer.Typer(help="Show and check the kernels at hand.", no_args_is_help=True)
+app = typer.Typer(help="Show, check and time the kernels at hand.", no_args_is_help=True)
 
 Device = Annotated[str, typer.Option(envvar="LLMFW_DEVICE", help="auto, cpu, cuda or cuda:N.")]
 
@@ -105,6 +107,91 @@ def check(
                 write(f"{report.kernel}: {failure}\n")
     if not all(report.passed for report in reports):
         raise typer.Exit(1)
+
+
+@app.command()
+@takes_groups
+def bench(
+    common: CommonOptions,
+    device: Device = "auto",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Time what this model runs by, at its own shapes."),
+    ] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="Time kernels of this op alone; may be repeated.")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option("--kernel", "-k", help="Time this kernel or pack alone; may be repeated."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(envvar="LLMFW_DTYPE", help="auto: the model's, or bfloat16.")
+    ] = "auto",
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of a call, a comma list; above 64 they are one prompt.")
+    ] = "1,32,512",
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens of each request in the cache.")
+    ] = 1024,
+    json: JsonOption = False,
+) -> None:
+    """Time kernels beside torch's references, with achieved rates and the share of the floor.
+
+    The floor of a call is the longer of moving its bytes at the measured bandwidth and of doing its
+    operations at the measured matrix rate. Arguments are rotated past the caches.
+    """
+    from llmfw.errors import UsageError
+    from llmfw_cli.bench.kernels import pairs_of_kernels, pairs_of_model, row_of, time_pairs
+    from llmfw_cli.bench.lengths import parse_numbers
+    from llmfw_cli.bench.machine import hardware, matrix_rate, read_bandwidth
+
+    counts = parse_numbers(tokens, "--tokens")
+    if model is not None:
+        from llmfw.models import build, prepare_model
+
+        prepared = prepare_model(model, device=device, dtype=dtype)
+        config = prepared.model_config
+        build(config, prepared.host)
+        info, kind, pairs = config.ops.info, config.dtype, pairs_of_model(config.ops)
+    else:
+        info, found, _ = _at_hand(device)
+        kind = _dtype(dtype)
+        serving = [each for each in found if not set(each.requires) - info.features]
+        pairs = pairs_of_kernels(serving, info, kind)
+    pairs = [
+        (each, context_)
+        for each, context_ in pairs
+        if (not op or context_.op in op)
+        and (not kernel or (each is not None and {each.name, each.pack} & set(kernel)))
+    ]
+    if not pairs:
+        raise UsageError(f"no such kernel serves {info.device}", hint="see llmfw kernels list")
+    bandwidth, rate = read_bandwidth(info.device), matrix_rate(info.device, kind)
+    rows = [row_of(each, bandwidth, rate) for each in time_pairs(pairs, counts, context)]
+    facts = {
+        "read_gb_per_s": round(bandwidth / 1e9, 2),
+        "matrix_gflops": round(rate / 1e9, 1),
+        "hardware": hardware(info.device),
+    }
+    if json:
+        write_json({"device": str(info.device), **facts, "kernels": rows})
+        return
+    heads = list(rows[0]) if rows else ["kernel"]
+    write_table(heads, [[str(row[head]) for head in heads] for row in rows])
+    for name, value in facts.items():
+        note(f"{name}: {value}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    from llmfw.errors import UsageError
+    from llmfw.ops.kernel import DTYPE_NAMES
+
+    if name == "auto":
+        name = "bfloat16"
+    if name not in DTYPE_NAMES:
+        raise UsageError(f"--dtype {name!r} is not known", hint=", ".join(DTYPE_NAMES))
+    return DTYPE_NAMES[name]
 
 
 def _verdict(report: KernelReport) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class Kernel:
         reference: For an op that core does not know: "module:function" of its torch reference.
         inputs: For such an op: "module:function" that draws inputs for a check, given (context,
             generator).
+        cost: For such an op: "module:function" that gives `llmfw.ops.costs.Cost` of a call, given
+            (context, arguments, results); all tensors count as moved once when left out.
     """
 
     op: str
@@ -96,6 +98,7 @@ class Kernel:
     )
     reference: str | None = None
     inputs: str | None = None
+    cost: str | None = None
     pack: str = ""
 
     def refusal(self, context: OpContext) -> str | None:
