@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_helpers import run
+from converting import LLAMA, changed_config, files_of, logits_of, written
 from gguf_files import decoder_tensors, write_gguf
-from llmfw import DecoderModelForCausalLM, Mapping
-from llmfw.errors import CheckpointError, ConfigError, UsageError, WeightError
+from llmfw import Mapping
+from llmfw.errors import CheckpointError, ConfigError, UsageError
 from llmfw.models import load_model
 from llmfw.models.convert import convert_checkpoint
 from llmfw.models.export import export_checkpoint
-from llmfw.testing import PackedSession
-from llmfw.weights import open_checkpoint, resolve_model
-from llmfw.weights.staging import staging_path
+from llmfw.weights import open_checkpoint
 from published_layouts import LAYOUTS, tensors_of, write
 from published_mxfp4 import blocks_and_scales
 
-LLAMA = "LlamaForCausalLM"
 # Dense decoders of stock layers; those of others are not cut yet, and say so.
 CUT = [
     *(
@@ -48,25 +45,6 @@ def slow(architecture: str) -> Any:
 @pytest.fixture(params=LAYOUTS)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def written(architecture: str, folder: Path) -> Path:
-    """A published layout with files that are no weights beside it."""
-    write(architecture, folder, tensors_of(architecture))
-    (folder / "tokenizer.json").write_text('{"a": "b"}')
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
-    return folder
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def logits_of(model: Path, **settings: Any) -> torch.Tensor:
-    loaded = load_model(model, kernels="reference", block_size=4, **settings)
-    return PackedSession(loaded.model).step({"a": [1, 2, 3, 4, 5]})["a"]
 
 
 def test_it_runs_alike_and_comes_back_byte_for_byte(architecture: str, tmp_path: Path):
@@ -304,152 +282,3 @@ def test_converted_checkpoints_are_not_converted_again(tmp_path: Path):
         export_checkpoint(source, tmp_path / "back")
     with pytest.raises(CheckpointError, match="is there already"):
         convert_checkpoint(source, tmp_path / "converted")
-
-
-def test_a_flipped_byte_is_noticed_when_its_tensor_is_read(tmp_path: Path):
-    source = written(LLAMA, tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "converted")
-    file = tmp_path / "converted" / "rank0.safetensors"
-    info = open_checkpoint(tmp_path / "converted").info("model.layers.1.mlp.down_proj.weight")
-    content = bytearray(file.read_bytes())
-    content[info.offset + 11] ^= 4
-    file.write_bytes(content)
-    wanted = "tensor 'model.layers.1.mlp.down_proj.weight' is not what was written"
-    for use in (load_model, lambda path: export_checkpoint(path, tmp_path / "back")):
-        with pytest.raises(CheckpointError, match=wanted):
-            use(tmp_path / "converted")
-    assert not (tmp_path / "back").exists()
-
-
-def changed_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_another_version_that_fills_alike_may_serve(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    source = written(LLAMA, tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "converted")
-    plugin = {"distribution": "llmfw-llama", "version": "0.0.1"}
-    changed_config(tmp_path / "converted", plugin=plugin)
-    with caplog.at_level(logging.INFO, "llmfw.models"):
-        assert torch.equal(logits_of(tmp_path / "converted"), logits_of(source))
-    assert "was made with llmfw-llama 0.0.1" in caplog.text
-    assert "and fill alike" in caplog.text
-
-
-def test_a_version_that_wants_its_weights_otherwise_is_refused(tmp_path: Path):
-    source = written(LLAMA, tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "converted")
-    plugin = {"distribution": "llmfw-llama", "version": "0.0.1"}
-    changed_config(tmp_path / "converted", plugin=plugin, layouts=["sha256:of-another-plan"])
-    with pytest.raises(WeightError, match=r"was made with llmfw-llama 0\.0\.1") as caught:
-        load_model(tmp_path / "converted")
-    assert "convert the model again" in str(caught.value.hint)
-    with pytest.raises(WeightError, match="maps its weights otherwise"):
-        export_checkpoint(tmp_path / "converted", tmp_path / "back")
-
-
-def test_what_others_write_needs_no_more_than_config_and_weights(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    source = written(LLAMA, tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "converted")
-    for name in ("checksums.json", "source.json"):
-        (tmp_path / "converted" / name).unlink()
-    changed_config(
-        tmp_path / "converted", layouts=[], plugin={"distribution": "a-tool", "version": "1"}
-    )
-    assert torch.equal(logits_of(tmp_path / "converted"), logits_of(source))
-    assert "was made with a-tool 1" in caplog.text
-    with pytest.raises(CheckpointError, match=r"keeps no headers .* \(source\.json\)"):
-        export_checkpoint(tmp_path / "converted", tmp_path / "back")
-
-
-def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
-    source = written(LLAMA, tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "converted")
-    file = tmp_path / "converted" / "rank0.safetensors"
-    tensors = load_file(file)
-    lost = tensors.pop("model.norm.weight")
-    tensors["model.norms.weight"] = lost
-    tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(3, 3)
-    save_file(tensors, file)
-    with pytest.raises(WeightError) as caught:
-        load_model(tmp_path / "converted")
-    lines = [" ".join(line.split()) for line in caught.value.message.splitlines()]
-    assert any(line.startswith("missing model.norm.weight") for line in lines)
-    assert any(line.startswith("surplus model.norms.weight") for line in lines)
-    assert any(line.startswith("shape model.layers.0.mlp.down_proj.weight") for line in lines)
-
-
-def test_the_classmethod_behind_it(tmp_path: Path):
-    source = written(LLAMA, tmp_path / "source")
-    model = DecoderModelForCausalLM.from_hugging_face(source, "float16", kernels="reference")
-    model.save_checkpoint(tmp_path / "saved")
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert config["converted_dtype"] == "float16"
-    assert resolve_model(tmp_path / "saved").kind == "checkpoint"
-    other = load_model(tmp_path / "saved", kernels="reference").model
-    with pytest.raises(UsageError, match="was not loaded from a directory"):
-        other.save_checkpoint(tmp_path / "again")
-
-
-def test_only_what_is_left_is_read_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of two runs the second reads what the first had not done, and the result is the same."""
-    from llmfw.models import convert
-
-    source = written(LLAMA, tmp_path / "source")
-    whole = convert_checkpoint(source, tmp_path / "whole")
-    real, read = convert.read_parameter, []
-
-    def failing(filled: Any, *rest: Any) -> torch.Tensor:
-        if len(read) == 7:
-            raise OSError(28, "No space left on device")
-        read.append(filled.slot.path)
-        return real(filled, *rest)
-
-    monkeypatch.setattr(convert, "read_parameter", failing)
-    with pytest.raises(CheckpointError, match="No space left on device") as caught:
-        convert_checkpoint(source, tmp_path / "out", sync_bytes=1)
-    assert "what is done is kept" in str(caught.value.hint)
-    assert staging_path(tmp_path / "out").is_dir()
-    first, read = read, []
-    monkeypatch.setattr(convert, "read_parameter", lambda *all: read.append(all[0]) or real(*all))
-    report = convert_checkpoint(source, tmp_path / "out")
-    assert report.resumed == len(first) == 7
-    assert len(read) == whole.tensors - 7
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-
-
-def test_a_changed_source_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    source = written(LLAMA, tmp_path / "source")
-    half = staging_path(tmp_path / "out")
-    half.mkdir()
-    identity = {"identity": {"source": "another"}}
-    (half / "journal.jsonl").write_text(json.dumps(identity) + "\n")
-    (half / "rank0.safetensors").write_bytes(b"half")
-    convert_checkpoint(source, tmp_path / "out")
-    assert "thrown away" in caplog.text
-    assert torch.equal(logits_of(tmp_path / "out"), logits_of(source))
-
-
-def test_a_source_that_changes_under_way_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from llmfw.models import convert
-
-    source = written(LLAMA, tmp_path / "source")
-    real = convert.record_source
-
-    def slow(checkpoint: Any) -> Any:
-        record = real(checkpoint)
-        first = next(source.glob("*.safetensors"))
-        first.write_bytes(first.read_bytes())
-        return record
-
-    monkeypatch.setattr(convert, "record_source", slow)
-    with pytest.raises(CheckpointError, match="was changed while it was converted"):
-        convert_checkpoint(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
