@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine_models import CPU, RecurrentModel, make_engine, run, tokens_of
+from engine_models import CPU, HistoryModel, RecurrentModel, make_engine, run, tokens_of
 from llmfw.attention.state import StateCache, StateSpec, StateTensor, slot_bytes
 from llmfw.config import ModelConfig
 from llmfw.engine.model_runner import ModelRunner
@@ -145,3 +145,19 @@ def test_two_modules_of_one_layer_may_not_share_its_state():
     model.second.layer_idx = 0
     with pytest.raises(ConfigError, match="second keeps state as layer 0, as another module does"):
         model.state_specs()
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_beams_and_completions_carry_states_of_their_own(groups: int):
+    """What a model with K and V answers, whose next token follows from the same history."""
+    wanted = [
+        SamplingParams(temperature=0, max_tokens=6, num_beams=3, n=2, ignore_eos=True),
+        SamplingParams(temperature=1.0, seed=5, n=3, max_tokens=6, ignore_eos=True),
+    ]
+    answers = []
+    for model in (HistoryModel(), RecurrentModel(groups=groups)):
+        engine = make_engine(model)
+        outputs = run(engine, PROMPTS[2:6], wanted * 2)
+        answers.append([[each.token_ids for each in output.outputs] for output in outputs])
+        engine.shutdown()
+    assert answers[0] == answers[1]
