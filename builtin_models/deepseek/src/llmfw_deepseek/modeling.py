@@ -74,8 +74,8 @@ def has_experts(config: Any, layer_idx: int) -> bool:
 
 def require(config: Any, name: str, *values: Any) -> None:
     """Refuse a setting that transformers ignores and that the published code would follow."""
-    value = getattr(config, name, values[0])
-    if value not in values:
+    value = getattr(config, name, None)
+    if value is not None and value not in values:
         raise ConfigError(
             f"{config.model_type} with {name}={value!r} is not supported",
             hint=f"published models have {' or '.join(map(repr, values))}",
