@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli_helpers import run
 from converting import LLAMA, changed_config, files_of, logits_of, written
 from llmfw import DecoderModelForCausalLM
 from llmfw.errors import CheckpointError, UsageError, WeightError
 from llmfw.models import convert, load_model
 from llmfw.models.convert import convert_checkpoint
 from llmfw.models.export import export_checkpoint
+from llmfw.plugins import unregister_local
 from llmfw.weights import open_checkpoint, resolve_model
 from llmfw.weights.staging import staging_path
+from published_layouts import tensors_of, write
 
 
 def test_a_flipped_byte_is_noticed_when_its_tensor_is_read(tmp_path: Path):
@@ -159,3 +164,69 @@ def test_a_source_that_changes_under_way_is_refused(
     with pytest.raises(CheckpointError, match="was changed while it was converted"):
         convert_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [("verify",), ("new", "Another", "--from")])
+def test_what_needs_the_original_says_so(command: tuple[str, ...], tmp_path: Path):
+    convert_checkpoint(written(LLAMA, tmp_path / "source"), tmp_path / "converted")
+    done = run(*command, str(tmp_path / "converted"))
+    assert done.exit_code == UsageError.exit_code
+    assert "reads no converted checkpoint" in done.stderr
+    assert "llmfw export" in done.stderr
+
+
+PLUGIN = """
+from llmfw import StockDecoderForCausalLM, hookimpl
+from llmfw.plugins import register_local
+
+
+class Own(StockDecoderForCausalLM):
+    def load_weights(self, weights):
+        raise AssertionError("never asked")
+
+
+class Plugin:
+    @hookimpl
+    def llmfw_model(self, model_config):
+        return {model}(model_config)
+
+
+register_local("TinyForCausalLM", Plugin(), __file__)
+"""
+
+
+def tiny_source(folder: Path, model: str) -> Path:
+    """A model that a plugin in a file serves."""
+    write(LLAMA, folder, tensors_of(LLAMA))
+    changed_config(folder, architectures=["TinyForCausalLM"])
+    (folder / "my_plugin.py").write_text(PLUGIN.replace("{model}", model))
+    return folder
+
+
+@pytest.fixture
+def _no_local_plugin() -> Iterator[None]:
+    yield
+    unregister_local("TinyForCausalLM")
+
+
+@pytest.mark.usefixtures("_no_local_plugin")
+def test_a_plugin_in_a_file_is_known_by_its_digest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    source = tiny_source(tmp_path / "source", "StockDecoderForCausalLM")
+    file = source / "my_plugin.py"
+    out = tmp_path / "converted"
+    done = run("convert", str(source), str(out), "--plugin-module", str(file))
+    assert done.exit_code == 0, done.stderr
+    plugin = json.loads((out / "config.json").read_text())["plugin"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert plugin == {"distribution": "my_plugin.py", "version": f"sha256:{digest}"}
+    assert torch.equal(logits_of(out), logits_of(source))
+    assert "was made with" not in caplog.text
+
+
+@pytest.mark.usefixtures("_no_local_plugin")
+def test_weights_that_an_author_loads_himself_are_not_converted(tmp_path: Path):
+    source = tiny_source(tmp_path / "source", "Own")
+    with pytest.raises(WeightError, match="loads its weights by a load_weights of its own"):
+        convert_checkpoint(source, tmp_path / "out", plugin_modules=[str(source / "my_plugin.py")])

@@ -57,8 +57,10 @@ def recognise(model: str | Path) -> Recognition:
     """
     from llmfw.config import architecture_of, read_config_json
     from llmfw.weights import open_checkpoint, resolve_model
+    from llmfw.weights.sources import require_original
 
     source = resolve_model(str(model))
+    require_original(source, "llmfw new")
     raw = read_config_json(source.model_dir)
     checkpoint = open_checkpoint(source.checkpoint_path)
     shapes = {name: checkpoint.info(name).shape for name in checkpoint.names()}

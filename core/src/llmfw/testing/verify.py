@@ -10,7 +10,7 @@ from torch import nn
 
 from llmfw.config import text_config
 from llmfw.engine.tokenizer import TOKENIZER_FILES
-from llmfw.errors import ConfigError, UsageError, WeightError
+from llmfw.errors import ConfigError, WeightError
 from llmfw.llm import LLM
 from llmfw.models import prepare_model
 from llmfw.testing.checks.logits import FAINT_TOLERANCE
@@ -25,6 +25,7 @@ from llmfw.testing.trace import record_reference
 from llmfw.testing.verify_report import Stage, VerifyReport
 from llmfw.testing.verify_sides import Sides
 from llmfw.testing.verify_stages import Failing, Limits, compare_logits, run_ours
+from llmfw.weights.sources import require_original
 
 PROMPTS = (
     "The capital of France is",
@@ -65,11 +66,7 @@ def verify_model(
     """
     begin = time.perf_counter()
     prepared = prepare_model(model, dtype=dtype, **settings)
-    if prepared.source.kind in ("checkpoint", "engine"):
-        raise UsageError(
-            f"{model}: transformers, with which verify compares, reads no converted checkpoint",
-            hint=f"verify what it was made from, or what it gives back: llmfw export {model} OUT",
-        )
+    require_original(prepared.source, "transformers, with which verify compares,")
     config = prepared.model_config
     name = str(config.dtype).removeprefix("torch.")
     report = VerifyReport(

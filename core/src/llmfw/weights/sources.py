@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from llmfw.errors import ConfigError, LlmfwError, PluginLoadError
+from llmfw.errors import ConfigError, LlmfwError, PluginLoadError, UsageError
 from llmfw.weights.converted_config import HF_FOLDER, is_converted
 
 logger = logging.getLogger("llmfw.weights")
@@ -71,6 +71,24 @@ def resolve_model(model: str | Path) -> ModelSource:
         f"model '{name}' is no directory, no .gguf file and no hub id (organisation/name){known}",
         hint=f"did you mean '{near[0]}'?" if near else "give the path of a model's directory",
     )
+
+
+def require_original(source: ModelSource, reader: str) -> None:
+    """Refuse a converted checkpoint where the original's names and files are needed.
+
+    Args:
+        source: From `resolve_model`.
+        reader: What needs them, for the message.
+
+    Raises:
+        UsageError: If it is a converted checkpoint or an engine.
+    """
+    if source.kind in ("checkpoint", "engine"):
+        raise UsageError(
+            f"{source.name}: {reader} reads no converted checkpoint",
+            hint="give what it was made from, or what it gives back: "
+            f"llmfw export {source.name} OUT",
+        )
 
 
 def _directory(name: str, path: Path) -> ModelSource:
