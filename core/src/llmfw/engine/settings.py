@@ -20,12 +20,13 @@ class EngineSettings:
         block_size: Tokens of a cache block.
         max_model_len: Most tokens of a sequence; None: the model's positions, or what the cache
             holds.
-        kv_cache_memory: Bytes of the cache, a string such as "4GiB", or a fraction (0 .. 1] of the
-            device's free memory. None: 0.9 of the free memory on a GPU; on a CPU what max_num_seqs
-            sequences of max_model_len need, at most 1 GiB.
+        kv_cache_memory: Bytes of the cache, recurrent state included, a string such as "4GiB", or a
+            fraction (0 .. 1] of the device's free memory. None: 0.9 of the free memory on a GPU; on
+            a CPU what max_num_seqs sequences of max_model_len need, at most 1 GiB.
         enable_prefix_caching: Whether full blocks of equal prefixes are shared.
         enable_chunked_prefill: Whether a long prompt is computed over several steps.
-        max_num_seqs: Most sequences in flight.
+        max_num_seqs: Most sequences in flight; fewer where the memory holds the recurrent state of
+            no more.
         max_num_batched_tokens: Most tokens of a step.
         seed: Where requests without a seed of their own get it from.
         cuda_graphs: Whether decode steps are captured on a GPU and replayed.
