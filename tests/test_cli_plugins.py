@@ -71,6 +71,17 @@ def test_list_tells_of_switches(site: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert run("plugins", "list").exit_code == 2
 
 
+def test_a_fallback_is_listed_and_switched_off(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_dist(site, "falls-back", "*", code=HOOKS.format(name="llmfw_model"))
+    monkeypatch.setenv("LLMFW_DISABLE_PLUGINS", "llmfw-transformers")
+    found = states(run("plugins", "list", "--json").stdout)
+    assert found["llmfw-transformers"] == "switched off by LLMFW_DISABLE_PLUGINS"
+    assert found["falls-back"] == "ok"
+    monkeypatch.setenv("LLMFW_NO_FALLBACK", "1")
+    found = states(run("plugins", "list", "--json").stdout)
+    assert found["falls-back"] == "switched off by LLMFW_NO_FALLBACK"
+
+
 def test_info_is_of_one_distribution(site: Path) -> None:
     value = json.loads(run("plugins", "info", "Old_One", "--json").stdout)
     assert value["distribution"] == "old-one"

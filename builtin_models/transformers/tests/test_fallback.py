@@ -14,11 +14,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmfw import LLM, SamplingParams
-from llmfw.errors import ConfigError, UnknownArchitectureError, WeightError
+from llmfw.errors import ConfigError, UnknownArchitectureError, UsageError, WeightError
 from llmfw.layers import GatedMLP, LMHead, RMSNorm
 from llmfw.models import load_model
+from llmfw.testing.selection import model_entries, subjects_of
 from llmfw.testing.tiny import shrunk_config, tiny_raw_config
-from llmfw_transformers import modeling
+from llmfw_transformers import modeling, plugin
 from llmfw_transformers.architectures import configuration_of
 from llmfw_transformers.probe import visible_keys
 from llmfw_transformers.recognise import gated_mlp_of, norm_of
@@ -230,3 +231,14 @@ def test_masks_are_read_by_what_they_let_through():
     assert visible_keys(lambda b, h, q, k: (k <= q) & (k > q - 7)).window == 7
     assert "neither" in visible_keys(lambda b, h, q, k: k >= 0).refusal
     assert "neither" in visible_keys(lambda b, h, q, k: (k <= q) & (k // 64 == q // 64)).refusal
+
+
+def test_what_is_checked_by_its_names():
+    by_distribution = model_entries("llmfw-transformers")
+    assert {each.name for each in by_distribution} == set(plugin.tiny_configs)
+    assert {each.dist for each in by_distribution} == {"llmfw-transformers"}
+    (subject,) = subjects_of("HeliumForCausalLM")
+    with subject:
+        assert subject.resolved.label.startswith("llmfw-transformers ")
+    with pytest.raises(UsageError, match="no architecture or plugin"):
+        subjects_of("NobodysForCausalLM")
