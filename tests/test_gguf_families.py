@@ -14,6 +14,8 @@ import gguf
 import pytest
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     FalconMambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -226,6 +228,74 @@ CASES: dict[str, Case] = {
 }
 
 
+LATENT = {
+    **BASE,
+    **UNTIED,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "rope_parameters": {**YARN, "rope_theta": 10000.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+}
+LATENT_KEYS = {
+    **YARN_KEYS,
+    "rope.scaling.yarn_log_multiplier": 0.0707,
+    "rope.dimension_count": 8,
+    "attention.kv_lora_rank": 24,
+    "leading_dense_block_count": 1,
+    "expert_count": 8,
+    "expert_used_count": 3,
+    "expert_shared_count": 2,
+    "expert_feed_forward_length": 24,
+}
+HEADS = {"attention.key_length": 24, "attention.value_length": 12, "attention.head_count_kv": 4}
+LATENT_HEADS = {
+    "attention.key_length": 32,
+    "attention.value_length": 24,
+    "attention.key_length_mla": 24,
+    "attention.value_length_mla": 12,
+    "attention.head_count_kv": 1,
+}
+GROUPS, GROUP_KEYS = (
+    {"n_group": 4, "topk_group": 2},
+    {"expert_group_count": 4, "expert_group_used_count": 2},
+)
+V3 = DeepseekV3Config(
+    **{**LATENT, **GROUPS, "q_lora_rank": 20}, routed_scaling_factor=2.5, norm_topk_prob=True
+)
+V3_KEYS = {
+    **LATENT_KEYS,
+    **LATENT_HEADS,
+    **GROUP_KEYS,
+    "attention.q_lora_rank": 20,
+    "expert_gating_func": 2,
+    "expert_weights_scale": 2.5,
+    "expert_weights_norm": True,
+}
+CASES |= {
+    "deepseek2": Case(
+        "deepseek2", "DeepseekV2ForCausalLM", DeepseekV2Config(**LATENT), LATENT_KEYS | LATENT_HEADS
+    ),
+    "deepseek2_older": Case(
+        "deepseek2", "DeepseekV2ForCausalLM", DeepseekV2Config(**LATENT), LATENT_KEYS | HEADS
+    ),
+    "deepseek2_groups": Case(
+        "deepseek2",
+        "DeepseekV2ForCausalLM",
+        DeepseekV2Config(**LATENT, **GROUPS, topk_method="group_limited_greedy"),
+        LATENT_KEYS | LATENT_HEADS | GROUP_KEYS,
+    ),
+    "deepseek2_v3": Case("deepseek2", "DeepseekV3ForCausalLM", V3, V3_KEYS),
+}
+
+
 def converted(case: Case, hf: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors as llama.cpp's converter writes them."""
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == case.arch)
@@ -266,6 +336,12 @@ def rearranged(case: Case, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[s
         name = name.replace("mixer.dt_bias", "mixer.dt_proj.bias")
         if name.endswith("shared_expert_gate.weight"):
             value = value.squeeze()
+        if name.endswith("kv_b_proj.weight") and "attention.key_length_mla" in case.keys:
+            first, second = value.view(heads, -1, value.shape[-1]).split([16, 12], dim=1)
+            yield name.replace("kv_b", "k_b"), first.transpose(1, 2)
+            yield name.replace("kv_b", "v_b"), second
+            continue
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         yield (f"{name}.weight" if name.endswith("sinks") else name), value
 
 
@@ -310,6 +386,9 @@ def test_a_gguf_file_gives_transformers_logits(
     hf = tiny_hf(case.config, case.architecture, "eager")
     for parameter in hf.parameters():  # unpacked files of this size are kept in bfloat16
         parameter.data = parameter.data.bfloat16().float()
+    for buffer_name, buffer in hf.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):  # zero in a new model
+            buffer.copy_(torch.linspace(-0.3, 0.3, len(buffer)))
     if case.quantise:
         round_experts(hf)
     tensors = converted(case, hf)

@@ -159,6 +159,16 @@ def test_metadata_that_make_no_config(tmp_path: Path) -> None:
         config_of(GGUFCheckpoint(write_gguf(tmp_path / "z.gguf", tensors)))
 
 
+def test_latent_attention_without_the_sizes_of_a_head(tmp_path: Path) -> None:
+    sizes = {"attention.kv_lora_rank": 16, "attention.key_length": 8, "attention.value_length": 8}
+    for rotated in ({}, {"rope.dimension_count": 8}):
+        file = write_gguf(
+            tmp_path / "x.gguf", decoder_tensors(), arch="deepseek2", sizes=sizes | rotated
+        )
+        with pytest.raises(ConfigError, match="no sizes of a head of latent attention"):
+            config_of(GGUFCheckpoint(file))
+
+
 def test_the_files_of_the_directory(tmp_path: Path) -> None:
     file = write_gguf(
         tmp_path / "x.gguf", decoder_tensors(), metadata={"tokenizer.ggml.eot_token_id": 5}

@@ -24,6 +24,7 @@ _SIZES = (
     "embedding_length",
     "feed_forward_length",
     "attention.head_count",
+    "attention.kv_lora_rank",
     "ssm.state_size",
     "ssm.inner_size",
     "ssm.time_step_rank",
@@ -64,6 +65,8 @@ def config_of(checkpoint: GGUFCheckpoint) -> dict[str, Any]:
     config["dtype"] = "bfloat16"
     if "attention.head_count" in family.config_keys:
         _add_attention(checkpoint, prefix, config)
+    if "attention.kv_lora_rank" in family.config_keys:
+        _add_latent_sizes(checkpoint, prefix, config)
     return config
 
 
@@ -85,6 +88,35 @@ def _add_attention(checkpoint: GGUFCheckpoint, prefix: str, config: dict[str, An
     scaling = _rope_scaling(checkpoint, prefix, config)
     if scaling is not None:
         config["rope_scaling"] = {**scaling, **family.rope}
+
+
+def _add_latent_sizes(checkpoint: GGUFCheckpoint, prefix: str, config: dict[str, Any]) -> None:
+    """Sizes of latent attention's heads: newer files call them so, older ones as any model's."""
+    metadata, family = checkpoint.header.metadata, checkpoint.family
+    attention = f"{prefix}attention."
+    sizes = {
+        "qk_rope_head_dim": metadata.get(f"{prefix}rope.dimension_count"),
+        "key": metadata.get(f"{attention}key_length_mla", metadata.get(f"{attention}key_length")),
+        "v_head_dim": metadata.get(
+            f"{attention}value_length_mla", metadata.get(f"{attention}value_length")
+        ),
+    }
+    missing = [name for name, size in sizes.items() if not isinstance(size, int) or size <= 0]
+    if missing or sizes["key"] <= sizes["qk_rope_head_dim"]:
+        raise ConfigError(
+            f"{checkpoint.path}: its metadata give no sizes of a head of latent attention",
+            hint="use the model's safetensors",
+        )
+    config["qk_nope_head_dim"] = sizes.pop("key") - sizes["qk_rope_head_dim"]
+    config |= sizes
+    config["head_dim"] = sizes["qk_rope_head_dim"]
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    if config.get("n_group", 1) > 1:
+        config |= family.grouped
+    multiplier = metadata.get(f"{prefix}rope.scaling.yarn_log_multiplier")
+    if multiplier is not None and "rope_scaling" in config:  # a tenth of both, which are the same
+        mscale = round(10 * _plain(multiplier), 6)
+        config["rope_scaling"] |= {"mscale": mscale, "mscale_all_dim": mscale}
 
 
 def _quotients(metadata: Mapping[str, Any], prefix: str, family: Family) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from llmfw.weights.gguf_tables import (
     FAMILIES,
     ONE_ROW,
     SETTINGS,
+    SIGMOID,
     WITH_EXPERTS,
     WITH_NORMS,
+    WITH_SIGMOID,
     Family,
 )
 
@@ -47,6 +49,8 @@ def family_of(file: Path, header: GGUFHeader) -> Family:
         )
     if name in WITH_EXPERTS and header.metadata.get(f"{name}.expert_count", 0):
         return WITH_EXPERTS[name]
+    if name in WITH_SIGMOID and header.metadata.get(f"{name}.expert_gating_func") == SIGMOID:
+        return WITH_SIGMOID[name]
     if name in WITH_NORMS and header.metadata.get(f"{name}.ssm.dt_b_c_rms"):
         return WITH_NORMS[name]
     return FAMILIES[name]
@@ -76,6 +80,7 @@ class GGUFCheckpoint:
             for name, entry in self.header.tensors.items()
             if name not in SETTINGS
         }
+        self._halves = dict(self._joined())
 
     def names(self) -> Sequence[str]:
         """All HF names, in the order of the file."""
@@ -83,6 +88,8 @@ class GGUFCheckpoint:
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype as `tensor` gives them; `stored` is ggml's type."""
+        if name in self._halves:
+            return self._joined_info(name)
         entry = self._entry(name)
         dtype = _PLAIN.get(entry.type_name, torch.float32)
         if self._is_norm(name):
@@ -92,8 +99,11 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, dequantised and in HF's layout."""
+        if name in self._halves:
+            first, second = (self._whole(half).float() for half in self._halves[name])
+            return torch.cat((first.transpose(1, 2), second), 1).flatten(0, 1)
         entry = self._entry(name)
-        value = self._dequantised(entry, 0, entry.shape[0])
+        value = self._whole(entry)
         order = self._row_order(entry)
         if order is not None:
             value = reorder(value, 0, *order)
@@ -101,6 +111,8 @@ class GGUFCheckpoint:
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Part of it; along dimension 0 only those rows are dequantised where that can be."""
+        if name in self._halves:
+            return self.tensor(name).narrow(dim, start, stop - start)
         entry = self._entry(name)
         if dim == 0 and self._row_order(entry) is None and not self._is_transposed(entry):
             return self._dequantised(entry, start, stop)
@@ -113,7 +125,33 @@ class GGUFCheckpoint:
     def setting(self, name: str) -> torch.Tensor | None:
         """A tensor that belongs to the config, such as rotary factors; None where it is not."""
         entry = self.header.tensors.get(name)
-        return None if entry is None else self._dequantised(entry, 0, entry.shape[0])
+        return None if entry is None else self._whole(entry)
+
+    def _joined(self) -> Iterator[tuple[str, tuple[GGUFEntry, GGUFEntry]]]:
+        """HF's tensors that the file has in two; the first half's place is theirs."""
+        for ours, (first, second) in self.family.joined.items():
+            for name in [name for name in self._entries if name.endswith(f".{first}.weight")]:
+                other = name.replace(first, second)
+                if other not in self._entries:
+                    continue  # the plan names what is left
+                block = name.split(".")[1]
+                joined = f"{self.family.layer}.{block}.{ours}.weight"
+                halves = self._entries[name], self._entries.pop(other)
+                self._entries = {
+                    joined if each == name else each: entry for each, entry in self._entries.items()
+                }
+                yield joined, halves
+
+    def _joined_info(self, name: str) -> TensorInfo:
+        first, second = self._halves[name]
+        heads, rank, width = first.shape
+        shape = (heads * (width + second.shape[1]), rank)
+        stored = "+".join(dict.fromkeys((first.type_name, second.type_name)))
+        nbytes = first.nbytes + second.nbytes
+        return TensorInfo(shape, torch.float32, self.path.name, nbytes, stored)
+
+    def _whole(self, entry: GGUFEntry) -> torch.Tensor:
+        return self._dequantised(entry, 0, entry.shape[0])
 
     def _entry(self, name: str) -> GGUFEntry:
         if name not in self._entries:

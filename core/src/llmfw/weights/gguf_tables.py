@@ -52,6 +52,21 @@ _SHARED_EXPERT = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_LATENT = {
+    **_BLOCK,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    **_STACKED,
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
 # gpt-oss: a key with its ending stands for a name that HF has without one.
 _SINKS = {
     **_ATTENTION,
@@ -162,6 +177,19 @@ _LOCAL_EXPERT_KEYS = {
     "expert_used_count": "num_experts_per_tok",
 }
 _SHARED_KEYS = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+_LATENT_KEYS = {
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _SOFTCAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -185,6 +213,8 @@ class Family:
             halves.
         qkv_by_head: HF has the rows of a fused q, k, v head by head; ggml all of q, of k, of v.
         transposed: Stems after "blk.N." whose matrices HF has as [in, out].
+        joined: What HF has in one after "blk.N.", head by head, and ggml in two, [heads, in, out]
+            and [heads, out, in].
         norm_offset: What ggml has added to every norm weight.
         flat: Stems after "blk.N." that HF has with one dimension.
         taps: Stems whose matrices [channels, K] HF has as [channels, 1, K].
@@ -192,7 +222,8 @@ class Family:
         float32: Stems that stay float32 when a file is unpacked.
         config_keys: Metadata keys and their names in the config.
         quotients: Config keys that are one metadata key divided by another.
-        config: Fixed config entries that the metadata has no key for.
+        config: Config entries that the metadata has no key for, or lacks at times.
+        grouped: The same where the metadata count groups of experts.
         rope: The same of `rope_scaling`.
         rotary_part: The config's name for the part of a head that rope turns; None: all of it.
     """
@@ -205,6 +236,7 @@ class Family:
     permuted_heads: bool = False
     qkv_by_head: bool = False
     transposed: frozenset[str] = frozenset()
+    joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     norm_offset: float = 0.0
     flat: frozenset[str] = frozenset()
     taps: frozenset[str] = frozenset()
@@ -213,6 +245,7 @@ class Family:
     config_keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType(_KEYS))
     quotients: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
+    grouped: Mapping[str, object] = field(default_factory=dict)
     rope: Mapping[str, object] = field(default_factory=dict)
     rotary_part: str | None = None
 
@@ -230,6 +263,23 @@ _MAMBA = Family(
     config_keys=_STATE_KEYS | _CHANNEL_KEYS,
     quotients=_EXPAND,
     config=_SILU,
+)
+_DEEPSEEK = Family(
+    "DeepseekV2ForCausalLM",
+    "deepseek_v2",
+    block=_LATENT,
+    joined={"self_attn.kv_b_proj": ("attn_k_b", "attn_v_b")},
+    float32=frozenset({"exp_probs_b"}),
+    config_keys=_KEYS | _LATENT_KEYS,
+    config={
+        **_SILU,
+        "q_lora_rank": None,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    grouped={"topk_method": "group_limited_greedy"},
 )
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM", "llama", permuted_heads=True, config=_SILU),
@@ -317,6 +367,7 @@ FAMILIES: Mapping[str, Family] = {
         config=_SILU,
         rope={"truncate": False},
     ),
+    "deepseek2": _DEEPSEEK,
     "mamba": _MAMBA,
     "mamba2": replace(
         _MAMBA,
@@ -339,6 +390,13 @@ WITH_EXPERTS: Mapping[str, Family] = {
         config=_SILU,
     ),
 }
+# The same where they say that experts are chosen by sigmoid.
+WITH_SIGMOID: Mapping[str, Family] = {
+    "deepseek2": replace(
+        _DEEPSEEK, architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", grouped={}
+    ),
+}
+SIGMOID = 2  # of `expert_gating_func`
 # The same where they say that what follows from a token is normalised.
 WITH_NORMS: Mapping[str, Family] = {
     "mamba": replace(_MAMBA, architecture="FalconMambaForCausalLM", model_type="falcon_mamba"),
