@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -200,3 +201,10 @@ def test_the_guides_layer_gives_means_in_any_batch():
         *(part.split(metadata.query_lens) for part in (got, first, second)), strict=True
     ):
         torch.testing.assert_close(mean[-1], torch.cat((one, two)).mean(0))
+
+
+def test_steps_of_models_with_state_are_not_captured(model, caplog: pytest.LogCaptureFixture):
+    runner = ModelRunner(model, EngineSettings(block_size=BLOCK).on("cpu"), CPU)
+    with caplog.at_level(logging.INFO, logger="llmfw.engine"):
+        assert not runner._capturable()
+    assert "no CUDA graphs: they do not carry recurrent state" in caplog.text

@@ -189,8 +189,15 @@ def _ssd_scan(
     lens: tuple[int, ...],
 ) -> torch.Tensor:
     each = x.shape[1] // b.shape[1]
-    pieces = _Pieces(lens, _LONGEST_PIECE, x.device)
     inputs, step = x.float(), F.softplus(dt.float() + dt_bias).clamp(*dt_limit)
+    if max(lens) == 1:  # one update, without the products that pieces are for
+        kept = torch.exp(step * a)[..., None, None] * state.index_select(0, slots)
+        b, c = (part.float().repeat_interleave(each, dim=1) for part in (b, c))
+        hidden = kept.addcmul_((step[..., None] * inputs)[..., None], b[:, :, None])
+        state.index_copy_(0, slots, hidden)
+        y = (hidden @ c[..., None]).squeeze(-1)  # [requests, heads, P]
+        return (y + d[:, None] * inputs).to(x.dtype)
+    pieces = _Pieces(lens, _LONGEST_PIECE, x.device)
     decay = pieces.split(step * a).double().cumsum(1).transpose(1, 2)  # [pieces, heads, length]
     values = pieces.split(step[:, :, None] * inputs).transpose(1, 2)  # [pieces, heads, length, P]
     ins = pieces.split(b.float()).transpose(1, 2)  # [pieces, groups, length, N]
