@@ -53,7 +53,7 @@ def load_model(
     model: str | Path,
     *,
     load_format: str = "auto",
-    threads: int = 1,
+    threads: int | None = None,
     progress: Progress | None = None,
     seed: int = 0,
     phases: Phases | None = None,
@@ -65,7 +65,7 @@ def load_model(
         model: A directory, a GGUF file, a hub id or an alias.
         load_format: "auto" reads the checkpoint, "dummy" fills random weights from the
             configuration alone.
-        threads: How many threads read the checkpoint.
+        threads: How many threads read the checkpoint; settled by the machine when left out.
         progress: Called with (bytes done, bytes in all, name of the parameter).
         seed: Of dummy weights.
         phases: Takes the seconds of "resolve", "build" and "weights".
@@ -113,7 +113,7 @@ def load_model(
 def _load_checkpoint(
     model: PretrainedModel[Any],
     prepared: PreparedModel,
-    threads: int,
+    threads: int | None,
     progress: Progress | None,
 ) -> LoadReport | None:
     checkpoint = open_weights(prepared)

@@ -68,8 +68,15 @@ class Checkpoint(Protocol):
 
 
 @runtime_checkable
-class ReadsInto(Protocol):
+class ReadsInto(Checkpoint, Protocol):
     """A checkpoint that can also read straight into a tensor, without a copy in between."""
 
+    @property
+    def compares_whole(self) -> bool:
+        """Whether reading a tensor as a whole compares it with a checksum."""
+
+    def reads_into(self, name: str, out: torch.Tensor) -> bool:
+        """Whether `read_into` can fill `out` with rows of that tensor."""
+
     def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> None:
-        """Fills `out` (CPU, contiguous, the stored dtype) with rows `start` and on of a tensor."""
+        """Fills `out` with rows `start` and on of a tensor."""

@@ -45,6 +45,7 @@ class ConvertedCheckpoint(SafetensorsCheckpoint):
     """
 
     format = "llmfw"
+    compares_whole = True
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         self.config = read_converted_config(path)

@@ -82,7 +82,7 @@ class Source(Expr):
         return checkpoint.tensor(self.name)
 
     def write(self, out: torch.Tensor, checkpoint: Checkpoint) -> None:
-        if isinstance(checkpoint, ReadsInto) and _is_plain(out, self.dtype):
+        if isinstance(checkpoint, ReadsInto) and checkpoint.reads_into(self.name, out):
             checkpoint.read_into(self.name, out)
         elif out.dim() > 2:  # a stack of matrices, perhaps to be dequantised: one at a time
             for index in range(out.shape[0]):
@@ -126,7 +126,7 @@ class Narrow(Expr):
             isinstance(whole, Source)
             and self.dim == 0
             and isinstance(checkpoint, ReadsInto)
-            and _is_plain(out, self.dtype)
+            and checkpoint.reads_into(whole.name, out)
         ):
             checkpoint.read_into(whole.name, out, self.start)
         else:
@@ -295,11 +295,6 @@ class Reorder(Expr):
         if dim != self.dim:
             return Reorder(self.of.narrow(dim, start, stop), self.dim, self.view, self.permutation)
         return super().narrow(dim, start, stop)
-
-
-def _is_plain(out: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the bytes of a tensor of this dtype can be read into `out` as they are."""
-    return out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
 
 
 def reorder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from llmfw.errors import UsageError, WeightError
-from llmfw.weights.checkpoint import Checkpoint
+from llmfw.weights.checkpoint import Checkpoint, ReadsInto
+from llmfw.weights.device_reader import StagedCheckpoint
 from llmfw.weights.memory_reader import MemoryCheckpoint
 from llmfw.weights.plan import FilledSlot, LoadPlan
 from llmfw.weights.planning import plan_weights
@@ -22,6 +24,7 @@ from llmfw.weights.slots import TensorParallel
 from llmfw.weights.weight_map import WeightMap
 
 Progress = Callable[[int, int, str], None]
+READERS = 4
 LoadDtype = torch.dtype | Literal["declared", "stored"]
 
 
@@ -51,7 +54,7 @@ def load_weights(
     *,
     device: torch.device | str = "cpu",
     dtype: LoadDtype = "declared",
-    threads: int = 1,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Makes every parameter on `device`, fills it as planned, then calls the modules' `post_load`.
@@ -64,8 +67,8 @@ def load_weights(
         dtype: "declared": each parameter has the dtype its module declares; "stored": the
             checkpoint's own, bit for bit; a torch dtype: all floating-point parameters have it. A
             weight map's dtype rule comes before all.
-        threads: Reading threads. Each holds at most two tensors; one is best on a CPU, a few help a
-            GPU.
+        threads: Reading threads, each of which fills a parameter at a time; None: one for a CPU,
+            `READERS` for a GPU or as many as there are cores.
         progress: Called after each parameter with (bytes done, bytes in all, name), from any
             reading thread but never from two at once.
 
@@ -73,10 +76,14 @@ def load_weights(
         CheckpointError: If a tensor cannot be read.
         WeightError: If a buffer that no checkpoint fills is still on the meta device at the end.
     """
+    target = torch.device(device)
+    threads = default_threads(target) if threads is None else threads
     if threads < 1:
         raise UsageError(f"threads={threads}: loading needs at least one")
     begin = time.perf_counter()
-    loader = _Loader(model, plan, checkpoint, torch.device(device), dtype, progress)
+    if target.type == "cuda" and isinstance(checkpoint, ReadsInto):
+        checkpoint = StagedCheckpoint(checkpoint, target)
+    loader = _Loader(model, plan, checkpoint, target, dtype, progress)
     with torch.no_grad():
         if threads == 1:
             for filled in plan.filled:
@@ -89,6 +96,11 @@ def load_weights(
     _require_nothing_on_meta(model)
     seconds = time.perf_counter() - begin
     return LoadReport(len(plan.filled), loader.done, len(plan.ignored), seconds, loader.dtypes)
+
+
+def default_threads(device: torch.device) -> int:
+    """Reading threads: a few keep a GPU's link busy; a CPU's memory is filled as fast by one."""
+    return 1 if device.type == "cpu" else max(1, min(READERS, os.cpu_count() or 1))
 
 
 def load_into(

@@ -37,6 +37,7 @@ class SafetensorsCheckpoint:
     """
 
     format = "safetensors"
+    compares_whole = False
 
     def __init__(
         self, path: Path, files: Sequence[Path], index: Mapping[str, str] | None = None
@@ -79,6 +80,11 @@ class SafetensorsCheckpoint:
         index = (*(slice(None) for _ in range(dim)), slice(start, stop))
         nbytes = info.nbytes * (stop - start) // max(info.shape[dim], 1)
         return self._read(name, nbytes, lambda handle: handle.get_slice(name)[index])
+
+    def reads_into(self, name: str, out: torch.Tensor) -> bool:
+        """Whether the bytes of the file are those of `out`: on the CPU, no gaps, the same dtype."""
+        stored = self.info(name).dtype
+        return out.device.type == "cpu" and out.dtype == stored and out.is_contiguous()
 
     def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> None:
         """Rows `start` and on of a tensor, from the file into `out` without a copy in between."""
