@@ -123,7 +123,7 @@ def test_beams_of_smollm2():
     with LLM("smollm2", dtype="float32", max_model_len=256) as llm:
         assert llm.tokenizer is not None
         assert llm.tokenizer.encode(".") == [FULL_STOP]
-        ends = sorted({FULL_STOP, *llm._engine._eos_ids})
+        ends = sorted({FULL_STOP, *llm._engine._intake.eos_ids})
         for variant, prompts in (
             ("plain", PROMPTS),
             ("early", PROMPTS[:5]),

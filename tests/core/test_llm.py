@@ -50,6 +50,7 @@ def make(tmp_path, monkeypatch, model):
             ),
             source=SimpleNamespace(model_dir=tmp_path),
             generation_config=generation_config,
+            engine=None,
         )
 
     monkeypatch.setattr(llmfw.llm, "load_model", load_model)
@@ -247,10 +248,10 @@ def test_generation_config(make):
     llm = make(config=config)
     assert llm.default_sampling_params.top_k == 3
     assert len(llm.generate("Hello").outputs[0].token_ids) <= 5
-    assert llm._engine._eos_ids == {7, 8, 96}
+    assert llm._engine._intake.eos_ids == {7, 8, 96}
     plain = make(config=config, generation_config="none")
     assert plain.default_sampling_params == SamplingParams().resolved()
-    assert plain._engine._eos_ids == {7, 8, 96}
+    assert plain._engine._intake.eos_ids == {7, 8, 96}
     with pytest.raises(UsageError, match="generation_config='vllm'"):
         make(generation_config="vllm")
 
@@ -336,7 +337,7 @@ def test_a_forgotten_llm_is_cleaned_up(tmp_path, monkeypatch):
         max_model_len=64,
     )
     loaded = SimpleNamespace(
-        model=TinyAttentionModel(), model_config=config, generation_config={},
+        model=TinyAttentionModel(), model_config=config, generation_config={}, engine=None,
         source=SimpleNamespace(model_dir=tmp_path),
     )  # fmt: skip
     monkeypatch.setattr(llmfw.llm, "load_model", lambda name, **settings: loaded)
@@ -382,7 +383,7 @@ SCRIPT = """
         max_model_len=256,
     )
     llmfw.llm.load_model = lambda name, **settings: SimpleNamespace(
-        model=model, model_config=config, generation_config={{}}
+        model=model, model_config=config, generation_config={{}}, engine=None
     )
     llm = LLM("x", skip_tokenizer_init=True)
     long = SamplingParams(max_tokens=200)

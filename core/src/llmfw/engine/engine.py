@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import itertools
 import logging
 import threading
@@ -11,40 +10,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
 
-from llmfw.engine.beam_search import BeamSearch, num_candidates
-from llmfw.engine.completion import (
-    Completion,
-    EndRules,
-    decode_one,
-    detokenizer_for,
-    logprob_entry,
-)
-from llmfw.engine.detokenizer import Decoder
+from llmfw.engine.beam_search import BeamSearch
+from llmfw.engine.completion import Completion, decode_one, logprob_entry
 from llmfw.engine.executor import Executor
 from llmfw.engine.generation import Generation
+from llmfw.engine.intake import Arrival, Intake, TextCodec
 from llmfw.engine.model_runner import RunnerFacts
-from llmfw.engine.scheduler import Scheduler, SchedulerConfig, Sequence
+from llmfw.engine.scheduler import Scheduler, SchedulerConfig
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.stats import Counters, EngineStats
-from llmfw.engine.step import NewRequest, StepInput, StepOutput, TokenLogprobs
+from llmfw.engine.step import StepInput, StepOutput, TokenLogprobs
 from llmfw.errors import EngineError, RequestError
 from llmfw.request import FinishReason, Request
-from llmfw.sampling_params import SamplingParams
 
 logger = logging.getLogger("llmfw.engine")
 
 _JOIN_SECONDS = 30.0
-_EVERY = 1 << 62  # candidates: the whole vocabulary
-
-
-class TextCodec(Decoder, Protocol):
-    """What the engine needs of a tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text."""
 
 
 class LLMEngine:
@@ -71,18 +53,21 @@ class LLMEngine:
         self.settings = settings
         self._executor = executor
         self._tokenizer = tokenizer
-        self._eos_ids = eos_ids
-        self._vocab_size = vocab_size
         self._scheduler = Scheduler(scheduler_config(self.facts, settings))
+        self._intake = Intake(
+            self._scheduler,
+            settings.seed,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            vocab_size=vocab_size,
+        )
         self._counters = Counters()
         self._generations: dict[str, Generation] = {}
         self._by_seq: dict[int, tuple[Generation, Completion | BeamSearch]] = {}
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._names: set[str] = set()  # ids of live requests, those in the inbox included
-        self._seq_numbers = itertools.count(1)  # `next` of these is safe in any thread
-        self._name_numbers = itertools.count()
-        self._draw_numbers = itertools.count(1)
+        self._name_numbers = itertools.count()  # `next` of it is safe in any thread
         self._closing = False
         self._failure: BaseException | None = None
         self._in_flight: deque[Future[StepOutput]] = deque()
@@ -99,10 +84,8 @@ class LLMEngine:
             RequestError: If it cannot be served; nothing is queued then.
             EngineError: If the engine has stopped.
         """
-        sampling = request.sampling.resolved()
-        self._check(request, sampling)
-        start = self._prepare(request, sampling, streaming)
-        generation = start.generation
+        arrival = self._intake.take(request, self.abort, streaming=streaming)
+        generation = arrival.generation
         with self._wake:
             if self._closing:
                 raise self._stopped_error()
@@ -112,7 +95,7 @@ class LLMEngine:
                     hint="choose another request_id",
                 )
             self._names.add(request.request_id)
-            self._inbox.append(lambda: self._start(start))
+            self._inbox.append(lambda: self._start(arrival))
             self._wake.notify()
         return generation
 
@@ -193,17 +176,17 @@ class LLMEngine:
         elif step is None and self._scheduler.has_work:
             raise EngineError("the scheduler has work but no step; this is a fault of the engine")
 
-    def _start(self, start: _Start) -> None:
-        generation, search = start.generation, start.search
+    def _start(self, arrival: Arrival) -> None:
+        generation, search = arrival.generation, arrival.search
         request = generation.request
         self._counters.requests += 1
         self._counters.prompt_tokens += len(request.prompt_token_ids)
         self._generations[request.request_id] = generation
         if search is not None:
-            self._scheduler.add_beams(start.sequences)
+            self._scheduler.add_beams(arrival.sequences)
             self._by_seq.update(dict.fromkeys(generation.seq_ids, (generation, search)))
             return
-        for completion, sequence in zip(generation.completions, start.sequences, strict=True):
+        for completion, sequence in zip(generation.completions, arrival.sequences, strict=True):
             self._scheduler.add(sequence)
             self._by_seq[sequence.seq_id] = (generation, completion)
 
@@ -352,85 +335,6 @@ class LLMEngine:
         error.__cause__ = self._failure
         return error
 
-    # Checks and parts of a request.
-
-    def _prepare(self, request: Request, sampling: SamplingParams, streaming: bool) -> _Start:
-        longest, beams = self.facts.max_model_len, sampling.num_beams
-        if beams > 1:
-            longest = self._scheduler.longest_beams(beams, len(request.prompt_token_ids))
-        room = longest - len(request.prompt_token_ids)
-        rules = EndRules(
-            frozenset() if sampling.ignore_eos else self._eos_ids,
-            frozenset(sampling.stop_token_ids or ()),
-            sampling.min_tokens,
-            room if sampling.max_tokens is None else min(room, sampling.max_tokens),
-        )
-        numbers = [next(self._seq_numbers) for _ in range(max(sampling.n, beams))]
-        try:
-            bad_words = self._bad_word_ids(sampling)
-            completions = [
-                Completion(request, index, rules, self._tokenizer) for index in range(sampling.n)
-            ]
-            search = self._search(request, numbers, rules) if beams > 1 else None
-        except Exception as exc:
-            raise RequestError(f"the tokenizer failed: {exc!r}") from exc
-        base_seed = self._seed_of(sampling)
-        sequences = [
-            _sequence(request, sampling, index, seq_id, rules, base_seed, bad_words)
-            for index, seq_id in enumerate(numbers)
-        ]
-        generation = Generation(
-            request, completions, tuple(numbers), self.abort, streamed=streaming
-        )
-        return _Start(generation, sequences, search)
-
-    def _search(self, request: Request, seq_ids: list[int], rules: EndRules) -> BeamSearch:
-        sampling = request.sampling
-        decoder = self._tokenizer if sampling.stop_strings else None
-        return BeamSearch(seq_ids, sampling, rules, detokenizer_for(request, decoder))
-
-    def _check(self, request: Request, sampling: SamplingParams) -> None:
-        self._scheduler.check_length(len(request.prompt_token_ids))
-        bad_words = sampling.bad_words or ()
-        spelled = any(isinstance(word, str) for word in bad_words)
-        if self._tokenizer is None and (sampling.stop_strings or spelled):
-            raise RequestError(
-                "stop strings and bad words need a tokenizer",
-                hint="use stop_token_ids and logit_bias, or leave skip_tokenizer_init off",
-            )
-        vocab = self._vocab_size
-        if vocab is None:
-            return
-        for name, ids in (
-            ("prompt_token_ids", request.prompt_token_ids),
-            ("stop_token_ids", sampling.stop_token_ids or ()),
-            ("logit_bias", tuple(sampling.logit_bias or ())),
-            *(("bad_words", word) for word in bad_words if not isinstance(word, str)),
-        ):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                wrong = next(token for token in ids if not 0 <= token < vocab)
-                raise RequestError(
-                    f"token id {wrong} in {name} is out of range",
-                    hint=f"the model's ids are 0 to {vocab - 1}",
-                )
-
-    def _bad_word_ids(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of each bad word, at the start of a text and after a space."""
-        found: set[tuple[int, ...]] = set()
-        for word in sampling.bad_words or ():
-            if not isinstance(word, str):
-                found.add(tuple(word))
-                continue
-            assert self._tokenizer is not None
-            for text in (word, " " + word.lstrip()):
-                found.add(tuple(self._tokenizer.encode(text, add_special_tokens=False)))
-        return tuple(sorted(found - {()}))
-
-    def _seed_of(self, sampling: SamplingParams) -> int:
-        if sampling.seed is not None:
-            return sampling.seed
-        return _mix_seed(self.settings.seed, next(self._draw_numbers))
-
 
 def scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerConfig:
     """What the scheduler may do, from the worker's facts and the settings."""
@@ -444,45 +348,6 @@ def scheduler_config(facts: RunnerFacts, settings: EngineSettings) -> SchedulerC
         enable_prefix_caching=settings.enable_prefix_caching and facts.shares_prefixes,
         enable_chunked_prefill=settings.enable_chunked_prefill,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """A request that is ready for the engine's thread."""
-
-    generation: Generation
-    sequences: list[Sequence]
-    search: BeamSearch | None = None
-
-
-def _sequence(
-    request: Request,
-    sampling: SamplingParams,
-    index: int,
-    seq_id: int,
-    rules: EndRules,
-    base_seed: int,
-    bad_words: tuple[tuple[int, ...], ...],
-) -> Sequence:
-    """One of the request's sequences; the first has its seed and tells of the prompt."""
-    tells = sampling.prompt_logprobs is not None or sampling.return_context_logits
-    if index and tells:
-        sampling = sampling.replace(prompt_logprobs=None, return_context_logits=False)
-    count = 0
-    if sampling.num_beams > 1:
-        count = max(num_candidates(sampling.num_beams, rules), sampling.logprobs or 0)
-        count = _EVERY if sampling.logprobs == -1 else count
-    new = NewRequest(
-        seq_id,
-        request.prompt_token_ids,
-        sampling,
-        seed=_mix_seed(base_seed, index),
-        stop_ids=tuple(rules.eos_ids | rules.stop_ids),
-        bad_words=bad_words,
-        num_candidates=count,
-    )
-    limit = len(request.prompt_token_ids) + rules.max_new_tokens
-    return Sequence(new, limit, most_cached=sampling.first_prompt_row if tells else None)
 
 
 def _no_token() -> RequestError:
@@ -499,10 +364,3 @@ def _as_request_error(generation: Generation, exc: Exception) -> RequestError:
     error = RequestError(f"request {generation.request_id} failed: {exc!r}")
     error.__cause__ = exc
     return error
-
-
-def _mix_seed(seed: int, index: int) -> int:
-    """64 bits that differ for every index, the same on every machine."""
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little"
-    )
