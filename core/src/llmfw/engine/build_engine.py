@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,21 @@ from llmfw.engine.estimate import graph_plan
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.settings import EngineSettings
 from llmfw.errors import CheckpointError, UsageError
-from llmfw.models.convert import convert_checkpoint
+from llmfw.models.convert import convert_checkpoint, state_of
 from llmfw.models.converted import identity_of
 from llmfw.models.engine_dir import CACHE
 from llmfw.models.load import LoadedModel, load_model
 from llmfw.models.machine import machine_facts
 from llmfw.models.manifest import EngineDefaults, EngineManifest, GraphPlan, MemoryPlan
 from llmfw.ops.table import OpTable
-from llmfw.weights import ModelSource, resolve_model
+from llmfw.weights import ModelSource, open_checkpoint, resolve_model
 from llmfw.weights.converted_config import HF_FOLDER, is_converted
 from llmfw.weights.source_record import digest_of
 from llmfw.weights.sources import ENGINE_CHECKPOINT, ENGINE_MANIFEST
 from llmfw.weights.staging import Staging, refuse_existing
 from llmfw.weights.streaming import Progress
 
+_SERVING = ("plugin", "plugin_modules", "fallback", "extensions")
 _KEPT = ("kernels/", "configs/")  # what of the cache travels along
 
 
@@ -46,14 +47,7 @@ class BuildReport:
 
     path: Path
     manifest: EngineManifest
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time of a part of the work."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - begin, 3)
+    seconds: dict[str, float]
 
 
 def build_engine(
@@ -91,8 +85,7 @@ def build_engine(
         CheckpointError: If `out` is there already or cannot be written.
         LlmfwError: Any other of the errors of converting and loading.
     """
-    out, begin = Path(out), time.perf_counter()
-    source = resolve_model(model)
+    out, source = Path(out), resolve_model(model)
     if source.kind == "engine":
         raise UsageError(
             f"{model}: is an engine already", hint=f"build from {source.checkpoint_path}"
@@ -106,31 +99,40 @@ def build_engine(
     )
     seconds: dict[str, float] = {}
     try:
-        with Staging(out, {"build": str(source.checkpoint_path.resolve())}) as staging:
-            linked = _bring_checkpoint(source, staging, copy, progress, settings)
-            seconds["checkpoint"] = time.perf_counter() - begin
-            checkpoint = staging.folder / ENGINE_CHECKPOINT
-            loaded = load_model(
-                checkpoint,
-                dtype=dtype,
-                device=device,
-                max_model_len=max_model_len,
-                progress=progress,
-                **settings,
-            )
-            seconds["load"] = time.perf_counter() - begin - sum(seconds.values())
-            runner = _start(loaded, asked)
-            seconds["start"] = time.perf_counter() - begin - sum(seconds.values())
-            _bring_cache(staging.folder / CACHE)
-            manifest = _manifest_of(loaded, runner, asked, staging.folder, linked)
-            (staging.folder / ENGINE_MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            staging.commit()
-            seconds["write"] = time.perf_counter() - begin - sum(seconds.values())
+        identity = {"build": state_of(open_checkpoint(source.checkpoint_path)), "copy": copy}
+        with Staging(out, identity) as staging:
+            with _phase("checkpoint", seconds):
+                linked = _bring_checkpoint(source, staging, copy, progress, settings)
+            with _phase("load", seconds):
+                loaded = load_model(
+                    staging.folder / ENGINE_CHECKPOINT,
+                    dtype=dtype,
+                    device=device,
+                    max_model_len=max_model_len,
+                    progress=progress,
+                    **settings,
+                )
+            with _phase("start", seconds):
+                runner = _start(loaded, asked)
+            with _phase("write", seconds):
+                _bring_cache(staging.folder / CACHE)
+                manifest = _manifest_of(loaded, runner, asked, staging.folder, linked)
+                file = staging.folder / ENGINE_MANIFEST
+                file.write_text(manifest.to_json(), encoding="utf-8")
+                staging.commit()
     except OSError as exc:
         raise CheckpointError(
             f"{out}: cannot be written: {exc.strerror or exc}", file=str(out)
         ) from exc
-    return BuildReport(out, manifest, {name: round(value, 3) for name, value in seconds.items()})
+    return BuildReport(out, manifest, seconds)
+
+
+@contextmanager
+def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Count the time of a part of the work."""
+    begin = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - begin, 3)
 
 
 def _bring_checkpoint(
@@ -151,12 +153,9 @@ def _bring_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source.checkpoint_path, target)
     elif not is_converted(target):
-        known = {name: settings[name] for name in _PLUGIN if name in settings}
+        known = {name: settings[name] for name in _SERVING if name in settings}
         convert_checkpoint(source.name, target, progress=progress, **known)
     return False
-
-
-_PLUGIN = ("plugin", "plugin_modules", "extensions")
 
 
 def _start(loaded: LoadedModel, asked: EngineSettings) -> ModelRunner:
@@ -173,6 +172,7 @@ def _start(loaded: LoadedModel, asked: EngineSettings) -> ModelRunner:
 
 def _bring_cache(folder: Path) -> None:
     """Copies what this process has used of the cache."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier process that was killed
     for name, path in cache.used().items():
         if name.startswith(_KEPT) and path.is_file():
             target = folder / name

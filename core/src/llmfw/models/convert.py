@@ -104,7 +104,7 @@ def convert_checkpoint(
     files = {rank_file(rank.number): list(rank.tensors(asked)) for rank in ranks}
     if keep_ignored and ranks[0].plan.ignored:
         files[IGNORED] = list(ranks[0].ignored())
-    state = _state_of(checkpoint)
+    state = state_of(checkpoint)
     identity = {
         "source": state,
         "plugin": identity_of(prepared.resolved).label,
@@ -121,7 +121,7 @@ def convert_checkpoint(
             known = {INDEX_NAME, *(file.name for file in record.files)}
             hf_folder = staging.folder / HF_FOLDER
             left_behind = carry_over(prepared.source.model_dir, hf_folder, known)
-            if _state_of(checkpoint) != state:
+            if state_of(checkpoint) != state:
                 raise CheckpointError(
                     f"{checkpoint.path}: was changed while it was converted", hint="convert again"
                 )
@@ -204,7 +204,7 @@ def _is_packed(filled: FilledSlot) -> bool:
     return any(source.info.is_packed for fill in filled.fills for source in fill.expr.sources())
 
 
-def _state_of(checkpoint: Checkpoint) -> list[list[Any]]:
+def state_of(checkpoint: Checkpoint) -> list[list[Any]]:
     """What shows that the source's files have not changed, without reading them."""
     stats = [(path, path.stat()) for path in files_of(checkpoint)]
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
