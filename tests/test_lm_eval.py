@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from cli_helpers import run
+from llmfw import SamplingParams
 from llmfw.engine.tokenizer import Tokenizer
 from llmfw.errors import RequestError, UsageError
 from llmfw_cli.lm_eval.chat import render
 from llmfw_cli.summarize.data import Source, read_samples
+from test_summarize import write_llama
 from tiny_tokenizer import tiny_backend
 
 pytest.importorskip("lm_eval", reason="lm-eval comes with the extra eval of llmfw-cli")
@@ -67,7 +69,78 @@ def test_a_model_is_named_once() -> None:
             LlmfwLM(**names)
 
 
-# Against transformers, on tasks of three types whose data are made here.
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A tiny Llama with one token a character, and windows of ten."""
+    from llmfw_cli.lm_eval.model import LlmfwLM
+
+    folder = write_llama(tmp_path_factory.mktemp("tiny"), seed=0)
+    model = LlmfwLM(str(folder), device="cpu", kernels="reference", max_length=10, batch_size=8)
+    yield model
+    model.llm.shutdown()
+
+
+def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
+
+
+def test_scores_are_the_models_own(tiny: Any) -> None:
+    """Each is the sum that the engine's prompt_logprobs give for the same window."""
+    pairs = [("abc", "def"), ("abcdefghijkl", "mnopq"), ("", "xyz"), ("abc", "dxf")]
+    found = tiny.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+    for (context, continuation), (score, greedy) in zip(pairs, found, strict=True):
+        ids = tiny.tok_encode(context) or [95]
+        ids = [*ids, *tiny.tok_encode(continuation)][-11:]
+        whole = tiny.llm.generate(ids, SamplingParams(prompt_logprobs=0, max_tokens=1))
+        count = len(continuation)
+        entries = [
+            entry[token]
+            for token, entry in zip(ids[-count:], whole.prompt_logprobs[-count:], strict=True)
+        ]
+        assert score == pytest.approx(sum(each.logprob for each in entries), abs=1e-5)
+        assert greedy == all(each.rank == 1 for each in entries)
+    rolled = tiny.loglikelihood_rolling(
+        instances("loglikelihood_rolling", ("abcdefghijklm",)), disable_tqdm=True
+    )
+    windows = [("", "abcdefghij"), ("cdefghij", "klm")]  # BOS stands before the first
+    parts = tiny.loglikelihood(instances("loglikelihood", *windows), disable_tqdm=True)
+    assert rolled == [pytest.approx(sum(score for score, _ in parts), abs=1e-5)]
+
+
+def test_answers_end_where_the_task_says(tiny: Any) -> None:
+    def answer(context: str, **kwargs: Any) -> str:
+        # What SamplingParams knows is handed on; so the random model never ends by itself.
+        kwargs |= {"max_gen_toks": 6, "logit_bias": {95: -1e3, 96: -1e3}}
+        requests = instances("generate_until", (context, kwargs))
+        (text,) = tiny.generate_until(requests, disable_tqdm=True)
+        return str(text)
+
+    whole = answer("abc")
+    assert len(whole) >= 6  # one character a token, or a filler of several
+    assert answer("abc", until=[whole[3:5]]) == whole[: whole.index(whole[3:5])]
+    assert answer("zzzzzabcd") == answer("abcd")  # there is room for four
+    assert answer("abc", do_sample=False, temperature=0.7) == whole
+
+
+def test_what_does_not_fit_is_refused(tiny: Any) -> None:
+    from llmfw_cli.lm_eval.model import LlmfwLM
+
+    with pytest.raises(UsageError, match="leaves no room"):
+        tiny.generate_until(instances("generate_until", ("a", {"max_gen_toks": 10})))
+    with pytest.raises(RequestError, match="of 11 tokens cannot be scored"):
+        tiny.loglikelihood(instances("loglikelihood", ("a", "abcdefghijk")), disable_tqdm=True)
+    with pytest.raises(UsageError, match="has no chat template 'tools'"):
+        tiny.chat_template("tools")
+    assert "message" in tiny.chat_template(True)
+    assert tiny.chat_template(False) is None
+    folder = str(tiny.llm.loaded.source.model_dir)
+    with pytest.raises(UsageError, match="max_length=127 does not fit"):
+        LlmfwLM(folder, device="cpu", kernels="reference", max_length=127)
+
+
+# Against transformers, on tasks of four types whose data are made here.
 
 LENGTH = 80
 """Of both models' windows: shorter than the longer texts, so that they are cut and rolled."""
