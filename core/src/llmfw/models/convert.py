@@ -117,17 +117,11 @@ def convert_checkpoint(
         with Staging(out, identity) as staging:
             resumed = len(staging.done)
             checksums = stream_tensors(staging, files, progress, sync_bytes)
-            record = record_source(checkpoint)
-            known = {INDEX_NAME, *(file.name for file in record.files)}
-            hf_folder = staging.folder / HF_FOLDER
-            left_behind = carry_over(prepared.source.model_dir, hf_folder, known)
+            config = _complete(staging.folder, ranks, asked, keep_ignored, checksums)
             if state_of(checkpoint) != state:
                 raise CheckpointError(
                     f"{checkpoint.path}: was changed while it was converted", hint="convert again"
                 )
-            (staging.folder / SOURCE_NAME).write_text(record.to_json(), encoding="utf-8")
-            write_json(staging.folder / CHECKSUMS, checksums)
-            config = _config_of(ranks, asked, record.digest, keep_ignored, left_behind)
             (staging.folder / "config.json").write_text(config.to_json(), encoding="utf-8")
             staging.commit()
     except OSError as exc:
@@ -139,6 +133,22 @@ def convert_checkpoint(
     tensors = sum(len(rank.plan.filled) for rank in ranks)
     nbytes = sum(tensor.nbytes for each in files.values() for tensor in each)
     return ConvertReport(out, config, tensors, nbytes, resumed, time.perf_counter() - begin)
+
+
+def _complete(
+    folder: Path,
+    ranks: Sequence[_Rank],
+    asked: torch.dtype | None,
+    keep_ignored: bool,
+    checksums: dict[str, dict[str, str]],
+) -> ConvertedConfig:
+    """Writes all files but weights and config.json, whose contents it gives back."""
+    record = record_source(ranks[0].checkpoint)
+    known = {INDEX_NAME, *(file.name for file in record.files)}
+    left_behind = carry_over(ranks[0].prepared.source.model_dir, folder / HF_FOLDER, known)
+    (folder / SOURCE_NAME).write_text(record.to_json(), encoding="utf-8")
+    write_json(folder / CHECKSUMS, checksums)
+    return _config_of(ranks, asked, record.digest, keep_ignored, left_behind)
 
 
 @dataclass(frozen=True)
