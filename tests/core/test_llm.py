@@ -311,6 +311,11 @@ def test_tokenizer_of_another_directory_and_a_missing_one(make, tmp_path):
     assert make(tokenizer=other).tokenizer.encode("a")[0] == 95
 
 
+def test_the_tokenizer_of_a_model_by_its_alias(make):
+    pytest.importorskip("llmfw_llama")
+    assert make(tokenizer="smollm2").tokenizer.vocab_size > 1000
+
+
 def test_stats_and_timings(make):
     llm = make()
     output = llm.generate("Hello", GREEDY)

@@ -77,7 +77,7 @@ class EngineOptions(OptionGroup):
         str | None,
         typer.Option(
             envvar="LLMFW_TOKENIZER",
-            help="Directory with another tokenizer than the model's.",
+            help="Another tokenizer than the model's: its directory, or a model.",
             rich_help_panel=ENGINE,
         ),
     ] = None

@@ -19,12 +19,13 @@ from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.prompts import Prompt, as_batch, failed_output, token_ids_of
 from llmfw.engine.settings import EngineSettings, completed_by
 from llmfw.engine.stats import EngineStats
-from llmfw.engine.tokenizer import Tokenizer, load_tokenizer
-from llmfw.errors import RequestError, UsageError
+from llmfw.engine.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from llmfw.errors import ConfigError, RequestError, UsageError
 from llmfw.models import LoadedModel, load_model
 from llmfw.phases import Phases
 from llmfw.request import Request, RequestOutput
 from llmfw.sampling_params import SamplingParams, unknown_name
+from llmfw.weights import resolve_model
 
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -35,7 +36,8 @@ class LLM:
 
     Args:
         model: A directory, a GGUF file, a hub id or an alias.
-        tokenizer: A directory with the tokenizer, or a `Tokenizer`; the model's own when left out.
+        tokenizer: A directory with the tokenizer, a model whose tokenizer it is (as `model`), or a
+            `Tokenizer`; the model's own when left out.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
         skip_tokenizer_init: Load no tokenizer: prompts and answers are token ids.
@@ -409,7 +411,14 @@ def _checked(generation: Generation) -> Iterator[RequestOutput]:
 def _tokenizer(given: str | Path | Tokenizer | None, loaded: LoadedModel) -> Tokenizer:
     if isinstance(given, Tokenizer):
         return given
-    return load_tokenizer(loaded.source.model_dir if given is None else given)
+    if given is None:
+        return load_tokenizer(loaded.source.model_dir)
+    if any((Path(given) / name).is_file() for name in TOKENIZER_FILES):
+        return load_tokenizer(given)
+    try:
+        return load_tokenizer(resolve_model(given).model_dir)
+    except ConfigError:
+        return load_tokenizer(given)  # which tells what is missing there
 
 
 def _start_engine(
