@@ -365,3 +365,35 @@ def test_a_damaged_object_is_never_loaded(
     tokens_of(tmp_path / "engine", kernels="auto")
     assert file not in loaded
     assert not any(name.startswith("kernels/") for name in ready_made)
+
+
+def test_a_dry_run_explains_a_gpu_that_is_not_there(made: Path, tmp_path: Path) -> None:
+    source = str(made / "source")
+    done = run("build", source, "--dry-run", "--gpu", "H100", "--max-num-seqs", "2", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["gpu_name"].startswith("NVIDIA H100")
+    assert told["weights_bytes"] == read_manifest(made / "engine").memory.weights
+    assert (told["fits"], told["full_length_sequences"]) == (True, 2.0)
+    assert told["graph_batch_sizes"] == [1, 2]
+    assert {"cupy.rms_norm"} <= {each["kernel"] for each in told["kernels"]}
+    done = run("build", source, "--dry-run", "--gpu", "t4", "--kv-cache-memory", "1")
+    assert done.exit_code == 0, done.stderr
+    assert "NVIDIA T4" in done.stdout
+    assert "paged_attention" in done.stdout
+    assert "it does not fit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--dry-run",), "--dry-run needs a GPU"),
+        (("--dry-run", "--gpu", "h101"), "'h101' is not in the table"),
+        (("--gpu", "h100"), "--gpu goes with --dry-run"),
+        ((), "ENGINE is missing"),
+    ],
+)
+def test_options_that_do_not_go_together(made: Path, options: tuple[str, ...], told: str) -> None:
+    done = run("build", str(made / "source"), *options)
+    assert done.exit_code == UsageError.exit_code
+    assert told in done.stderr
