@@ -172,3 +172,22 @@ def test_a_thousand_requests_with_aborts_and_preemptions(checkpoint):
         assert len(made) == length
         if index % 12 == 0:
             assert_within(hf, prompts[index], made, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_beams_score_what_their_tokens_score(checkpoint, dtype: str):
+    """Beams through graphs (bfloat16) and without: their sums are those of the whole sequence."""
+    folder, _ = checkpoint
+    beams = SamplingParams(num_beams=4, n=4, max_tokens=24, ignore_eos=True)
+    told = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    with engine(folder, dtype=dtype) as llm:
+        for output in llm.generate(random_prompts(6, VOCAB, 1, 50, seed=5), beams):
+            start = len(output.prompt_token_ids)
+            wholes = [[*output.prompt_token_ids, *each.token_ids] for each in output.outputs]
+            assert len({tuple(whole) for whole in wholes}) == 4
+            for completion, again in zip(output.outputs, llm.generate(wholes, told), strict=True):
+                assert again.prompt_logprobs is not None
+                steps = again.prompt_logprobs[start:]
+                pairs = zip(completion.token_ids, steps, strict=True)
+                total = sum(step[token].logprob for token, step in pairs)
+                assert total == pytest.approx(completion.cumulative_logprob, abs=12 * TIES[dtype])
