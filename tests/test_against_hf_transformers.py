@@ -77,6 +77,25 @@ def test_against_hf_fallback_more(architecture: str):
     assert_same(architecture, MORE[architecture])
 
 
+ROPE: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * n for n in range(8)],
+        "long_factor": [2.0 + 0.3 * n for n in range(8)],
+        "original_max_position_embeddings": 128,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROPE)
+def test_against_hf_fallback_rope(kind: str):
+    assert_same("Olmo2ForCausalLM", {"rope_parameters": {"rope_theta": 1e4, **ROPE[kind]}})
+
+
 @pytest.mark.slow
 def test_against_hf_fallback_values_narrower_than_keys():
     assert_same("MiniCPM3ForCausalLM", MLA)

@@ -242,3 +242,13 @@ def test_what_is_checked_by_its_names():
         assert subject.resolved.label.startswith("llmfw-transformers ")
     with pytest.raises(UsageError, match="no architecture or plugin"):
         subjects_of("NobodysForCausalLM")
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_head_is_tied_to_an_embedding_of_transformers(tmp_path: Path, load_format: str):
+    folder = checkpoint(tmp_path, "Gemma3ForCausalLM", tie_word_embeddings=True)
+    model = load_model(folder, plugin="llmfw-transformers", load_format=load_format).model
+    (head,) = [each for each in model.modules() if isinstance(each, LMHead)]
+    embedding = model.get_submodule("model.embed_tokens")
+    assert type(embedding).__module__.startswith("transformers.")
+    assert head.weight is embedding.weight

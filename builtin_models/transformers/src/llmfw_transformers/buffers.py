@@ -83,6 +83,9 @@ def freeze_rope(model: nn.Module, longest: int | None) -> None:
 
 
 def _short(module: Any) -> int:
-    rope = dict(module.config.rope_parameters)
-    known = rope.get("original_max_position_embeddings") or module.config.max_position_embeddings
-    return int(known)
+    """The longest sequence that all of a module's rotary embeddings take as short."""
+    config = module.config
+    rope = dict(config.rope_parameters)
+    each = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    default = config.max_position_embeddings
+    return min(int(one.get("original_max_position_embeddings") or default) for one in each)

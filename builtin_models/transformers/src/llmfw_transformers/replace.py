@@ -30,45 +30,56 @@ def replace_layers(
     Returns:
         How many of each kind were replaced.
     """
-    replaced: Counter[str] = Counter()
     maker = _Maker(model, config)
-    for path, module in list(model.named_modules()):
-        if maker.keeps(path):
-            continue
+    replaced: Counter[str] = Counter()
+    _replace_gated_mlps(maker, replaced)
+    _fuse_shared_inputs(maker, inputs, replaced)
+    _replace_single_layers(maker, replaced)
+    _replace_head(maker)
+    return replaced
+
+
+def _replace_gated_mlps(maker: _Maker, replaced: Counter[str]) -> None:
+    for path, module in maker.modules():
         gated = gated_mlp_of(module)
         if gated is not None:
             maker.put(path, over_rows(maker.make("mlp", path, **vars(gated))))
             replaced["gated MLPs"] += 1
-    for paths in _sharing(model, inputs):
+
+
+def _fuse_shared_inputs(
+    maker: _Maker, inputs: Mapping[str, torch.Tensor], replaced: Counter[str]
+) -> None:
+    for paths in _sharing(maker.model, inputs):
         if not any(map(maker.keeps, paths)):
             _fuse(maker, paths)
             replaced["linear layers"] += len(paths)
             replaced["fused products"] += 1
-    head = model.get_output_embeddings()
-    known: dict[Any, Norm | None] = {}
-    for path, module in list(model.named_modules()):
-        if maker.keeps(path) or module is head:
+
+
+def _replace_single_layers(maker: _Maker, replaced: Counter[str]) -> None:
+    head = maker.model.get_output_embeddings()
+    known: dict[Any, Norm | None] = {}  # layers are alike, so a norm is tried once
+    for path, module in maker.modules():
+        made: nn.Module | None = None
+        kind = "norms"
+        if module is head:
             continue
         if type(module) is nn.Linear:
-            maker.put(path, over_rows(maker.linear(path, module)))
-            replaced["linear layers"] += 1
+            made, kind = over_rows(maker.linear(path, module)), "linear layers"
         elif type(module) is nn.Embedding and module.max_norm is None:
-            maker.put(path, maker.embedding(path, module))
-            replaced["embeddings"] += 1
+            made, kind = maker.embedding(path, module), "embeddings"
         elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
-            if module.elementwise_affine:
-                maker.put(path, maker.layer_norm(path, module))
-                replaced["norms"] += 1
+            made = maker.layer_norm(path, module)
         else:
             facts = _facts(module)
             if facts not in known:
                 known[facts] = norm_of(module)
             norm = known[facts]
-            if norm is not None:
-                maker.put(path, maker.norm(path, norm))
-                replaced["norms"] += 1
-    _replace_head(maker, head)
-    return replaced
+            made = None if norm is None else maker.norm(path, norm)
+        if made is not None:
+            maker.put(path, made)
+            replaced[kind] += 1
 
 
 class _Maker:
@@ -82,6 +93,10 @@ class _Maker:
     def keeps(self, path: str) -> bool:
         """Whether a module stays transformers': the root, and what has a parameter in float32."""
         return not path or any(each.startswith(f"{path}.") for each in self._in_float32)
+
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """The modules as they are now, but for those that stay."""
+        return [(path, m) for path, m in self.model.named_modules() if not self.keeps(path)]
 
     def make(self, kind: str, path: str, **spec: Any) -> nn.Module:
         numbers = [int(part) for part in path.split(".") if part.isdigit()]
@@ -102,17 +117,23 @@ class _Maker:
         return self.make("embedding", path, num_embeddings=sizes[0], embedding_dim=sizes[1])
 
     def layer_norm(self, path: str, module: nn.LayerNorm) -> nn.Module:
-        spec = {"hidden_size": module.normalized_shape[0], "eps": module.eps}
-        return self.make("norm", path, norm_kind="layer", bias=module.bias is not None, **spec)
+        spec = {
+            "hidden_size": module.normalized_shape[0],
+            "eps": module.eps,
+            "bias": module.bias is not None,
+            "elementwise_affine": module.elementwise_affine,
+        }
+        return self.make("norm", path, norm_kind="layer", **spec)
 
     def norm(self, path: str, norm: Norm) -> nn.Module:
         spec: dict[str, Any] = {"hidden_size": norm.size, "eps": norm.eps, "norm_kind": norm.kind}
         return self.make("norm", path, offset=norm.offset, bias=False, **spec)
 
 
-def _replace_head(maker: _Maker, head: nn.Module | None) -> None:
+def _replace_head(maker: _Maker) -> None:
     """The language-model head, tied to the embedding where transformers ties it."""
     model = maker.model
+    head = model.get_output_embeddings()
     paths = [path for path, module in model.named_modules() if module is head]
     if type(head) is not nn.Linear or len(paths) != 1 or maker.keeps(paths[0]):
         return

@@ -41,13 +41,14 @@ def check(
     The exit code is 1 where a check found a difference, and doctor's where the plugin is broken.
     """
     from llmfw.plugins import Catalog
+    from llmfw.plugins.choose import FALLBACK
     from llmfw.testing.selection import subjects_of
 
     subjects = subjects_of(name, reference=reference, **tiny_settings(serving))
     catalog = Catalog.scan()
     served = {subject.architecture for subject in subjects}
     named = [entry for each in served for entry in catalog.owners(each)]
-    entries = named or list(catalog.models.get("*", ()))  # what serves them is a fallback then
+    entries = named or list(catalog.models.get(FALLBACK, ()))  # what serves them is a fallback then
     chosen = {subject.distribution for subject in subjects} - {None}
     doctor = [examined(entry, catalog) for entry in entries if not chosen or entry.dist in chosen]
     if not json:

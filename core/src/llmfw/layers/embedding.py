@@ -71,15 +71,15 @@ class LMHead(Linear):
         **kwargs: As `Linear`.
     """
 
-    tied_to: Embedding | None = None
+    tied_to: Any = None
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, *, bias: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(embedding_dim, num_embeddings, bias=bias, **kwargs)
 
-    def tie_weights(self, embedding: Embedding) -> None:
-        """Share the embedding's table (tie_word_embeddings)."""
+    def tie_weights(self, embedding: Any) -> None:
+        """Share the `weight` of an embedding, ours or another module (tie_word_embeddings)."""
         object.__setattr__(self, "tied_to", embedding)  # a plain reference, not a submodule
         self.weight = embedding.weight
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmfw.config import ModelConfig, pretrained_config_from
 from llmfw.errors import ConfigError, PluginContractError
-from llmfw.layers import Embedding, Layer, LMHead, stock_layer
+from llmfw.layers import Layer, LMHead, stock_layer
 from llmfw.models.causal_lm import StockDecoderForCausalLM
 from llmfw.models.decoder import StockDecoderLayer
 from llmfw.models.pretrained import PretrainedModel
@@ -119,7 +119,7 @@ def bind_tree(model: nn.Module, model_config: ModelConfig[Any]) -> None:
 def tie_heads(model: nn.Module) -> None:
     """Make each tied head hold its embedding's parameter again."""
     for module in model.modules():
-        if isinstance(module, LMHead) and isinstance(module.tied_to, Embedding):
+        if isinstance(module, LMHead) and module.tied_to is not None:
             module.weight = module.tied_to.weight
 
 
