@@ -35,7 +35,8 @@ class LLM:
     """A model ready to answer.
 
     Args:
-        model: A directory, a GGUF file, a hub id or an alias.
+        model: A directory (Hugging Face's, a converted checkpoint or an engine), a GGUF file, a hub
+            id or an alias.
         tokenizer: A directory with the tokenizer, a model whose tokenizer it is (as `model`), or a
             `Tokenizer`; the model's own when left out.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
