@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cli_helpers import tiny_arguments, tiny_model  # noqa: F401
-from engine_models import CPU, HistoryModel, TinyAttentionModel
+from cli_helpers import tiny_model  # noqa: F401
+from engine_models import CPU, HistoryModel, TinyAttentionModel, make_engine, run
 from llmfw.attention.backend import get_attention_backend
 from llmfw.engine import kv_cache, model_runner
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.workspace import GRAPH_BYTES, graph_bytes, peak_bytes
-from llmfw.errors import DeviceError
+from llmfw.errors import DeviceError, EngineError
 from llmfw.ops.memory import memory_for
 from llmfw.phases import Phases
+from llmfw.sampling_params import SamplingParams
 
 
 def out_of_memory(*arguments, **more):
@@ -125,3 +126,14 @@ def test_phases_of_a_runner():
     with pytest.raises(ValueError), phases.measure("more"):
         raise ValueError
     assert phases.seconds["more"] >= 0
+
+
+def test_a_step_that_runs_out_stops_the_engine_and_says_what_to_lower():
+    model = HistoryModel()
+    model.before_step = out_of_memory
+    engine = make_engine(model)
+    with pytest.raises(EngineError, match="not enough memory on cpu for a step") as caught:
+        run(engine, [[1, 2, 3]], SamplingParams(max_tokens=2))
+    engine.shutdown()
+    assert "max_num_batched_tokens" in caught.value.hint
+    assert isinstance(caught.value.__cause__.__cause__, torch.OutOfMemoryError)

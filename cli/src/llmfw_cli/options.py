@@ -119,7 +119,11 @@ class ServingOptions(OptionGroup):
     attn_backend: Annotated[
         str,
         typer.Option(
-            envvar="LLMFW_ATTN_BACKEND", help="auto or a backend's name.", rich_help_panel=MODEL
+            "--attention-backend",
+            "--attn-backend",
+            envvar="LLMFW_ATTN_BACKEND",
+            help="auto, or a backend's name: vanilla is torch alone.",
+            rich_help_panel=MODEL,
         ),
     ] = "auto"
 

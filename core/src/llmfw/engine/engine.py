@@ -331,7 +331,8 @@ class LLMEngine:
     def _stopped_error(self) -> EngineError:
         if self._failure is None:
             return EngineError("the engine was shut down", hint="make a new LLM")
-        error = EngineError(f"the engine stopped: {self._failure!r}", hint="make a new LLM")
+        hint = getattr(self._failure, "hint", None) or "make a new LLM"
+        error = EngineError(f"the engine stopped: {self._failure!r}", hint=hint)
         error.__cause__ = self._failure
         return error
 

@@ -11,6 +11,9 @@ import torch
 
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.step import StepInput, StepOutput
+from llmfw.ops.memory import told_of_memory
+
+_CURES = ("make a new LLM with a lower max_num_batched_tokens, max_num_seqs or kv_cache_memory",)
 
 
 class Executor(Protocol):
@@ -43,7 +46,8 @@ class InProcessExecutor:
             return LazyFuture(self.runner.launch(step).read)
         except Exception as exc:
             failed: Future[StepOutput] = Future()
-            failed.set_exception(exc)
+            device = self.runner.device
+            failed.set_exception(told_of_memory(exc, "a step", device, *_CURES))
             return failed
 
     def call(self, method: str, *args: Any) -> Any:

@@ -28,12 +28,23 @@ def memory_for(what: str, device: torch.device, *cures: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as exc:
-        if not _is_out_of_memory(exc):
+        told = told_of_memory(exc, what, device, *cures)
+        if told is exc:
             raise
-        raise DeviceError(
-            f"not enough memory on {device} for {what}{_free(device)}",
-            hint="\n".join(cures),
-        ) from exc
+        raise told from exc
+
+
+def told_of_memory(exc: Exception, what: str, device: torch.device, *cures: str) -> Exception:
+    """The `DeviceError` for an allocation that failed, with its cause; any other error as it is.
+
+    Arguments as for `memory_for`.
+    """
+    if not _is_out_of_memory(exc):
+        return exc
+    message = f"not enough memory on {device} for {what}{_free(device)}"
+    error = DeviceError(message, hint="\n".join(cures))
+    error.__cause__ = exc
+    return error
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:
