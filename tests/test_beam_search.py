@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "canonical": {"length_penalty": 0.0, "early_stopping": "never"},
     "early": {"length_penalty": 0.3, "early_stopping": True},
     "short": {"length_penalty": -1.0},
-    "long": {"length_penalty": 1.5, "early_stopping": "never"},
+    "patient": {"length_penalty": 0.5, "early_stopping": "never"},
     "edited": {"repetition_penalty": 1.3, "min_tokens": 4, "bad_words": [[7], [9, 10], [1, 2, 3]]},
 }
 PROMPTS = [

@@ -21,8 +21,8 @@ class RunOptions(OptionGroup):
         bool,
         typer.Option(
             "--labels",
-            help="Print lines as run.py of TensorRT-LLM does: `Input [Text i]: ...` and "
-            "`Output [Text i Beam j]: ...`; without a prompt take its prompt.",
+            help="Print lines as run.py of TensorRT-LLM does, Input and Output of each text and "
+            "beam; without a prompt take its prompt.",
             rich_help_panel=OUTPUT,
         ),
     ] = False
@@ -43,7 +43,7 @@ class RunOptions(OptionGroup):
     output_npy: Annotated[
         Path | None,
         typer.Option(
-            help="Write token ids as int32 [completions, tokens], padded with -1.",
+            help="Write the same as an int32 table, padded with -1.",
             rich_help_panel=OUTPUT,
         ),
     ] = None
@@ -51,8 +51,8 @@ class RunOptions(OptionGroup):
         Path | None,
         typer.Option(
             metavar="NAME.npy",
-            help="Write logits as float32: NAME_context.npy [tokens of all prompts, vocab] and, "
-            "without beams, NAME_generation.npy [completions, tokens, vocab].",
+            help="Write logits as float32: NAME_context.npy of the prompts' tokens and, without "
+            "beams, NAME_generation.npy of those that were made.",
             rich_help_panel=OUTPUT,
         ),
     ] = None
