@@ -353,3 +353,22 @@ def test_chart_of_what_was_measured(tmp_path: Path) -> None:
     assert "nothing to draw" in empty.stderr
     file.write_text(json.dumps(results), "utf-8")
     assert run("bench", "chart", str(file), str(tmp_path / "chart.nothing")).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "a_token"),
+    [("qwen3-0.6b", 1.192e9, 114_688), ("llama-3.1-8b", 15.010e9, 131_072)],
+)
+def test_floors_are_those_of_the_published_figures(
+    shape: str, weights: float, a_token: int, tmp_path: Path
+) -> None:
+    """What docs/benchmarks.md says a step reads, from the shapes that lie beside it."""
+    from llmfw.models import build, prepare_model
+    from llmfw_cli.bench.costs import ModelCosts
+
+    config = Path(__file__).parent.parent / "docs" / "benchmarks" / "shapes" / f"{shape}.json"
+    (tmp_path / "config.json").write_text(config.read_text("utf-8"), "utf-8")
+    prepared = prepare_model(tmp_path, kernels="reference", device="cpu")
+    costs = ModelCosts(build(prepared.model_config, prepared.host))
+    assert costs.weight_bytes(1) == pytest.approx(weights, rel=1e-3)
+    assert costs.cache_bytes(1) == a_token

@@ -7,53 +7,42 @@ from __future__ import annotations
 
 import cProfile
 import io
-import json
 import pstats
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from workloads import SHAPES, prompts
+from workloads import engine
 
-from llmfw import LLM, SamplingParams
+from llmfw import LLM
+from llmfw.engine.engine import LLMEngine
+from llmfw_cli.bench.measure import Ours
+from llmfw_cli.bench.workload import fixed
 
 
 def main() -> None:
-    """Profile a prefill alone, then decoding alone."""
+    """Profile a prefill alone, then decoding alone, then the host."""
     shape, batch, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        llm = LLM(
-            folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=4096,
-            enable_prefix_caching=False,
-            max_num_seqs=max(8, batch),
-        )
-    with llm:
-        for name, new in (("prefill", 1), ("decode", 40)):
-            params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-            llm.generate(prompts(batch, length), params)
+    with engine(shape, max_num_seqs=max(8, batch)) as (llm, _):
+        for number, (name, new) in enumerate((("prefill", 1), ("decode", 40))):
+            load = [fixed(batch, length, new, 10_000, 3 * number + seed) for seed in range(3)]
+            ours = Ours(llm)
+            ours.run(load[0])
             begin = time.perf_counter()
-            llm.generate(prompts(batch, length), params)
+            ours.run(load[1])
             print(f"== {name}: {1e3 * (time.perf_counter() - begin):.2f} ms unprofiled")
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
-                llm.generate(prompts(batch, length), params)
+                ours.run(load[2])
             events = prof.key_averages()
             print(
                 events.table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=70)
             )
-    _profile_host(shape, batch, length)
+        profile_host(llm, batch, length)
 
 
-def _profile_host(shape: str, batch: int, length: int) -> None:
+def profile_host(llm: LLM, batch: int, length: int) -> None:
     """The engine's thread under cProfile, through its own step function."""
-    from llmfw.engine.engine import LLMEngine
-
     profiler = cProfile.Profile()
     step = LLMEngine._step
 
@@ -64,21 +53,10 @@ def _profile_host(shape: str, batch: int, length: int) -> None:
         finally:
             profiler.disable()
 
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        llm = LLM(
-            folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=4096,
-            enable_prefix_caching=False,
-            max_num_seqs=max(8, batch),
-        )
-    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-    with llm:
-        llm.generate(prompts(batch, length), params)
-        LLMEngine._step = profiled  # type: ignore[method-assign]
-        llm.generate(prompts(batch, length), params)
+    LLMEngine._step = profiled  # type: ignore[method-assign]
+    try:
+        Ours(llm).run(fixed(batch, length, 64, 10_000, 99))
+    finally:
         LLMEngine._step = step  # type: ignore[method-assign]
     text = io.StringIO()
     pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(28)
