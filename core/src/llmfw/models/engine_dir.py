@@ -105,10 +105,11 @@ def differences(
     """What is not as it was when the engine was built."""
     then = manifest.machine
     everything = (KERNELS, TUNING, MEMORY)
-    if (then.device, then.name, then.capability) != (here.device, here.name, here.capability):
+    if then.device == here.device == "cpu":  # its name does not matter, what it can do does
+        if then.flags != here.flags:
+            yield Stale("this CPU has other features", everything)
+    elif (then.device, then.name, then.capability) != (here.device, here.name, here.capability):
         yield Stale(f"it was built on {_device(then)}, this is {_device(here)}", everything)
-    elif then.flags != here.flags:
-        yield Stale("this CPU has other features", everything)
     if then.driver != here.driver and then.device == here.device:
         yield _changed("driver", then.driver, here.driver, (TUNING, MEMORY))
     for name in ("torch", "cuda", "cupy"):
