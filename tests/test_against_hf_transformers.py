@@ -14,12 +14,12 @@ from llmfw.testing.checks import CHECKS
 from llmfw.testing.subject import Subject
 
 SWITCHES: dict[str, dict[str, Any]] = {
-    "Olmo2ForCausalLM": {},
     "Cohere2ForCausalLM": {},  # one norm for both branches, windows in layers, tied
     "StableLmForCausalLM": {"use_qkv_bias": True, "use_parallel_residual": True},
-    "GraniteMoeForCausalLM": {},  # experts, converted by transformers' rules
 }
 MORE: dict[str, dict[str, Any]] = {
+    "Olmo2ForCausalLM": {},  # it and the next are in the contract test, too
+    "GraniteMoeForCausalLM": {},  # experts, converted by transformers' rules
     "GraniteForCausalLM": {"attention_multiplier": 0.2, "residual_multiplier": 0.4},
     "CohereForCausalLM": {"use_qk_norm": True},
     "Starcoder2ForCausalLM": {"sliding_window": 8},

@@ -105,9 +105,9 @@ class PagedAttention(Layer):
         view = metadata.groups[cache.group]
         if self.v_padding:
             value = F.pad(value, (0, self.v_padding))
-        qkv = torch.cat((query, key, value), 1)[0].to(self.dtype)
+        heads = [each[0].transpose(0, 1) for each in (query, key, value)]  # [tokens, heads, dim]
         q = self._write(
-            qkv.transpose(0, 1).flatten(1),  # [tokens, (heads + 2 kv_heads) * head_dim]
+            torch.cat(heads, 1).to(self.dtype).flatten(1),
             metadata.positions,
             None,
             cache.k,
