@@ -154,3 +154,11 @@ def test_the_command_of_a_model(tiny_model):  # noqa: F811
     assert done.exit_code == 0, done.stderr
     assert "hidden_size=32" in done.stdout
     assert "tokens=2" in done.stdout
+
+
+def test_copies_leave_the_caches_and_fit_into_memory(monkeypatch):
+    monkeypatch.setattr(timing, "COLD_BYTES", 1000)
+    small, table = torch.zeros(25), torch.zeros(10_000)
+    assert timing._copies([small], Cost(100)) == 10
+    assert timing._copies([table], Cost(100)) == 2
+    assert timing._copies([torch.zeros(1)], Cost(1)) == timing.MOST_COPIES

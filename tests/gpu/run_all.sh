@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything of tests/gpu on a machine with an NVIDIA GPU, without a network.
-#   OUT=/some/folder bash tests/gpu/run_all.sh STAGE...     stages: models tests bench sanitize, or S:W1 and the like
+#   OUT=/some/folder bash tests/gpu/run_all.sh STAGE...     stages: models tests bench sanitize startup steps, or S:W1 and the like
 # Installs the packages without their dependencies, for their entry points.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,6 +23,23 @@ if [[ " ${stages[*]} " == *" models "* ]]; then # several processes at once: eac
     >"$OUT/models.log" 2>&1
   tail -30 "$OUT/models.log"
   stages=("${stages[@]/models/}")
+fi
+if [[ " ${stages[*]} " == *" startup "* ]]; then # from disk: a random checkpoint outside of $OUT
+  python3 -m llmfw_cli bench make-checkpoint docs/benchmarks/shapes/llama-3.1-8b.json "${CKPT:-/tmp/llmfw-L}"
+  timeout "${LIMIT:-240}" python3 -m llmfw_cli bench startup --model "${CKPT:-/tmp/llmfw-L}" --max-model-len 4096 \
+    --runs "${RUNS:-2}" --page-cache "${PAGE_CACHE:-warm}" --json | tee "$OUT/startup.json"
+  stages=("${stages[@]/startup/}")
+fi
+if [[ " ${stages[*]} " == *" steps "* ]]; then # decode, prefill and kernels by the product's own commands
+  for shape in qwen3-0.6b llama-3.1-8b; do
+    shared=(--dummy-weights "docs/benchmarks/shapes/$shape.json" --max-model-len 4096 --no-prefix-caching --json)
+    timeout "${LIMIT:-240}" python3 -m llmfw_cli bench decode "${shared[@]}" --batch 1,8,64,256 --context 960 \
+      >"$OUT/decode-$shape.json"
+    timeout "${LIMIT:-240}" python3 -m llmfw_cli bench prefill "${shared[@]}" --batch 8 --prompt-len 128,512,2048 \
+      >"$OUT/prefill-$shape.json"
+  done
+  timeout "${LIMIT:-240}" python3 -m llmfw_cli kernels bench --device cuda --json >"$OUT/kernels-bench.json"
+  stages=("${stages[@]/steps/}")
 fi
 stages=(${stages[*]})
 [ ${#stages[@]} -eq 0 ] || bash tests/gpu/kernels.sh "${stages[@]}"

@@ -105,7 +105,8 @@ def time_kernel(
         with torch.inference_mode():
             results = _tensors(run(*_prepared(run, _copied(arguments))))
             cost = cost_of(context, arguments, results)
-            calls = [_prepared(run, _copied(arguments)) for _ in range(_copies(cost))]
+            copies = _copies(arguments, cost)
+            calls = [_prepared(run, _copied(arguments)) for _ in range(copies)]
             us = _microseconds([_call(run, each) for each in calls], context.info.device)
         yield KernelTime(context.op, name, context, case, us, cost)
 
@@ -143,8 +144,10 @@ def _cost_of(kernel: Kernel | None, context: OpContext) -> CostOf:
     return moved
 
 
-def _copies(cost: Cost) -> int:
-    return int(min(MOST_COPIES, max(2, COLD_BYTES // max(cost.nbytes, 1))))
+def _copies(arguments: Arguments, cost: Cost) -> int:
+    """Enough to leave the caches; few where the tensors are larger than what a call touches."""
+    taken = sum(each.nbytes for each in arguments if isinstance(each, torch.Tensor))
+    return int(min(MOST_COPIES, max(2, COLD_BYTES // max(cost.nbytes, taken, 1))))
 
 
 def _call(run: Callable[..., object], arguments: Sequence[Any]) -> Callable[[], object]:
