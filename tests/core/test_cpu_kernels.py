@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfw.kernels.cpu import launch, library, pack
-from llmfw.ops import reference
+from llmfw.ops import reference, reference_moe
 from llmfw.ops.check import check_kernel, relative_error
 from llmfw.ops.device import device_info
 from llmfw.ops.inputs import paged_batch
@@ -220,6 +220,24 @@ def test_inputs_other_than_declared_go_to_the_reference() -> None:
     out = norm(wide, torch.ones(8, dtype=torch.float64), 1e-5)
     assert isinstance(out, torch.Tensor)
     assert out.dtype is torch.float64
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_of_many_rows_and_of_none(dtype: torch.dtype) -> None:
+    """One group has more rows than our product takes in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 64, generator=generator).to(dtype)
+    weight = torch.randn(4, 8, 64, generator=generator).to(dtype)
+    run = resolve("grouped_linear", dtype, num_groups=4, in_features=64, out_features=8)
+    for stops in ([0, 290, 290, 300], [3, 3, 9, 9], [0, 0, 0, 0]):
+        ends = torch.tensor(stops, dtype=torch.int32)
+        rows = x[: stops[-1]]
+        expected = reference_moe.grouped_linear(rows.float(), weight.float(), ends)
+        for stated in (ends, ends.long()):
+            got = run(rows, weight, stated)
+            assert isinstance(got, torch.Tensor)
+            torch.testing.assert_close(got.float(), expected, atol=0.2, rtol=0.02)
 
 
 @native

@@ -70,11 +70,43 @@ def linear(context: OpContext) -> Callable[..., torch.Tensor]:
 
 
 def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
-    """`linear` for each group that has rows."""
-    shape = {name: context[name] for name in ("in_features", "out_features")}
-    product = linear(replace(context, op="linear", shape=shape))
+    """Our product for all groups at once where none has more than `row_limit` rows.
+
+    Else `linear` for each group that has rows.
+    """
+    native = _native(context)
+    groups, width, outs = context["num_groups"], context["in_features"], context["out_features"]
+    dtype, limit = context.dtype, row_limit(context)
+    product = linear(
+        replace(context, op="linear", shape={"in_features": width, "out_features": outs})
+    )
 
     def run(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        plain = (
+            _plain(dtype, x, weight)
+            and _plain(torch.int32, ends)
+            and x.shape == (rows, width)
+            and weight.shape == (groups, outs, width)
+            and ends.shape == (groups,)
+        )
+        if not plain or (rows > limit and _most_rows(ends) > limit):
+            return each_group(x, weight, ends)
+        out = x.new_empty(rows, outs)
+        native(
+            x.data_ptr(),
+            weight.data_ptr(),
+            ends.data_ptr(),
+            out.data_ptr(),
+            rows,
+            groups,
+            width,
+            outs,
+            _threads(),
+        )
+        return out
+
+    def each_group(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], weight.shape[1])
         start = 0
         for group, end in enumerate(ends.tolist()):
@@ -84,6 +116,12 @@ def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
         return out
 
     return run
+
+
+def _most_rows(ends: torch.Tensor) -> int:
+    """The rows of the largest group."""
+    stops = ends.tolist()
+    return max(stop - start for start, stop in zip([0, *stops], stops, strict=False))
 
 
 def head_linear(context: OpContext) -> Callable[..., torch.Tensor]:

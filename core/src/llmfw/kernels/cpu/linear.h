@@ -5,8 +5,13 @@
 // each streamed once. More rows take a register tile of kTileRows x 4 sums; a chunk of the weight is small enough to
 // stay in the second-level cache while the rows of x pass over it.
 //
+// grouped_linear: rows sorted by group, each group's with its own weight; chunks of all groups' weights go to the
+// threads one after the other, so no thread waits at the end of a group.
+//
 // head_linear: the same for each head of x [tokens, heads, in] with its own weight; chunks of heads go to the threads.
 #pragma once
+
+#include <vector>
 
 #include "binding.h"
 #include "parallel.h"
@@ -118,6 +123,38 @@ void linear(const T* x, const T* weight, const T* bias, T* out, int64_t rows, in
   const int64_t chunk = std::max<int64_t>(4, std::min(chunk_that_fits<T>(in), share));
   parallel_chunks(threads, outs, chunk,
                   [&](int64_t begin, int64_t end) { chunks_of(product, rows, chunk, begin, end); });
+}
+
+// ends: where each group's rows end. weight: each group's [outs, in].
+template <class T>
+void grouped_linear(const T* x, const T* weight, const int32_t* ends, T* out, int64_t rows, int64_t groups, int64_t in,
+                    int64_t outs, int64_t threads) {
+  struct Group {
+    int64_t number, start, rows;
+  };
+  static thread_local std::vector<Group> found;
+  std::vector<Group>& busy = found;  // the caller's, for all threads
+  busy.clear();
+  int64_t start = 0;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t end = std::min<int64_t>(ends[g], rows);
+    if (end > start) busy.push_back({g, start, end - start});
+    start = std::max(start, end);
+  }
+  const int64_t work = rows * in * outs;
+  const Unlocked unlocked(work);
+  if (work < (1 << 16)) threads = 1;
+  const int64_t chunk = std::min(chunk_that_fits<T>(in), std::max<int64_t>(4, outs / 4 & ~int64_t{3}));
+  const int64_t pieces = (outs + chunk - 1) / chunk;
+  parallel_chunks(threads, static_cast<int64_t>(busy.size()) * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at++) {
+      const Group group = busy[at / pieces];
+      const Product<T> product{x + group.start * in, weight + group.number * in * outs, nullptr,
+                               out + group.start * outs, in, in, outs};
+      const int64_t from = at % pieces * chunk;
+      chunks_of(product, group.rows, chunk, from, std::min(outs, from + chunk));
+    }
+  });
 }
 
 // x: rows of `in` numbers, x_token and x_head apart. weight: each head's [outs, in], w_head apart.

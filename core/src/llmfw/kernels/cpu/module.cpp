@@ -13,6 +13,7 @@ using namespace llmfw;
 #define LLMFW_KERNEL(name, ...) {name, call<__VA_ARGS__>, 0x80, nullptr}
 #define LLMFW_KERNELS(T)                                                      \
   LLMFW_KERNEL("linear_" #T, &linear<T>),                                     \
+      LLMFW_KERNEL("grouped_linear_" #T, &grouped_linear<T>),                 \
       LLMFW_KERNEL("head_linear_" #T, &head_linear<T>),                       \
       LLMFW_KERNEL("rms_norm_" #T, &rms_norm<T>),                             \
       LLMFW_KERNEL("add_rms_norm_" #T, &add_rms_norm<T>),                     \
