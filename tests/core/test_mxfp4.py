@@ -14,7 +14,7 @@ from torch import nn
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmfw.errors import CheckpointError
-from llmfw.weights import load_weights, open_checkpoint, plan_weights
+from llmfw.weights import WeightMap, load_weights, open_checkpoint, plan_weights
 from llmfw.weights.mxfp4 import Mxfp4Checkpoint, dequantise_mxfp4
 
 EXPERTS, ROWS, WIDTH = 3, 6, 64
@@ -91,6 +91,28 @@ def test_parameters_of_any_float_are_filled(tmp_path: Path):
     load_weights(model, plan_weights(model, checkpoint), checkpoint)
     assert model.w.dtype == torch.float32
     assert torch.equal(model.w, checkpoint.tensor("w").float())
+
+
+@pytest.mark.parametrize("rearranged", [False, True])
+def test_matrices_are_dequantised_one_at_a_time(
+    rearranged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = nn.Module()
+    shape = (3, ROWS, WIDTH) if rearranged else (3, WIDTH, ROWS)
+    model.w = nn.Parameter(torch.empty(shape, device="meta"))
+    table = WeightMap().ignore("v", "a second one").ignore("norm", "another")
+    if rearranged:
+        table = table.transpose("w").reorder("w", (-1, 2), (1, 0), dim=1)
+    checkpoint = open_checkpoint(written(tmp_path))
+    expected = checkpoint.tensor("w").float()
+    if rearranged:
+        expected = expected.transpose(1, 2)
+        expected = torch.cat((expected[:, ::2], expected[:, 1::2]), 1)
+    whole: list[str] = []
+    monkeypatch.setattr(Mxfp4Checkpoint, "tensor", lambda self, name: whole.append(name))
+    load_weights(model, plan_weights(model, checkpoint, table), checkpoint)
+    assert torch.equal(model.w, expected)
+    assert whole == []
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
 
 def _most_rows(ends: torch.Tensor) -> int:
     """The rows of the largest group."""
-    stops = ends.tolist()
+    stops: list[int] = ends.tolist()
     return max(stop - start for start, stop in zip([0, *stops], stops, strict=False))
 
 
