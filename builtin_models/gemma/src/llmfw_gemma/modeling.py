@@ -7,13 +7,16 @@ another base.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
-from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
+from typing import TYPE_CHECKING, Any
 
 from llmfw import ConfigError, DecoderSpec, ModelConfig, StockDecoderForCausalLM
 
-AnyGemmaConfig: TypeAlias = GemmaConfig | Gemma2Config | Gemma3TextConfig | Gemma3Config
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
+
+    AnyGemmaConfig: TypeAlias = GemmaConfig | Gemma2Config | Gemma3TextConfig | Gemma3Config
 
 
 class GemmaForCausalLM(StockDecoderForCausalLM):

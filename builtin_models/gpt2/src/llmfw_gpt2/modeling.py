@@ -6,11 +6,12 @@ attention scores by its number.
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import GPT2Config
+from typing import TYPE_CHECKING, Any
 
 from llmfw import DecoderSpec, ModelConfig, StockDecoderForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 
 class GPT2LMHeadModel(StockDecoderForCausalLM):

@@ -6,9 +6,12 @@ its own norm, or with `use_parallel_residual` off after it.
 
 from __future__ import annotations
 
-from transformers import GPTNeoXConfig
+from typing import TYPE_CHECKING
 
 from llmfw import DecoderSpec, ModelConfig, StockDecoderForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXConfig
 
 
 class GPTNeoXForCausalLM(StockDecoderForCausalLM):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import MixtralConfig
+from typing import TYPE_CHECKING
 
 from llmfw import DecoderSpec, ModelConfig, MoEParams, StockDecoderForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import MixtralConfig
 
 
 class MixtralForCausalLM(StockDecoderForCausalLM):

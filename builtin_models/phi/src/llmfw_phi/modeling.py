@@ -6,9 +6,12 @@ the stock decoder as its configuration describes it: longrope, partial rotary em
 
 from __future__ import annotations
 
-from transformers import Phi3Config, PhiConfig
+from typing import TYPE_CHECKING
 
 from llmfw import DecoderSpec, ModelConfig, StockDecoderForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import Phi3Config, PhiConfig
 
 
 class PhiForCausalLM(StockDecoderForCausalLM):

@@ -6,13 +6,16 @@ and k a head. Qwen2's mixture has a shared expert with a gate, Qwen3's has none.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
-from transformers import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from typing import TYPE_CHECKING, Any
 
 from llmfw import DecoderSpec, ModelConfig, MoEParams, StockDecoderForCausalLM
 
-AnyQwenConfig: TypeAlias = Qwen2Config | Qwen3Config | Qwen2MoeConfig | Qwen3MoeConfig
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from transformers import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+
+    AnyQwenConfig: TypeAlias = Qwen2Config | Qwen3Config | Qwen2MoeConfig | Qwen3MoeConfig
 
 
 class QwenForCausalLM(StockDecoderForCausalLM):
