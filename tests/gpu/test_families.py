@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     Mamba2Config,
     MambaConfig,
     Qwen3MoeConfig,
@@ -65,6 +66,9 @@ MODELS = {
         vocab_size=VOCAB, n_embd=256, n_layer=3, n_head=4, n_positions=512, eos_token_id=None
     ),
     "GPTNeoXForCausalLM": GPTNeoXConfig(**NEOX),
+    "GptOssForCausalLM": GptOssConfig(
+        **BASE, head_dim=64, num_local_experts=16, num_experts_per_tok=4, sliding_window=40
+    ),
     "MambaForCausalLM": MambaConfig(**STATE),
     "Mamba2ForCausalLM": Mamba2Config(**STATE, num_heads=8, head_dim=64, n_groups=2),
 }

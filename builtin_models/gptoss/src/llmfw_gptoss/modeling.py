@@ -7,11 +7,14 @@ part in the softmax and stands for no key.
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import GptOssConfig
 
 from llmfw import DecoderSpec, GatedActivation, ModelConfig, MoEParams, StockDecoderForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import GptOssConfig
 
 
 def clamped_swiglu(

@@ -5,9 +5,12 @@ A GGUF file has gate and up apart, as [experts, out, in].
 
 from __future__ import annotations
 
-from transformers import GptOssConfig
+from typing import TYPE_CHECKING
 
 from llmfw import WeightMap
+
+if TYPE_CHECKING:
+    from transformers import GptOssConfig
 
 MLP = "model.layers.{i}.mlp."
 EXPERTS = MLP + "experts"
