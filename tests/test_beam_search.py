@@ -127,7 +127,7 @@ def test_beams_of_smollm2():
         for variant, prompts in (
             ("plain", PROMPTS),
             ("early", PROMPTS[:5]),
-            ("long", PROMPTS[5:9]),
+            ("patient", PROMPTS[5:9]),
         ):
             how = params.replace(**VARIANTS[variant])
             assert_same(hf.eval(), llm.generate(prompts, how), ends, how)
