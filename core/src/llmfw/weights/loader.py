@@ -17,6 +17,7 @@ from torch import nn
 from llmfw.errors import UsageError, WeightError
 from llmfw.weights.checkpoint import Checkpoint, ReadsInto
 from llmfw.weights.device_reader import StagedCheckpoint
+from llmfw.weights.huge_pages import advise_huge_pages
 from llmfw.weights.memory_reader import MemoryCheckpoint
 from llmfw.weights.plan import FilledSlot, LoadPlan
 from llmfw.weights.planning import plan_weights
@@ -195,6 +196,7 @@ def read_parameter(
     """A parameter's value as planned, of the slot's shape."""
     with torch.no_grad():
         value = torch.empty(filled.slot.shape, dtype=dtype, device=device)
+        advise_huge_pages(value)
         if filled.slot.zeroed:
             return value.zero_()
         for fill in filled.fills:
