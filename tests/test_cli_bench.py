@@ -170,7 +170,18 @@ def test_rates_of_this_machine() -> None:
 
 
 def test_decode(tiny: list[str], tmp_path: Path) -> None:
-    load = ["--batch", "1,2", "--context", "4,8", "--new-tokens", "24", "--runs", "1", "--warmups", "0"]
+    load = [
+        "--batch",
+        "1,2",
+        "--context",
+        "4,8",
+        "--new-tokens",
+        "24",
+        "--runs",
+        "1",
+        "--warmups",
+        "0",
+    ]
     target = tmp_path / "decode.png"
     done = run("bench", "decode", *tiny, *load, "--json", "--chart", str(target))
     if done.exit_code == 16:  # steps of microseconds on a machine that others use
@@ -181,7 +192,7 @@ def test_decode(tiny: list[str], tmp_path: Path) -> None:
     for point in points:
         assert point["of_floor"] == pytest.approx(point["floor_ms"] / point["step_ms"], rel=1e-2)
         assert point["runs"] == 1
-    # K and V of one more request: 2 layers x 2 heads x 8 x K and V x float32, (4 + 0.75 * 24) tokens
+    # one more request: 2 layers x 2 heads x 8 x K and V x float32, 4 + 0.75 * 24 tokens
     assert points[1]["read_gb"] - points[0]["read_gb"] == pytest.approx(22 * 256e-9, rel=0.05)
     assert target.read_bytes().startswith(b"\x89PNG")
 
