@@ -4,6 +4,7 @@ PYTHON ?= python3
 MODEL ?= smollm2
 PROMPT ?= What is the capital of France?
 ARGS ?=
+JOBS ?= 2
 export PROMPT
 
 VENV := .venv/bin
@@ -18,8 +19,8 @@ help: ## list the commands
 run: setup-run ## a model answers: make run PROMPT="..." ARGS="--temperature 0.7" MODEL=smollm2
 	@$(VENV)/llmfw run --model "$(MODEL)" --chat --prompt "$$PROMPT" --temperature 0 $(ARGS)
 
-test: setup-dev ## all tests but the slow ones
-	$(VENV)/python -m pytest $(ARGS)
+test: setup-dev ## all tests but the slow ones, JOBS processes at a time
+	$(VENV)/python -m pytest --numprocesses $(JOBS) $(ARGS)
 
 test-slow: setup-dev ## the slow tests
 	$(VENV)/python -m pytest -m slow $(ARGS)
