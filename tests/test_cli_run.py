@@ -227,7 +227,14 @@ def test_variables_set_options_and_flags_win(
 
 def start(arguments: list[str], **more: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "llmfw_cli", *arguments]
-    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **more)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        command, text=True, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c, **more
+    )
+
+
+def heed_ctrl_c() -> None:
+    """Shells start what runs in the background with Ctrl-C ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_stops_cleanly(tiny_model: Path) -> None:  # noqa: F811
