@@ -123,7 +123,7 @@ def test_the_installed_command_answers_and_knows_when_its_plugin_is_gone(
     (model / "config.json").write_text(json.dumps(config), "utf-8")
     done = installed.pip("uninstall", "--yes", "llmfw-llama")
     assert done.returncode == 0, done.stderr
-    refusal = installed.llmfw("run", "--model", str(model), *question)
+    refusal = installed.llmfw("run", "--model", str(model), *question, "--no-fallback")
     assert refusal.returncode == UNKNOWN_ARCHITECTURE, refusal.stderr
     assert "LlamaForCausalLM" in refusal.stderr
     assert "Traceback" not in refusal.stderr
@@ -155,6 +155,10 @@ def test_a_plugin_of_ones_own_installs_answers_and_goes(
     assert json.loads(answer.stdout)["plugin"].startswith(plugin.name)
 
     assert installed.pip("uninstall", "--yes", plugin.name).returncode == 0
-    refusal = installed.llmfw("run", *question)
+    fallback = installed.llmfw("run", *question)
+    assert fallback.returncode == 0, fallback.stderr
+    assert json.loads(fallback.stdout)["plugin"].startswith("llmfw-transformers")
+    assert "is served by the fallback" in fallback.stderr
+    refusal = installed.llmfw("run", *question, "--no-fallback")
     assert refusal.returncode == UNKNOWN_ARCHITECTURE, refusal.stderr
     assert "StableLmForCausalLM" in refusal.stderr
