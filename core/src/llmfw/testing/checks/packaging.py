@@ -22,7 +22,7 @@ _LEFT_OUT = shutil.ignore_patterns(
 _FIND = """
 import sys
 from llmfw.plugins import Catalog
-entries = Catalog.scan([{site!r}]).models[{architecture!r}]
+entries = Catalog.scan([{site!r}]).models[{name!r}]
 plugin = entries[0].load()
 module = sys.modules[entries[0].value.partition(":")[0]]
 assert module.__file__.startswith({site!r}), module.__file__
@@ -63,7 +63,7 @@ def wheel_builds_and_installs(subject: Subject) -> None:
     (wheel,) = wheels.glob("*.whl")
     install = [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     _run(install, f"{wheel.name} does not install", source)
-    code = _FIND.format(site=str(site), architecture=subject.architecture)
+    code = _FIND.format(site=str(site), name=entry.name)
     code = f"import sys\nsys.path.insert(0, {str(site)!r})\n{code}"
     _run([sys.executable, "-c", code], f"the plugin in {wheel.name} does not load", source)
 
