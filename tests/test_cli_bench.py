@@ -184,7 +184,7 @@ def test_decode(tiny: list[str], tmp_path: Path) -> None:
     ]
     target = tmp_path / "decode.png"
     done = run("bench", "decode", *tiny, *load, "--json", "--chart", str(target))
-    if done.exit_code == 16:  # steps of microseconds on a machine that others use
+    if "the machine is too busy to tell" in done.stderr:  # steps of microseconds
         pytest.skip(done.stderr)
     assert done.exit_code == 0, done.stderr
     points = json.loads(done.stdout)["decode"]
