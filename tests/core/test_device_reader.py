@@ -8,12 +8,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmfw.errors import UsageError
 from llmfw.weights import open_checkpoint
-from llmfw.weights.device_reader import StagedCheckpoint
+from llmfw.weights.device_reader import StagedCheckpoint, pinned_loading
 from llmfw.weights.expressions import Concat, Source
 from llmfw.weights.loader import READERS, default_threads
 
 CPU = torch.device("cpu")
+
+
+def test_the_switch(monkeypatch) -> None:
+    assert pinned_loading()
+    monkeypatch.setenv("LLMFW_PINNED_LOADING", "off")
+    assert not pinned_loading()
+    monkeypatch.setenv("LLMFW_PINNED_LOADING", "maybe")
+    with pytest.raises(UsageError, match="LLMFW_PINNED_LOADING is 'maybe'"):
+        pinned_loading()
 
 
 @pytest.fixture

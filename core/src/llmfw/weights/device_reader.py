@@ -1,16 +1,34 @@
-"""From files to another device through page-locked buffers; reads and copies overlap."""
+"""From files to another device through page-locked buffers; reads and copies overlap.
+
+`LLMFW_PINNED_LOADING=off` reads each tensor on the CPU and copies it whole instead.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from llmfw.errors import UsageError
 from llmfw.weights.checkpoint import ReadsInto, TensorInfo
 
+VARIABLE = "LLMFW_PINNED_LOADING"
 STAGE_BYTES = 16 << 20  # of each of a thread's two buffers
+
+
+def pinned_loading() -> bool:
+    """Whether weights for another device go through page-locked buffers.
+
+    Raises:
+        UsageError: If `LLMFW_PINNED_LOADING` is neither "on" nor "off".
+    """
+    value = os.environ.get(VARIABLE, "on")
+    if value not in ("on", "off"):
+        raise UsageError(f"{VARIABLE} is {value!r}", hint="use on or off")
+    return value == "on"
 
 
 class StagedCheckpoint:

@@ -16,7 +16,7 @@ from torch import nn
 
 from llmfw.errors import UsageError, WeightError
 from llmfw.weights.checkpoint import Checkpoint, ReadsInto
-from llmfw.weights.device_reader import StagedCheckpoint
+from llmfw.weights.device_reader import StagedCheckpoint, pinned_loading
 from llmfw.weights.huge_pages import advise_huge_pages
 from llmfw.weights.memory_reader import MemoryCheckpoint
 from llmfw.weights.plan import FilledSlot, LoadPlan
@@ -82,7 +82,7 @@ def load_weights(
     if threads < 1:
         raise UsageError(f"threads={threads}: loading needs at least one")
     begin = time.perf_counter()
-    if target.type == "cuda" and isinstance(checkpoint, ReadsInto):
+    if target.type == "cuda" and isinstance(checkpoint, ReadsInto) and pinned_loading():
         checkpoint = StagedCheckpoint(checkpoint, target)
     loader = _Loader(model, plan, checkpoint, target, dtype, progress)
     with torch.no_grad():
