@@ -16,6 +16,8 @@ from llmfw import DecoderSpec, GatedActivation, ModelConfig, MoEParams, StockDec
 if TYPE_CHECKING:
     from transformers import GptOssConfig
 
+SWIGLU_ALPHA = 1.702
+
 
 def clamped_swiglu(
     gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float
@@ -34,7 +36,8 @@ class GptOssForCausalLM(StockDecoderForCausalLM):
 
     def __init__(self, model_config: ModelConfig[GptOssConfig]) -> None:
         config = model_config.pretrained_config
-        swiglu = partial(clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+        alpha = getattr(config, "swiglu_alpha", SWIGLU_ALPHA)  # a field of newer transformers
+        swiglu = partial(clamped_swiglu, alpha=alpha, limit=config.swiglu_limit)
         spec = DecoderSpec.from_config(
             config,
             sinks=True,

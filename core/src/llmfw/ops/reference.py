@@ -262,7 +262,7 @@ def _attend(
         # one query: the heads that share keys are to them as so many queries
         grouped = q.reshape(kv_heads, heads // kv_heads * queries, head_dim)
         attended = F.scaled_dot_product_attention(grouped[None], k[None], v[None], scale=scale)
-        return attended.view(heads, queries, v.shape[-1])
+        return attended.reshape(heads, queries, v.shape[-1])
     if softcap is None and sinks is None:
         whole = past == 0 and queries > 1 and (window is None or window >= keys)
         return F.scaled_dot_product_attention(
