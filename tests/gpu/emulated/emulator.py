@@ -20,6 +20,7 @@ from llmfw.kernels.cupy import paged_decode
 
 HERE = Path(__file__).parent
 SMS = 3  # multiprocessors of the imagined GPU: few, so that plans differ from one split to many
+PROPERTIES = {"multi_processor_count": SMS, "shared_memory_per_block_optin": 227 << 10}
 
 
 class EmulatedModule:
@@ -30,7 +31,7 @@ class EmulatedModule:
         self.defines = dict(defines)
         self.folder = folder
 
-    def launcher(self, name: str, signature: str) -> EmulatedLauncher:
+    def launcher(self, name: str, signature: str, shared_bytes: int = 0) -> EmulatedLauncher:
         """The kernel `name`, with the signature that its launcher declares."""
         return EmulatedLauncher(
             build(self.source, name, self.defines, self.folder), name, signature
@@ -111,7 +112,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> torch.device:
 
     monkeypatch.setattr(cu_compile, "_load", load)
     monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=SMS)
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**PROPERTIES)
     )
     monkeypatch.setattr(paged_decode, "COUNTERS", 4096)
     monkeypatch.setattr(cu_compile, "overlap", lambda _: 1)

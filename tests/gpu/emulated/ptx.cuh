@@ -38,9 +38,34 @@ inline float4 load_l2(const float4* p) { return *p; }
 inline float2 load_l2(const float2* p) { return *p; }
 inline int add_release_acquire(int* p, int x) { return atomicAdd(p, x); }
 inline float exp2_fast(float x) { return exp2f(x); }
+#define DYNAMIC_SHARED(name) alignas(128) static u8 name[227 << 10]
+inline void copy16_async(void* to, const void* from, int bytes) {
+  if (bytes)
+    memcpy(to, from, 16);
+  else
+    memset(to, 0, 16);
+}
+inline void close_copies() {}
+template <int PENDING>
+inline void wait_for_copies() {}
 
 #if DTYPE != F32
 inline u32 pack2(float low, float high) { return u32(from_float(low)) | u32(from_float(high)) << 16; }
+
+inline void load_rows(u32 (&x)[4], const scalar* row, bool columns) {
+  const u64 mine = u64(row);
+  const emulated::Operands& all = emulated::exchange({{u32(mine), u32(mine >> 32)}});
+  const int g = emulated::lane() / 4, c = emulated::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto value = [&](int r, int k) {
+      const auto& words = all.of[8 * i + r];
+      return u32(reinterpret_cast<const scalar*>(u64(words[0]) | u64(words[1]) << 32)[k]);
+    };
+    x[i] = columns ? value(2 * c, g) | value(2 * c + 1, g) << 16 : value(g, 2 * c) | value(g, 2 * c + 1) << 16;
+  }
+}
+inline void load_matrices(u32 (&x)[4], const scalar* row) { load_rows(x, row, false); }
+inline void load_columns(u32 (&x)[4], const scalar* row) { load_rows(x, row, true); }
 
 inline void mma(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   const emulated::Operands& all = emulated::exchange({{a0, a1, a2, a3, b0, b1}});

@@ -136,12 +136,12 @@ class Module:
             self._module: Any = cupy.cuda.function.Module()
             self._module.load(compile_cubin(source, arch_of(self.index), defines))
 
-    def launcher(self, name: str, signature: str) -> Launcher:
-        """The function `name`; see `Launcher` for the signature."""
+    def launcher(self, name: str, signature: str, shared_bytes: int = 0) -> Launcher:
+        """The function `name`; see `Launcher` for the signature and the shared memory."""
         from llmfw.kernels.cupy.launch import Launcher
 
         function = self._module.get_function(name)
-        return Launcher(function, name, signature, self.index, self._overlaps)
+        return Launcher(function, name, signature, self.index, self._overlaps, shared_bytes)
 
 
 @functools.cache

@@ -21,6 +21,8 @@ from llmfw.errors import KernelError
 INVALID_CONTEXT = 201
 CONFIG = "7I4xQPI4x"  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
 PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
+STATIC_SHARED_BYTES = 48 << 10  # more must be asked for
 ATTRIBUTE_BYTES = 72  # CUlaunchAttribute: its number, padding, a union of 64 bytes
 Grid = tuple[int, int, int]
 
@@ -57,17 +59,27 @@ class Launcher:
         index: Number of the device.
         overlaps: Whether the kernel may start before the one launched before it is done (it then
             waits itself, by `follow` in common.cuh).
+        shared_bytes: Dynamic shared memory of a block, up to what the device can opt in to.
 
     The argument buffer is the launcher's own: one thread at a time may use it.
     """
 
     def __init__(
-        self, function: Any, name: str, signature: str, index: int, overlaps: bool = False
+        self,
+        function: Any,
+        name: str,
+        signature: str,
+        index: int,
+        overlaps: bool = False,
+        shared_bytes: int = 0,
     ) -> None:
         self.name = name
         self.index = index
         self._function = function
         self._handle = function.ptr
+        self._shared_bytes = shared_bytes
+        if shared_bytes > STATIC_SHARED_BYTES:
+            self._allow_shared(shared_bytes)
         packing = struct.Struct("@" + CONFIG + signature)
         self._buffer = ctypes.create_string_buffer(packing.size)
         self._pack_into = packing.pack_into
@@ -97,7 +109,7 @@ class Launcher:
             0,
             *grid,
             *block,
-            0,
+            self._shared_bytes,
             self._stream(self.index),
             self._attributes_address,
             self._attribute_count,
@@ -106,6 +118,18 @@ class Launcher:
         code = self._launch(self._config, self._handle, self._arguments_address, None)
         if code:
             self._failed(code, grid, block)
+
+    def _allow_shared(self, size: int) -> None:
+        """Raise the kernel's limit of dynamic shared memory.
+
+        Raises:
+            KernelError: If the device has less.
+        """
+        code = driver().cuFuncSetAttribute(
+            ctypes.c_void_p(self._handle), MAX_DYNAMIC_SHARED_SIZE_BYTES, size
+        )
+        if code:
+            raise KernelError(f"{self.name} needs {size} bytes of shared memory: error {code}")
 
     def _failed(self, code: int, grid: Grid, block: Grid) -> None:
         if code == INVALID_CONTEXT:  # a thread that has not used the device yet

@@ -77,6 +77,25 @@ __device__ __forceinline__ int add_release_acquire(int* p, int x) {
   return old;
 }
 
+// All of a block's shared memory whose size the launch gives, as bytes.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Copies 16 bytes from global to shared memory, or zeros for 0 bytes, past L1 and without waiting.
+__device__ __forceinline__ void copy16_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+// Closes a group of this thread's copies; waits until all but the latest PENDING groups are there (for this thread).
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -98,6 +117,22 @@ __device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, 
 #endif
       : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit values in shared memory; lane 8i + r gives the address of row r of matrix i. Lane 4g + c
+// gets values 2c, 2c + 1 of row g of each, or with the second of column g (rows 2c, 2c + 1).
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], const scalar* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_columns(u32 (&x)[4], const scalar* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // Two values as one register: low in the low half.
