@@ -60,6 +60,8 @@ def tiny(case: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("case", CASES)
 def test_against_hf_gptoss(case: str):
+    if case == "activation" and not hasattr(GptOssConfig(), "swiglu_alpha"):
+        pytest.skip("this transformers has the activation's constants in its code")
     hf = tiny(case)
     assert_same_logits(hf, ours_from(hf), random_prompts(4, 128, 8, 60))
 

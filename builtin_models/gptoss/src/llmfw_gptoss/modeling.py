@@ -16,7 +16,7 @@ from llmfw import DecoderSpec, GatedActivation, ModelConfig, MoEParams, StockDec
 if TYPE_CHECKING:
     from transformers import GptOssConfig
 
-SWIGLU_ALPHA = 1.702
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # fields of the configuration in newer transformers only
 
 
 def clamped_swiglu(
@@ -36,8 +36,11 @@ class GptOssForCausalLM(StockDecoderForCausalLM):
 
     def __init__(self, model_config: ModelConfig[GptOssConfig]) -> None:
         config = model_config.pretrained_config
-        alpha = getattr(config, "swiglu_alpha", SWIGLU_ALPHA)  # a field of newer transformers
-        swiglu = partial(clamped_swiglu, alpha=alpha, limit=config.swiglu_limit)
+        swiglu = partial(
+            clamped_swiglu,
+            alpha=getattr(config, "swiglu_alpha", SWIGLU_ALPHA),
+            limit=getattr(config, "swiglu_limit", SWIGLU_LIMIT),
+        )
         spec = DecoderSpec.from_config(
             config,
             sinks=True,
