@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmfw.weights.checksums import bytes_of, checksum
+from llmfw.weights.checksums import bytes_of, checksum, checksum_text, word_sum
 
 
 def test_the_sum_of_little_endian_words() -> None:
@@ -29,3 +29,9 @@ def test_a_view_counts_as_its_values() -> None:
     value = torch.randn(6, 4)
     assert checksum(value.T) == checksum(value.T.contiguous())
     assert checksum(value[2:, 1:]) == checksum(value[2:, 1:].clone())
+
+
+def test_sums_of_parts_add_up() -> None:
+    value = torch.randn(6, 4, dtype=torch.float64)
+    total = sum(word_sum(part) for part in value.split([1, 3, 2]))
+    assert checksum_text(total) == checksum(value)

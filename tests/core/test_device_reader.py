@@ -88,13 +88,6 @@ def test_fused_parameters(staged, tensors) -> None:
     assert torch.equal(out, torch.cat((tensors["matrix"], tensors["other"])))
 
 
-def test_checksums_of_whole_tensors_are_not_passed_by(staged, tensors, monkeypatch) -> None:
-    monkeypatch.setattr(type(staged._inner), "compares_whole", True)
-    assert staged.compares_whole
-    assert not staged.reads_into("matrix", torch.empty(13, 8))
-    assert staged.reads_into("vector", torch.empty(7))
-
-
 def test_it_is_a_checkpoint(staged, tensors) -> None:
     assert (staged.format, staged.path.is_dir()) == ("safetensors", True)
     assert set(staged.names()) == set(tensors)

@@ -25,8 +25,9 @@ from llmfw.models.converted import identity_of
 from llmfw.models.plans import plan_of
 from llmfw.models.prepare import prepare_model
 from llmfw.weights import LoadPlan, resolve_model
+from llmfw.weights.checked_reader import CheckedCheckpoint
 from llmfw.weights.checkpoint import TensorInfo
-from llmfw.weights.converted import IGNORED, ConvertedCheckpoint, check, read_checksums
+from llmfw.weights.converted import IGNORED, ConvertedCheckpoint, read_checksums
 from llmfw.weights.converted_config import (
     HF_FOLDER,
     ConvertedConfig,
@@ -36,7 +37,7 @@ from llmfw.weights.converted_config import (
 from llmfw.weights.expressions import Source
 from llmfw.weights.gather import Gather
 from llmfw.weights.layout import layout_digest
-from llmfw.weights.safetensors_reader import INDEX_NAME, SINGLE_NAME, open_safetensors
+from llmfw.weights.safetensors_reader import INDEX_NAME, SINGLE_NAME
 from llmfw.weights.safetensors_writer import SafetensorsWriter, header_text
 from llmfw.weights.source_record import SourceRecord, digest_of, read_source
 from llmfw.weights.staging import Staging
@@ -215,14 +216,9 @@ def _scatter_all(
             if rank.rank == 0 or is_cut:
                 scatter(filled[path], rank.tensor(path), sink)
     if (folder / IGNORED).is_file():
-        kept, checksums = (
-            open_safetensors(folder / IGNORED),
-            read_checksums(folder).get(IGNORED, {}),
-        )
+        kept = CheckedCheckpoint(folder / IGNORED, read_checksums(folder).get(IGNORED, {}))
         for each in plans[0].ignored:
-            value = kept.tensor(each.name)
-            check(folder / IGNORED, each.name, value, checksums)
-            each.expr.scatter(value, sink)
+            each.expr.scatter(kept.tensor(each.name), sink)
     missing = sink.incomplete()
     if missing:
         raise WeightError(f"{folder}: holds only a part of {', '.join(missing)}")

@@ -71,10 +71,6 @@ class Checkpoint(Protocol):
 class ReadsInto(Checkpoint, Protocol):
     """A checkpoint that can also read straight into a tensor, without a copy in between."""
 
-    @property
-    def compares_whole(self) -> bool:
-        """Whether reading a tensor as a whole compares it with a checksum."""
-
     def reads_into(self, name: str, out: torch.Tensor) -> bool:
         """Whether `read_into` can fill `out` with rows of that tensor."""
 

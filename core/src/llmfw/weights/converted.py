@@ -12,16 +12,12 @@ docs/checkpoint-format.md specifies it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from llmfw.config.reading import read_json
 from llmfw.errors import CheckpointError, ConfigError
-from llmfw.weights.checksums import checksum
+from llmfw.weights.checked_reader import CheckedCheckpoint
 from llmfw.weights.converted_config import read_converted_config
-from llmfw.weights.safetensors_reader import SafetensorsCheckpoint
 
 CHECKSUMS = "checksums.json"
 IGNORED = "ignored.safetensors"
@@ -32,7 +28,7 @@ def rank_file(rank: int) -> str:
     return f"rank{rank}.safetensors"
 
 
-class ConvertedCheckpoint(SafetensorsCheckpoint):
+class ConvertedCheckpoint(CheckedCheckpoint):
     """One rank's tensors, under the names of the parameters that they fill.
 
     Args:
@@ -45,7 +41,6 @@ class ConvertedCheckpoint(SafetensorsCheckpoint):
     """
 
     format = "llmfw"
-    compares_whole = True
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         self.config = read_converted_config(path)
@@ -55,39 +50,9 @@ class ConvertedCheckpoint(SafetensorsCheckpoint):
                 hint="convert the model again for this many ranks",
             )
         self.rank = rank
-        super().__init__(path, [path / rank_file(rank)])
-        self._checksums = read_checksums(path).get(rank_file(rank), {})
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor, mapped from the file, its checksum compared."""
-        value = super().tensor(name)
-        self._compare(name, value)
-        return value
-
-    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> None:
-        """As the base class; a tensor read whole has its checksum compared."""
-        super().read_into(name, out, start)
-        if tuple(out.shape) == self.info(name).shape:
-            self._compare(name, out)
-
-    def _compare(self, name: str, value: torch.Tensor) -> None:
-        check(self.path / rank_file(self.rank), name, value, self._checksums)
-
-
-def check(file: Path, name: str, value: torch.Tensor, checksums: Mapping[str, str]) -> None:
-    """Compare a tensor with its checksum, where there is one.
-
-    Raises:
-        CheckpointError: If it differs.
-    """
-    wanted = checksums.get(name)
-    if wanted is not None and checksum(value) != wanted:
-        raise CheckpointError(
-            f"{file}: tensor '{name}' is not what was written: its checksum differs",
-            hint="the file is damaged: convert the model again, or copy it again",
-            file=str(file),
-            tensor=name,
-        )
+        file = path / rank_file(rank)
+        super().__init__(file, read_checksums(path).get(file.name, {}))
+        self.path = path
 
 
 def read_checksums(folder: Path) -> dict[str, dict[str, str]]:

@@ -52,11 +52,6 @@ class StagedCheckpoint:
         self._local = threading.local()
 
     @property
-    def compares_whole(self) -> bool:
-        """The inner checkpoint's."""
-        return self._inner.compares_whole
-
-    @property
     def format(self) -> str:
         """The inner checkpoint's."""
         return self._inner.format
@@ -83,18 +78,13 @@ class StagedCheckpoint:
         return self._inner.slice(name, dim, start, stop)
 
     def reads_into(self, name: str, out: torch.Tensor) -> bool:
-        """Whether `read_into` serves: out is on the device, without gaps, and a row fits a buffer.
-
-        A checkpoint with checksums compares them where a tensor is read whole, so that its larger
-        tensors go the other way.
-        """
+        """Whether `read_into` serves: out is there, without gaps, and a row fits a buffer."""
         info = self.info(name)
         if out.device != self._device or not out.is_contiguous() or out.numel() == 0:
             return False
         if not info.shape or out.dim() != len(info.shape):
             return False
-        row = info.nbytes // info.shape[0]
-        return row <= self._bytes and (info.nbytes <= self._bytes or not self._inner.compares_whole)
+        return info.nbytes // info.shape[0] <= self._bytes
 
     def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> None:
         """Fills `out` with rows `start` and on; the copies may still be under way at return."""

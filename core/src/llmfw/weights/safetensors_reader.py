@@ -37,7 +37,6 @@ class SafetensorsCheckpoint:
     """
 
     format = "safetensors"
-    compares_whole = False
 
     def __init__(
         self, path: Path, files: Sequence[Path], index: Mapping[str, str] | None = None
