@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from llmfw.config import ModelConfig, text_config
@@ -27,6 +29,7 @@ from llmfw.weights import (
 
 __all__ = [
     "ATOL",
+    "NORMALISES_GROUPS",
     "REAL_TIE",
     "TINY_TIE",
     "assert_greedy",
@@ -37,6 +40,10 @@ __all__ = [
     "random_prompts",
     "tiny_hf",
 ]
+
+#: Whether transformers' Mamba-2 normalises each group of features by itself, as mamba_ssm does and as
+#: models of several groups were trained (Codestral Mamba); before 5.23 its torch path does not.
+NORMALISES_GROUPS = Version(transformers.__version__) >= Version("5.23")
 
 
 def tiny_hf(config: Any, architecture: str, attention: str = "sdpa") -> torch.nn.Module:
