@@ -41,7 +41,7 @@ __all__ = [
     "tiny_hf",
 ]
 
-#: Whether transformers' Mamba-2 normalises each group of features by itself, as mamba_ssm does and as
+#: Whether transformers' Mamba-2 normalises each group of features by itself, as mamba_ssm does and
 #: models of several groups were trained (Codestral Mamba); before 5.23 its torch path does not.
 NORMALISES_GROUPS = Version(transformers.__version__) >= Version("5.23")
 

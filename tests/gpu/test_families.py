@@ -70,7 +70,9 @@ MODELS = {
         **BASE, head_dim=64, num_local_experts=16, num_experts_per_tok=4, sliding_window=40
     ),
     "MambaForCausalLM": MambaConfig(**STATE),
-    "Mamba2ForCausalLM": Mamba2Config(**STATE, num_heads=8, head_dim=64, n_groups=1 + NORMALISES_GROUPS),
+    "Mamba2ForCausalLM": Mamba2Config(
+        **STATE, num_heads=8, head_dim=64, n_groups=1 + NORMALISES_GROUPS
+    ),
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
