@@ -33,6 +33,9 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -41,6 +44,7 @@ struct alignas(8) float2 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
@@ -194,6 +198,16 @@ inline int atomicAdd(int* p, int x) {
   *p += x;
   return old;
 }
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+  const unsigned old = *p;
+  *p += x;
+  return old;
+}
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
+  const unsigned long long old = *p;
+  *p += x;
+  return old;
+}
 inline unsigned long long atomicMax(unsigned long long* p, unsigned long long x) {
   const unsigned long long old = *p;
   *p = x > old ? x : old;
@@ -221,12 +235,41 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
   return __uint_as_float(emulated::exchange({{__float_as_uint(x)}}).of[emulated::lane() ^ mask][0]);
 }
 inline int __shfl_xor_sync(unsigned, int x, int mask) {
   return int(emulated::exchange({{unsigned(x)}}).of[emulated::lane() ^ mask][0]);
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  const emulated::Operands& all = emulated::exchange({{x}});
+  for (const auto& one : all.of) x = one[0] > x ? one[0] : x;
+  return x;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+  const emulated::Operands& all = emulated::exchange({{x}});
+  for (const auto& one : all.of) x = one[0] < x ? one[0] : x;
+  return x;
+}
+inline void __syncwarp() { emulated::exchange({}); }
+inline int __shfl_up_sync(unsigned, int x, int lanes) {
+  const emulated::Operands& all = emulated::exchange({{unsigned(x)}});
+  return emulated::lane() < lanes ? x : int(all.of[emulated::lane() - lanes][0]);
+}
+inline int __shfl_sync(unsigned, int x, int lane) {
+  return int(emulated::exchange({{unsigned(x)}}).of[lane][0]);
+}
+inline float __shfl_sync(unsigned, float x, int lane) {
+  return __uint_as_float(emulated::exchange({{__float_as_uint(x)}}).of[lane][0]);
 }
 inline bool __any_sync(unsigned, bool x) {
   const emulated::Operands& all = emulated::exchange({{unsigned(x)}});

@@ -26,7 +26,7 @@ PROPERTIES = {"multi_processor_count": SMS, "shared_memory_per_block_optin": 227
 class EmulatedModule:
     """One source with its constants; kernels are built when first asked for."""
 
-    def __init__(self, source: str, defines: Mapping[str, int], folder: Path) -> None:
+    def __init__(self, source: str, defines: Mapping[str, cu_compile.Constant], folder: Path) -> None:
         self.source = source
         self.defines = dict(defines)
         self.folder = folder
@@ -60,7 +60,7 @@ class EmulatedLauncher:
         assert code == 0, f"{self.name} does not take {self.signature}"
 
 
-def build(source: str, name: str, defines: Mapping[str, int], folder: Path) -> Path:
+def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], folder: Path) -> Path:
     """The shared library with one kernel of `source`, kept by the digest of all that went in."""
     options = sorted(f"-D{key}={value}" for key, value in defines.items())
     texts = [path.read_bytes() for path in sorted(HERE.glob("*.*h"))]
@@ -107,7 +107,7 @@ def build(source: str, name: str, defines: Mapping[str, int], folder: Path) -> P
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> torch.device:
     """Make the pack's launchers build and run emulated kernels; returns the device to use."""
 
-    def load(source: str, index: int, defines: tuple[tuple[str, int], ...]) -> EmulatedModule:
+    def load(source: str, index: int, defines: tuple[tuple[str, cu_compile.Constant], ...]) -> EmulatedModule:
         return EmulatedModule(source, dict(defines), folder)
 
     monkeypatch.setattr(cu_compile, "_load", load)

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llmfw.kernels.cupy")
 
 FOLDER = Path(__file__).parent
-HEADERS = ("common.cuh", "ptx.cuh")
+HEADERS = ("common.cuh", "ptx.cuh", "hopper.cuh")
 OVERLAPS = ("0", "1", "2")
 DEFAULT_OVERLAP = "1"
+Constant = int | str  # of a source; a text is C++ as it stands
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -34,7 +35,7 @@ def cache_dir() -> Path:
     return user_cache() / "kernels"
 
 
-def options_for(arch: str, defines: Mapping[str, int]) -> tuple[str, ...]:
+def options_for(arch: str, defines: Mapping[str, Constant]) -> tuple[str, ...]:
     """NVRTC's options for one architecture ("sm_90") and the source's compile-time constants."""
     return (
         f"-arch={arch}",
@@ -59,7 +60,7 @@ def source_digest(*sources: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_cubin(source: str, arch: str, defines: Mapping[str, int]) -> bytes:
+def compile_cubin(source: str, arch: str, defines: Mapping[str, Constant]) -> bytes:
     """Machine code of `source` for `arch`, from the cache on disk or from NVRTC. Needs no GPU.
 
     Raises:
@@ -125,39 +126,43 @@ def _keep(path: Path, cubin: bytes) -> None:
 class Module:
     """One compiled source on one device."""
 
-    def __init__(self, source: str, device: torch.device, defines: Mapping[str, int]) -> None:
+    def __init__(self, source: str, device: torch.device, defines: Mapping[str, Constant]) -> None:
         import cupy
 
         self.index = device_index(device)
         self.source = source
-        self._overlaps = defines.get("PDL", 0) > 0
+        self._overlaps = int(defines.get("PDL", 0)) > 0
         with torch.cuda.device(self.index), cupy.cuda.Device(self.index):
             torch.cuda.current_stream().synchronize()  # the primary context exists and is current
             self._module: Any = cupy.cuda.function.Module()
             self._module.load(compile_cubin(source, arch_of(self.index), defines))
 
-    def launcher(self, name: str, signature: str, shared_bytes: int = 0) -> Launcher:
-        """The function `name`; see `Launcher` for the signature and the shared memory."""
+    def launcher(
+        self, name: str, signature: str, shared_bytes: int = 0, cluster: int = 1
+    ) -> Launcher:
+        """The function `name`; see `Launcher` for the signature, shared memory and cluster."""
         from llmfw.kernels.cupy.launch import Launcher
 
         function = self._module.get_function(name)
-        return Launcher(function, name, signature, self.index, self._overlaps, shared_bytes)
+        return Launcher(
+            function, name, signature, self.index, self._overlaps, shared_bytes, cluster
+        )
 
 
 @functools.cache
-def _load(source: str, index: int, defines: tuple[tuple[str, int], ...]) -> Module:
+def _load(source: str, index: int, defines: tuple[tuple[str, Constant], ...]) -> Module:
     return Module(source, torch.device("cuda", index), dict(defines))
 
 
-def load(source: str, device: torch.device, dtype: torch.dtype, **defines: int) -> Module:
+def load(source: str, device: torch.device, dtype: torch.dtype, **defines: Constant) -> Module:
     """`source` compiled for this device, dtype and constants; the same module on every call."""
     constants = constants_of(device, dtype, defines)
     return _load(source, device_index(device), tuple(sorted(constants.items())))
 
 
 def constants_of(
-    device: torch.device, dtype: torch.dtype, defines: Mapping[str, int]
-) -> dict[str, int]:
+    device: torch.device, dtype: torch.dtype, defines: Mapping[str, Constant]
+) -> dict[str, Constant]:
     """All compile-time constants of a source: its own, the dtype, and how launches overlap."""
     return {"DTYPE": DTYPE_CODES[dtype], "PDL": overlap(device), **defines}
 
