@@ -19,7 +19,7 @@ from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.kernels.cupy import gated_linear, linear
 from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.products import bucket_of
-from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, OpContext
+from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -89,7 +89,7 @@ def check(case: Case, call: Callable[..., Any], device: torch.device, seed: int 
         result = call(*args, **kwargs)
     pairs = list(zip(as_tuple(result), as_tuple(expected), strict=True))
     pairs += [(args[i], expected_args[i]) for i in case.mutated]
-    kernel = next(k for k in KERNELS if k.op == case.op)
+    kernel = kernel_of(case, device)
     limit = kernel.tolerance[case.dtype] if case.tolerance is None else case.tolerance
     worst = 0.0
     for out, wanted in pairs:
@@ -99,6 +99,15 @@ def check(case: Case, call: Callable[..., Any], device: torch.device, seed: int 
         assert error <= limit, f"{case}: relative error {error:.3g}, allowed {limit:.3g}"
         worst = max(worst, error)
     return worst
+
+
+def kernel_of(case: Case, device: torch.device) -> Kernel:
+    """The pack's kernel that serves a case; the others of its op say why they do not."""
+    context = case.context(device)
+    kernels = [kernel for kernel in KERNELS if kernel.op == case.op]
+    serving = [kernel for kernel in kernels if kernel.refusal(context) is None]
+    assert len(serving) == 1, [kernel.refusal(context) for kernel in kernels]
+    return serving[0]
 
 
 def as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
@@ -268,6 +277,75 @@ class Batch:
     contexts: int = 0
 
 
+def latent_rope_cases() -> Iterator[Case]:
+    """latent_rope_and_cache: both layouts of pairs, odd widths, no norm, no rotation."""
+    layouts = [  # heads, latent, rotated, interleaved, norm, rotation
+        (16, 512, 64, 1, 1, 1),
+        (3, 48, 16, 0, 1, 1),
+        (5, 27, 6, 1, 1, 1),
+        (4, 640, 32, 1, 0, 1),
+        (2, 64, 16, 0, 1, 0),
+    ]
+    for dtype in DTYPE_NAMES:
+        for heads, latent, rotary, interleaved, norm, turns in layouts:
+            for tokens, wide in [(1, False), (5, False), (131, True)]:
+                shape = {
+                    "num_heads": heads,
+                    "latent_dim": latent,
+                    "rotary_dim": rotary,
+                    "interleaved": interleaved,
+                    "norm": norm,
+                    "block_size": 16,
+                }
+
+                def draw(
+                    d: torch.device,
+                    t: torch.dtype,
+                    g: torch.Generator,
+                    s=shape,
+                    n=tokens,
+                    rotated=turns,
+                ) -> Arguments:
+                    return latent_rope_arguments(d, t, g, s, n, bool(rotated))
+
+                label = f"{tokens}t-{heads}x{latent}r{rotary}" + "i" * interleaved + "n" * norm
+                label += "" if turns else "-still"
+                yield Case(
+                    "latent_rope_and_cache", dtype, shape, draw, label, mutated=(4,), wide=wide
+                )
+
+
+def latent_rope_arguments(
+    device: torch.device,
+    dtype: torch.dtype,
+    g: torch.Generator,
+    shape: Mapping[str, int],
+    tokens: int,
+    rotated: bool,
+) -> Arguments:
+    """Queries as a view of a wider projection, a cache full of old values, a negative slot."""
+    heads, latent, rotary = (shape[n] for n in ("num_heads", "latent_dim", "rotary_dim"))
+    blocks = tokens // 16 + 3
+    slots = torch.randperm(blocks * 16, generator=g)[:tokens].to(device)
+    if tokens > 3:
+        slots[2] = -1
+    angles = torch.rand(100, rotary // 2, generator=g) * 6.3
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device) if rotated else None
+    norm = randn(latent, device=device, dtype=dtype, generator=g) if shape["norm"] else None
+    q = randn(tokens, heads, 24 + rotary, device=device, dtype=dtype, generator=g)
+    return (
+        q[..., 24:],
+        randn(tokens, latent + rotary, device=device, dtype=dtype, generator=g),
+        torch.randint(0, 100, (tokens,), generator=g).to(device),
+        cos_sin,
+        randn(blocks, 16, 1, latent + rotary, device=device, dtype=dtype, generator=g),
+        slots,
+        bool(shape["interleaved"]),
+        norm,
+        1e-6,
+    ), {}
+
+
 ATTENTION_LAYOUTS = [
     # heads, kv heads, dim, block size, window, softcap, sinks
     (4, 2, 64, 16, 0, 0, 0),
@@ -319,6 +397,41 @@ def attention_cases() -> Iterator[Case]:
                 yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
 
 
+LATENT_LAYOUTS = [
+    # heads, latent, rotated, block size
+    (16, 512, 64, 16),
+    (4, 128, 32, 16),
+    (3, 48, 16, 24),
+    (40, 64, 16, 8),
+]
+
+
+def latent_attention_cases() -> Iterator[Case]:
+    """paged_attention over a latent cache: sizes, rows of one tile and of several, batches."""
+    for dtype in ("bfloat16", "float16"):
+        for heads, latent, rotary, block_size in LATENT_LAYOUTS:
+            for name, batch, wide in BATCHES:
+                shape = {
+                    "num_heads": heads,
+                    "num_kv_heads": 1,
+                    "head_dim": latent + rotary,
+                    "v_head_dim": latent,
+                    "window": 0,
+                    "softcap": 0,
+                    "sinks": 0,
+                    "block_size": block_size,
+                    "latent": 1,
+                }
+
+                def draw(
+                    d: torch.device, t: torch.dtype, g: torch.Generator, s=shape, b=batch
+                ) -> Arguments:
+                    return attention_arguments(d, t, g, s, b)
+
+                label = f"{name}-latent{heads}x{latent}+{rotary}b{block_size}"
+                yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
+
+
 def attention_arguments(
     device: torch.device,
     dtype: torch.dtype,
@@ -363,7 +476,10 @@ def attention_arguments(
     )
     q = randn(tokens, shape["num_heads"], dim, device=device, dtype=dtype, generator=g, scale=1.5)
     sinks = torch.randn(shape["num_heads"], generator=g).to(device) if shape["sinks"] else None
-    args = (q, k.to(device, dtype), v.to(device, dtype), metadata, view, dim**-0.5)
+    k, v = k.to(device, dtype), v.to(device, dtype)
+    if shape.get("latent"):
+        v = k[..., : shape["v_head_dim"]]
+    args = (q, k, v, metadata, view, dim**-0.5)
     return args, {
         "window": shape["window"] or None,
         "softcap": 20.0 if shape["softcap"] else None,

@@ -16,6 +16,9 @@ from gpu.kernel_cases import (
     attention_cases,
     check,
     gated_linear_cases,
+    kernel_of,
+    latent_attention_cases,
+    latent_rope_cases,
     linear_cases,
     norm_cases,
     product_variants,
@@ -24,9 +27,7 @@ from gpu.kernel_cases import (
     step_cases,
 )
 from llmfw.kernels.cupy.attention import plan_batch
-from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.prefill import Prefill
-from llmfw.ops.kernel import load_object
 from llmfw.ops.reference import REFERENCES
 
 pytestmark = pytest.mark.gpu
@@ -47,15 +48,20 @@ def device() -> torch.device:
 
 
 def built(case: Case, device: torch.device) -> Callable[..., Any]:
-    kernel = next(k for k in KERNELS if k.op == case.op)
-    context = case.context(device)
-    assert kernel.refusal(context) is None
-    return load_object(kernel.factory)(context)  # type: ignore[no-any-return]
+    return kernel_of(case, device).build(case.context(device))
 
 
 @pytest.mark.parametrize(
     "case",
-    [*norm_cases(), *activation_cases(), *rope_cases(), *attention_cases(), *step_cases()],
+    [
+        *norm_cases(),
+        *activation_cases(),
+        *rope_cases(),
+        *latent_rope_cases(),
+        *attention_cases(),
+        *latent_attention_cases(),
+        *step_cases(),
+    ],
     ids=str,
 )
 def test_kernel_matches_its_reference(case: Case, device: torch.device) -> None:

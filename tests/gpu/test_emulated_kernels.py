@@ -15,6 +15,9 @@ from gpu.kernel_cases import (
     attention_cases,
     check,
     gated_linear_cases,
+    kernel_of,
+    latent_attention_cases,
+    latent_rope_cases,
     linear_cases,
     norm_cases,
     product_variants,
@@ -22,9 +25,7 @@ from gpu.kernel_cases import (
     step_cases,
 )
 from llmfw.kernels.cupy import prefill
-from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.ops import reference
-from llmfw.ops.kernel import load_object
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -37,10 +38,7 @@ def device(monkeypatch: pytest.MonkeyPatch, root: Path) -> torch.device:
 
 
 def run(case: Case, device: torch.device) -> None:
-    kernel = next(k for k in KERNELS if k.op == case.op)
-    context = case.context(device)
-    assert kernel.refusal(context) is None
-    check(case, load_object(kernel.factory)(context), device)
+    check(case, kernel_of(case, device).build(case.context(device)), device)
 
 
 def small(cases: list[Case], every: int) -> list[object]:
@@ -54,7 +52,17 @@ def small(cases: list[Case], every: int) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "case", small([*norm_cases(), *activation_cases(), *rope_cases(), *step_cases()], 7)
+    "case",
+    small(
+        [
+            *norm_cases(),
+            *activation_cases(),
+            *rope_cases(),
+            *latent_rope_cases(),
+            *step_cases(),
+        ],
+        7,
+    ),
 )
 def test_elementwise_kernels_match_their_references(case: Case, device: torch.device) -> None:
     run(case, device)
@@ -62,6 +70,11 @@ def test_elementwise_kernels_match_their_references(case: Case, device: torch.de
 
 @pytest.mark.parametrize("case", small(list(attention_cases()), 7))
 def test_paged_attention_matches_its_reference(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+@pytest.mark.parametrize("case", small(list(latent_attention_cases()), 5))
+def test_latent_attention_matches_its_reference(case: Case, device: torch.device) -> None:
     run(case, device)
 
 

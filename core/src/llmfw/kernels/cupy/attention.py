@@ -38,14 +38,14 @@ class Plan:
     parts: tuple[Part, ...]
 
 
-def plan_batch(metadata: AttentionMetadata, prefill: Prefill) -> Plan:
-    """Context requests and generation requests, apart."""
+def parts_of(metadata: AttentionMetadata) -> tuple[Part, ...]:
+    """Context requests and generation requests, apart; those that are there."""
     count, contexts = metadata.num_requests, metadata.num_contexts
     if not contexts and metadata.max_query_len and metadata.max_kv_len:
         longest_q, longest_kv = metadata.max_query_len, metadata.max_kv_len
-        return Plan(None, (Part(0, count, longest_q, longest_kv, settled=longest_q == 1),))
+        return (Part(0, count, longest_q, longest_kv, settled=longest_q == 1),)
     spans = [(first, last) for first, last in ((0, contexts), (contexts, count)) if last > first]
-    parts = tuple(
+    return tuple(
         Part(
             first,
             last - first,
@@ -54,7 +54,12 @@ def plan_batch(metadata: AttentionMetadata, prefill: Prefill) -> Plan:
         )
         for first, last in spans
     )
-    if contexts:
+
+
+def plan_batch(metadata: AttentionMetadata, prefill: Prefill) -> Plan:
+    """The parts of a batch; flash attention takes the context requests where it pays."""
+    parts = parts_of(metadata)
+    if metadata.num_contexts:
         batch = _context_batch(metadata, parts[0].max_q)
         if prefill.serves(batch):
             return Plan(batch, parts[1:])

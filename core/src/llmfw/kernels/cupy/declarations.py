@@ -26,11 +26,16 @@ def _supports(module: str) -> Callable[[OpContext], str | None]:
 
 
 def _kernel(
-    op: str, module: str, function: str, dtypes: tuple[str, ...], supports: str | None = None
+    op: str,
+    module: str,
+    function: str,
+    dtypes: tuple[str, ...],
+    supports: str | None = None,
+    name: str | None = None,
 ) -> Kernel:
     return Kernel(
         op=op,
-        name=f"cupy.{op}",
+        name=f"cupy.{name or op}",
         factory=f"{FOLDER}.{module}:{function}",
         requires=REQUIRES,
         dtypes=dtypes,
@@ -48,7 +53,15 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("gelu_and_mul", "activation", "gated_activation", ALL),
     _kernel("gelu_tanh_and_mul", "activation", "gated_activation", ALL),
     _kernel("rope_and_cache", "rope_cache", "rope_and_cache", ALL),
+    _kernel("latent_rope_and_cache", "latent_rope", "latent_rope_and_cache", ALL),
     _kernel("paged_attention", "attention", "paged_attention", HALVES, supports="paged_decode"),
+    _kernel(
+        "paged_attention",
+        "latent_attention",
+        "latent_attention",
+        HALVES,
+        name="latent_attention",
+    ),
     _kernel("linear", "linear", "linear", ALL),
     _kernel("gated_linear", "gated_linear", "gated_linear", ALL),
     _kernel("prepare_decode", "step", "prepare_decode", ALL),

@@ -1,0 +1,286 @@
+"""Launcher of latent_attention.cu: attention over a latent cache that all heads share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmfw.errors import KernelError
+from llmfw.kernels.cupy.attention import Part, parts_of
+from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.launch import Launcher, dense
+from llmfw.kernels.cupy.paged_decode import UNSETTLED
+from llmfw.ops.kernel import OpContext
+
+if TYPE_CHECKING:
+    from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+
+WARPS = 8
+MAX_SPLITS = 64
+LONG_SHARE = 1024  # keys that a block walks at least where the requests alone fill the device
+LONG_WAVES = 2  # of blocks, so that such requests are split at all
+RESERVED_BYTES = 1 << 10  # of shared memory, for each resident block
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """The static shape of one kind of latent attention layer."""
+
+    num_heads: int
+    head_dim: int
+    v_dim: int
+    block_size: int
+
+    @classmethod
+    def of(cls, context: OpContext) -> LatentHeads:
+        """From the op's context."""
+        return cls(
+            context["num_heads"],
+            context["head_dim"],
+            context["v_head_dim"],
+            context["block_size"],
+        )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block holds at once.
+
+    Args:
+        rows: Query rows: heads times tokens.
+        keys: Of one tile.
+        stages: Tiles in shared memory, all but one of them on their way.
+    """
+
+    rows: int
+    keys: int
+    stages: int
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Shared memory of a block, as latent_attention.cu divides it."""
+        row_tiles = self.rows // 16
+        key_parts = min(self.keys // 16, max(WARPS // row_tiles // 2, 1))
+        dim_parts = WARPS // (row_tiles * key_parts)
+        tiles = self.stages * self.keys * (head_dim + 8) * 2
+        scores = dim_parts * self.rows * (self.keys + 8) * 4
+        return tiles + scores + self.rows * (self.keys + 8) * 2 + self.rows * 4
+
+
+# The best first; the others are for devices with less shared memory.
+TILES = {16: (Tile(16, 32, 2), Tile(16, 16, 2)), 64: (Tile(64, 32, 2), Tile(64, 16, 2))}
+
+
+def supports(context: OpContext) -> str | None:
+    """Latents and keys of whole mma tiles, blocks of whole groups of 8 keys."""
+    if not context.shape.get("latent"):
+        return "serves latent caches only"
+    heads = LatentHeads.of(context)
+    if context["num_kv_heads"] != 1:
+        return f"{context['num_kv_heads']} KV heads, a latent cache has one"
+    if heads.head_dim % 16 or heads.v_dim % 16 or heads.head_dim > 576 or heads.v_dim > 512:
+        return f"sizes {heads.head_dim} and {heads.v_dim} are not multiples of 16 up to 576 and 512"
+    if heads.block_size % 8:
+        return f"block size {heads.block_size} is not a multiple of 8"
+    for name in ("window", "softcap", "sinks"):
+        if context.shape.get(name):
+            return f"serves no {name}"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch is divided.
+
+    Args:
+        tile: What a block holds.
+        columns: Row tiles of a request.
+        splits: Most parts that a request's keys are divided into.
+        least_share: Fewest tiles of keys that a part has.
+    """
+
+    tile: Tile
+    columns: int
+    splits: int
+    least_share: int
+
+
+class LatentAttention:
+    """The compiled kernels for one head layout."""
+
+    def __init__(self, context: OpContext) -> None:
+        self.heads = LatentHeads.of(context)
+        self._context = context
+        properties = torch.cuda.get_device_properties(device_index(context.info.device))
+        self._sms = properties.multi_processor_count
+        self._shared_limit = properties.shared_memory_per_block_optin
+        self._launchers: dict[Tile, tuple[Launcher, Launcher]] = {}
+
+    def resident_blocks(self, tile: Tile) -> int:
+        """Blocks of one multiprocessor at once: two where registers and shared memory allow."""
+        both = 2 * (tile.shared_bytes(self.heads.head_dim) + RESERVED_BYTES)
+        return 2 if tile.rows == 16 and both <= self._shared_limit + RESERVED_BYTES else 1
+
+    def tile(self, rows: int) -> Tile:
+        """The tile for requests of so many rows.
+
+        Raises:
+            KernelError: If the device has too little shared memory for any.
+        """
+        for tile in TILES[16 if rows <= 16 else 64]:
+            if tile.shared_bytes(self.heads.head_dim) <= self._shared_limit:
+                return tile
+        raise KernelError(f"{self._shared_limit} bytes of shared memory are too few")
+
+    def plan(
+        self,
+        requests: int,
+        max_q: int,
+        max_kv: int,
+        splits: int | None = None,
+        tile: Tile | None = None,
+    ) -> Plan:
+        """How a batch of at most these lengths is launched; `splits` and `tile` override."""
+        rows = self.heads.num_heads * max_q
+        tile = tile or self.tile(rows)
+        columns = -(-rows // tile.rows)
+        if splits is not None:
+            return Plan(tile, columns, splits, 1)
+        slots, blocks = self._sms * self.resident_blocks(tile), columns * requests
+        if blocks <= slots // 2:
+            splits = min(slots // blocks, -(-max_kv // tile.keys), MAX_SPLITS)
+            return Plan(tile, columns, splits, 1)
+        splits = min(-(-LONG_WAVES * slots // blocks), -(-max_kv // LONG_SHARE), MAX_SPLITS)
+        return Plan(tile, columns, splits, LONG_SHARE // tile.keys)
+
+    def launchers(self, tile: Tile) -> tuple[Launcher, Launcher]:
+        """The kernel for blocks of such tiles and the one that merges, compiled when wanted."""
+        found = self._launchers.get(tile)
+        if found is None:
+            heads, context = self.heads, self._context
+            module = load(
+                "latent_attention.cu",
+                context.info.device,
+                context.dtype,
+                HEAD_DIM=heads.head_dim,
+                V_DIM=heads.v_dim,
+                HEADS=heads.num_heads,
+                BLOCK_SIZE=heads.block_size,
+                ROWS=tile.rows,
+                KEYS=tile.keys,
+                STAGES=tile.stages,
+                MIN_BLOCKS=self.resident_blocks(tile),
+            )
+            size = tile.shared_bytes(heads.head_dim)
+            found = (
+                module.launcher("latent_attention", "PPPPPPPPqqqiiif", size),
+                module.launcher("merge_latent", "PPPPPiiii"),
+            )
+            self._launchers[tile] = found
+        return found
+
+    def __call__(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        cu_query_lens: torch.Tensor,
+        kv_lens: torch.Tensor,
+        part: Part,
+        scale: float,
+        *,
+        splits: int | None = None,
+        tile: Tile | None = None,
+    ) -> None:
+        """Attend for the requests of `part` into their rows of out [T, heads * v_dim].
+
+        The part's greatest lengths bound those that the kernel reads from the device. `splits` and
+        `tile` override the plan.
+        """
+        heads = self.heads
+        plan = self.plan(part.requests, part.max_q, part.max_kv, splits, tile)
+        partial = stats = 0
+        if plan.splits > 1:
+            rows = part.requests * plan.columns * plan.splits * plan.tile.rows
+            workspace = torch.empty(rows * (heads.v_dim + 2), dtype=torch.float32, device=q.device)
+            partial = workspace.data_ptr()
+            stats = partial + rows * heads.v_dim * 4
+        attend, merge = self.launchers(plan.tile)
+        attend(
+            (plan.columns, plan.splits, part.requests),
+            (WARPS * 32, 1, 1),
+            out.data_ptr(),
+            q.data_ptr(),
+            cache.data_ptr(),
+            block_tables.data_ptr(),
+            cu_query_lens.data_ptr(),
+            kv_lens.data_ptr(),
+            partial,
+            stats,
+            block_tables.stride(0),
+            cache.stride(0),
+            cache.stride(1),
+            part.first,
+            plan.least_share,
+            heads.block_size if part.settled else UNSETTLED,
+            scale,
+        )
+        if plan.splits > 1:
+            merge(
+                (heads.num_heads * part.max_q, part.requests, 1),
+                (-(-heads.v_dim // 128) * 32, 1, 1),
+                out.data_ptr(),
+                cu_query_lens.data_ptr(),
+                kv_lens.data_ptr(),
+                partial,
+                stats,
+                part.first,
+                plan.columns,
+                plan.splits,
+                plan.least_share,
+            )
+
+
+def latent_attention(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The op `paged_attention` over a latent cache, for one head layout."""
+    attend = LatentAttention(context)
+    heads = attend.heads
+
+    def call(
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        view: CacheGroupView,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if view.block_size != heads.block_size:
+            raise KernelError(
+                f"attention was built for blocks of {heads.block_size} tokens, "
+                f"called with {view.block_size}"
+            )
+        if window or softcap or sinks is not None:
+            raise KernelError("latent attention serves no window, cap or sinks")
+        q = dense(q)
+        width = heads.num_heads * heads.v_dim
+        out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
+        for part in parts_of(metadata):
+            attend(
+                out,
+                q,
+                k_cache,
+                view.block_tables,
+                metadata.cu_query_lens,
+                metadata.kv_lens_device,
+                part,
+                scale,
+            )
+        return out
+
+    return call
