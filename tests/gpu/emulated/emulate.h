@@ -1,7 +1,7 @@
 // Runs CUDA kernels on a CPU: a block's threads are fibers that meet at barriers, shuffles, votes and mma.
 //
-// Blocks run one after another, so races between blocks do not show; what shows is wrong indexing, wrong shapes,
-// wrong order of operands and unwritten results.
+// Clusters of blocks run one after another, so races between them do not show; what shows is wrong indexing, wrong
+// shapes, wrong order of operands and unwritten results.
 #pragma once
 
 #include <ucontext.h>
@@ -68,12 +68,26 @@ struct Thread {
   bool done = false;
 };
 
+constexpr size_t SHARED_BYTES = 227 << 10;
+
 struct Block {
+  Three index;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
   int live = 0, waiting = 0, round = 0;
+  std::unique_ptr<unsigned char[]> memory;  // dynamic shared memory, asked for by `dynamic_shared`
+
+  unsigned char* dynamic_shared() {
+    if (!memory) {
+      memory.reset(new unsigned char[SHARED_BYTES + 1024]);
+      memset(memory.get(), 0xff, SHARED_BYTES + 1024);  // NaN in every format
+    }
+    return memory.get() + (1024 - reinterpret_cast<size_t>(memory.get()) % 1024);
+  }
 };
 
+static std::vector<Block>* cluster;  // the blocks that run together
+static int cluster_waiting, cluster_round;
 static Block* block;
 static Thread* current;
 static ucontext_t scheduler;
@@ -111,14 +125,10 @@ inline void entry() {
   swapcontext(&current->context, &scheduler);
 }
 
-inline void run_block(Three size, const std::function<void()>& kernel, std::vector<std::vector<char>>& stacks) {
-  Block here;
-  block = &here;
-  body = &kernel;
+inline void start_block(Block& here, Three size, std::vector<char>* stacks) {
   const int count = int(size.x * size.y * size.z);
   here.warps.resize((count + 31) / 32);
   here.live = count;
-  stacks.resize(count);
   for (int i = 0; i < count; ++i) {
     stacks[i].resize(1 << 16);
     here.warps[i / 32].lanes++;
@@ -132,60 +142,89 @@ inline void run_block(Three size, const std::function<void()>& kernel, std::vect
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, entry, 0);
   }
-  for (long idle = 0; here.live > 0; ++idle) {
-    if (idle > 100000000) abort();  // a barrier that not all reach
-    for (auto& thread : here.threads) {
-      if (thread->done) continue;
-      current = thread.get();
-      threadIdx = current->index;
-      swapcontext(&scheduler, &current->context);
-      threadIdx = current->index;
-      if (!current->done) continue;
-      Warp& warp = here.warps[current->number / 32];
-      --here.live;
-      --warp.lanes;
-      if (here.live && here.waiting == here.live) {
-        here.waiting = 0;
-        ++here.round;
-      }
-      if (warp.lanes && warp.waiting) {
-        fprintf(stderr, "a lane left while its warp exchanged values\n");
-        abort();
-      }
+}
+
+// Every thread of the block until it waits or is done.
+inline void step_block(Block& here) {
+  block = &here;
+  blockIdx = here.index;
+  for (auto& thread : here.threads) {
+    if (thread->done) continue;
+    current = thread.get();
+    threadIdx = current->index;
+    swapcontext(&scheduler, &current->context);
+    if (!current->done) continue;
+    Warp& warp = here.warps[current->number / 32];
+    --here.live;
+    --warp.lanes;
+    if (here.live && here.waiting == here.live) {
+      here.waiting = 0;
+      ++here.round;
+    }
+    if (warp.lanes && warp.waiting) {
+      fprintf(stderr, "a lane left while its warp exchanged values\n");
+      abort();
     }
   }
 }
 
-inline void run_grid(const unsigned* grid, const unsigned* size, const std::function<void()>& kernel) {
+inline void run_cluster(const std::vector<Three>& indices, Three size, const std::function<void()>& kernel,
+                        std::vector<std::vector<char>>& stacks) {
+  std::vector<Block> blocks(indices.size());
+  const size_t count = size.x * size.y * size.z;
+  stacks.resize(count * blocks.size());
+  cluster = &blocks;
+  cluster_waiting = cluster_round = 0;
+  body = &kernel;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    blocks[i].index = indices[i];
+    start_block(blocks[i], size, &stacks[i * count]);
+  }
+  for (long steps = 0;; ++steps) {
+    if (steps > 10000000) abort();  // a barrier that not all reach
+    int live = 0;
+    for (Block& one : blocks) {
+      if (one.live > 0) step_block(one);
+      live += one.live;
+    }
+    if (live == 0) return;
+  }
+}
+
+inline void run_grid(const unsigned* grid, const unsigned* size, unsigned of_a_cluster,
+                     const std::function<void()>& kernel) {
   std::vector<std::vector<char>> stacks;
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {size[0], size[1], size[2]};
   for (unsigned z = 0; z < grid[2]; ++z)
     for (unsigned y = 0; y < grid[1]; ++y)
-      for (unsigned x = 0; x < grid[0]; ++x) {
-        blockIdx = {x, y, z};
-        run_block(blockDim, kernel, stacks);
+      for (unsigned x = 0; x < grid[0]; x += of_a_cluster) {
+        std::vector<Three> indices;
+        for (unsigned i = 0; i < of_a_cluster; ++i) indices.push_back({x + i, y, z});
+        run_cluster(indices, blockDim, kernel, stacks);
       }
 }
 
 template <class T>
 constexpr char letter() {
   if (std::is_pointer<T>::value) return 'P';
+  if (std::is_class<T>::value) return 'T';
   if (std::is_floating_point<T>::value) return 'f';
   return sizeof(T) == 8 ? 'q' : 'i';
 }
 
 template <class... A, size_t... I>
 void invoke(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
-  kernel(*static_cast<A*>(args[I])...);
+  kernel(*static_cast<std::remove_const_t<A>*>(args[I])...);
 }
 
 // Returns 1 when the host's signature is not the kernel's.
 template <class... A>
-int launch(void (*kernel)(A...), const unsigned* grid, const unsigned* size, void** args, const char* signature) {
+int launch(void (*kernel)(A...), const unsigned* grid, const unsigned* size, unsigned of_a_cluster, void** args,
+           const char* signature) {
   const char own[] = {letter<A>()..., 0};
   if (strcmp(own, signature) != 0) return 1;
-  run_grid(grid, size, [=] { invoke(kernel, args, std::index_sequence_for<A...>()); });
+  run_grid(grid, size, of_a_cluster, [=] { invoke(kernel, args, std::index_sequence_for<A...>()); });
   return 0;
 }
 
@@ -250,6 +289,12 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
 inline int __shfl_xor_sync(unsigned, int x, int mask) {
   return int(emulated::exchange({{unsigned(x)}}).of[emulated::lane() ^ mask][0]);
 }
+inline float __shfl_sync(unsigned, float x, int from) {
+  return __uint_as_float(emulated::exchange({{__float_as_uint(x)}}).of[from % 32][0]);
+}
+inline int __shfl_sync(unsigned, int x, int from) {
+  return int(emulated::exchange({{unsigned(x)}}).of[from % 32][0]);
+}
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
   const emulated::Operands& all = emulated::exchange({{x}});
   for (const auto& one : all.of) x = one[0] > x ? one[0] : x;
@@ -264,12 +309,6 @@ inline void __syncwarp() { emulated::exchange({}); }
 inline int __shfl_up_sync(unsigned, int x, int lanes) {
   const emulated::Operands& all = emulated::exchange({{unsigned(x)}});
   return emulated::lane() < lanes ? x : int(all.of[emulated::lane() - lanes][0]);
-}
-inline int __shfl_sync(unsigned, int x, int lane) {
-  return int(emulated::exchange({{unsigned(x)}}).of[lane][0]);
-}
-inline float __shfl_sync(unsigned, float x, int lane) {
-  return __uint_as_float(emulated::exchange({{__float_as_uint(x)}}).of[lane][0]);
 }
 inline bool __any_sync(unsigned, bool x) {
   const emulated::Operands& all = emulated::exchange({{unsigned(x)}});
