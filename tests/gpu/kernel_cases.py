@@ -346,6 +346,32 @@ def latent_rope_arguments(
     ), {}
 
 
+def head_linear_cases() -> Iterator[Case]:
+    """head_linear: one and more warps a sum, tokens of several tiles, inputs as views."""
+    sizes = [(16, 128, 512, False), (2, 512, 128, False), (3, 64, 48, False), (2, 96, 16, False)]
+    for dtype in ("bfloat16", "float16"):
+        for heads, width, outs, wide in sizes:
+            for tokens in (1, 9, 41, 65):
+
+                def draw(
+                    d: torch.device,
+                    t: torch.dtype,
+                    g: torch.Generator,
+                    n=tokens,
+                    h=heads,
+                    i=width,
+                    o=outs,
+                ) -> Arguments:
+                    x = randn(n, h, i + 8, device=d, dtype=t, generator=g)[..., :i]
+                    scale = i**-0.5
+                    rows = randn(h, o + 8, i, device=d, dtype=t, generator=g, scale=scale)
+                    return (x, rows[:, 8:]), {}
+
+                shape = {"num_heads": heads, "in_features": width, "out_features": outs}
+                label = f"{tokens}t-{heads}x{width}-{outs}"
+                yield Case("head_linear", dtype, shape, draw, label, wide=wide)
+
+
 ATTENTION_LAYOUTS = [
     # heads, kv heads, dim, block size, window, softcap, sinks
     (4, 2, 64, 16, 0, 0, 0),

@@ -62,10 +62,15 @@ KERNELS: tuple[Kernel, ...] = (
         HALVES,
         name="latent_attention",
     ),
+    _kernel("head_linear", "head_linear", "head_linear", HALVES),
     _kernel("linear", "linear", "linear", ALL),
     _kernel("gated_linear", "gated_linear", "gated_linear", ALL),
+    _kernel("causal_conv1d", "causal_conv", "causal_conv1d", ALL),
+    _kernel("selective_scan", "scans", "selective_scan", ALL),
+    _kernel("ssd_scan", "scans", "ssd_scan", ALL),
     _kernel("prepare_decode", "step", "prepare_decode", ALL),
     _kernel("argmax", "step", "argmax", ALL),
+    _kernel("draw_tokens", "draw", "draw_tokens", ALL),
 )
 
 
