@@ -66,7 +66,7 @@ class BatchBuilder:
         """Pack a step whose deltas the table has applied; nothing waits for the device."""
         table = self.table
         chunks = step.chunks
-        rows = np.array([table.row_of[chunk.seq_id] for chunk in chunks])
+        rows = table.rows_of(tuple(chunk.seq_id for chunk in chunks))
         starts = np.array([chunk.start for chunk in chunks])
         if step.num_generations == len(chunks):
             return self._pack_generations(chunks, rows, starts)

@@ -59,13 +59,17 @@ class Completion:
             self.logits = []
         self._decoder = decoder
         self._rules = rules
+        self._ends = rules.eos_ids | rules.stop_ids
         self._include_stop = sampling.include_stop_str_in_output
         self._shown_chars = 0
         self._shown_tokens = 0
         self._text = detokenizer_for(request, decoder)
 
     def push(
-        self, token: int, logprobs: TokenLogprobs | None, logits: np.ndarray | None = None
+        self,
+        token: int,
+        logprobs: TokenLogprobs | None = None,
+        logits: np.ndarray | None = None,
     ) -> None:
         """Add a token and see whether it ends the completion."""
         self.token_ids.append(token)
@@ -76,7 +80,7 @@ class Completion:
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprobs.logprob
         rules = self._rules
         count = len(self.token_ids)
-        ends = rules.stops(token, count)
+        ends = token in self._ends and count >= rules.min_tokens
         if self._text is not None and (not ends or self._include_stop):
             stop = self._text.push(token, search=rules.may_stop(count))
             if stop is not None and not ends:

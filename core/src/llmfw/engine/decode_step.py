@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, LayerCache
+from llmfw.engine.batch import upload
 from llmfw.engine.step import Chunk
 from llmfw.ops import DeviceInfo, OpTable
 
@@ -35,25 +36,21 @@ class BlockTableMirror:
         self._device = device
 
     def apply(self, chunks: Iterable[Chunk], row_of: Mapping[int, int]) -> None:
-        """Note the blocks that a step's chunks bring, in one copy; nothing waits for the device."""
-        places: list[np.ndarray] = []
-        values: list[tuple[int, ...]] = []
+        """Note the blocks that chunks bring, in one copy; nothing waits for the device."""
+        places: list[int] = []
+        values: list[int] = []
         width = self.blocks.shape[1]
         for chunk in chunks:
-            if not chunk.blocks and not chunk.restart:
-                continue
             row = row_of[chunk.seq_id]
             start = 0 if chunk.restart else int(self._filled[row])
-            self._filled[row] = start + len(chunk.blocks)
-            places.append(np.arange(start, start + len(chunk.blocks)) + row * width)
-            values.append(chunk.blocks)
+            end = start + len(chunk.blocks)
+            self._filled[row] = end
+            places += range(row * width + start, row * width + end)
+            values += chunk.blocks
         if not places:
             return
-        staged = np.stack([np.concatenate(places), np.concatenate(values)]).astype(np.int64)
-        update = torch.from_numpy(staged)
-        if self._device.type == "cuda":
-            update = update.pin_memory().to(self._device, non_blocking=True)
-        self.blocks.view(-1).index_copy_(0, update[0], update[1].int())
+        where, what = upload([np.array(places), np.array(values)], torch.int64, self._device)
+        self.blocks.view(-1).index_copy_(0, where, what.int())
 
 
 @dataclass(frozen=True)

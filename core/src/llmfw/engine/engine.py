@@ -204,10 +204,11 @@ class LLMEngine:
             self._note_prompt_logprobs(seq_id, start, entries)
         for seq_id, (start, rows) in output.context_logits.items():
             if seq_id in self._by_seq:
-                with self._by_seq[seq_id][0].guard():
+                with self._by_seq[seq_id][0].lock:
                     self._by_seq[seq_id][0].note_context_logits(start, rows)
+        by_seq = self._by_seq
         for seq_id, token in zip(output.seq_ids, output.token_ids, strict=True):
-            entry = self._by_seq.get(seq_id)
+            entry = by_seq.get(seq_id)
             if entry is None:
                 continue  # ended while the step was in flight
             generation, receiver = entry
@@ -231,19 +232,24 @@ class LLMEngine:
     ) -> None:
         self._scheduler.receive(seq_id, token)
         self._counters.generated_tokens += 1
-        with generation.guard():
-            if generation.timings.first_token is None:
-                generation.timings.first_token = time.perf_counter()
-            completion.push(token, output.logprobs.get(seq_id), output.logits.get(seq_id))
+        timings = generation.timings
+        with generation.lock:
+            if timings.first_token is None:
+                timings.first_token = time.perf_counter()
+            if output.logprobs or output.logits:
+                completion.push(token, output.logprobs.get(seq_id), output.logits.get(seq_id))
+            else:
+                completion.push(token)
             if completion.finish_reason is None:
-                generation.tell()
+                if generation.streamed:
+                    generation.tell()
                 return
         self._scheduler.finish(seq_id)
         del self._by_seq[seq_id]
         if all(other.finish_reason is not None for other in generation.completions):
             self._finish(generation)
         else:
-            with generation.guard():
+            with generation.lock:
                 generation.tell()
 
     def _offer(
@@ -254,7 +260,7 @@ class LLMEngine:
             return
         moves = search.advance()
         self._counters.generated_tokens += max(1, len(moves))
-        with generation.guard():
+        with generation.lock:
             if generation.timings.first_token is None:
                 generation.timings.first_token = time.perf_counter()
             if not moves:
@@ -275,7 +281,7 @@ class LLMEngine:
         if generation is None or generation.prompt_logprobs is None:
             return
         prompt = generation.request.prompt_token_ids
-        with generation.guard():
+        with generation.lock:
             for position, logprobs in enumerate(entries, start=start):
                 entry = logprob_entry(prompt[position], logprobs, self._decode_one)
                 generation.prompt_logprobs[position] = entry

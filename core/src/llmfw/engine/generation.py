@@ -52,8 +52,9 @@ class Generation:
             self.prompt_logprobs = [None] * len(request.prompt_token_ids)
         self.context_logits: np.ndarray | None = None
         self._abort = abort
-        self._changed = threading.Condition()
-        self._streamed = streamed
+        self.lock = threading.RLock()  # held while completions change
+        self._changed = threading.Condition(self.lock)
+        self.streamed = streamed
         self._news = False
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
@@ -130,20 +131,16 @@ class Generation:
 
     # The engine's side.
 
-    def guard(self) -> threading.Condition:
-        """What to hold while completions change."""
-        return self._changed
-
     def note_context_logits(self, start: int, rows: np.ndarray) -> None:
-        """Keep rows [tokens, vocab] of the prompt's logits from `start` on; held: `guard`."""
+        """Keep rows [tokens, vocab] of the prompt's logits from `start` on; held: `lock`."""
         if self.context_logits is None:
             shape = (len(self.request.prompt_token_ids), rows.shape[1])
             self.context_logits = np.empty(shape, dtype=np.float32)
         self.context_logits[start : start + len(rows)] = rows
 
     def tell(self) -> None:
-        """Wake the reader; held: `guard`."""
-        if self.finished or self._streamed:
+        """Wake the reader; held: `lock`."""
+        if self.finished or self.streamed:
             self._news = True
             self._changed.notify_all()
             for loop, event in self._waiters:

@@ -25,10 +25,11 @@ logger = logging.getLogger("llmfw.engine")
 class Replayed:
     """A step that was replayed.
 
-    rows, positions: of each sequence, and where in it the new token stands (host).
+    seq_ids, rows, positions: the sequences, their rows, and where the new tokens stand (host).
     logits: [rows, vocab]. tokens: int64 [rows], the greedy ones, already in the table.
     """
 
+    seq_ids: tuple[int, ...]
     rows: np.ndarray
     positions: np.ndarray
     logits: torch.Tensor
@@ -83,23 +84,22 @@ class GraphRunner:
 
     def run(self, step: StepInput) -> Replayed | None:
         """Replay the step if graphs serve it; call it for each step, to keep the tables current."""
-        chunks, row_of = step.chunks, self._table.row_of
-        self._mirror.apply(chunks, row_of)
-        if not all(chunk.samples for chunk in chunks) or self._wants_prompt(step):
+        table, count = self._table, len(step.chunks)
+        self._mirror.apply(step.grown, table.row_of)
+        generates = step.num_generations == count
+        if not generates and count > 1:
             return None
-        if step.num_generations == len(chunks):
-            rows = np.array([row_of[chunk.seq_id] for chunk in chunks])
-            starts = np.array([chunk.start for chunk in chunks])
-            output = self._graphs.decode(rows, starts)
-            count = len(rows)
-            return Replayed(rows, starts + 1, output.logits[:count], output.tokens[:count])
+        seq_ids, starts, lens, samples, *_ = zip(*step.chunks, strict=True)
+        rows = table.rows_of(seq_ids)
+        if not all(samples) or table.prompt_rows[rows].any():
+            return None
+        if generates:
+            positions = np.array(starts)
+            output = self._graphs.decode(rows, positions)
+            logits, tokens = output.logits[:count], output.tokens[:count]
+            return Replayed(seq_ids, rows, positions + 1, logits, tokens)
         longest = self._graphs.lengths[-1] if self._graphs.lengths else 0
-        if len(chunks) == 1 and chunks[0].start == 0 and chunks[0].num_tokens <= longest:
-            row, count = row_of[chunks[0].seq_id], chunks[0].num_tokens
-            output = self._graphs.context(row, count)
-            return Replayed(np.array([row]), np.array([count]), output.logits, output.tokens)
-        return None
-
-    def _wants_prompt(self, step: StepInput) -> bool:
-        wanted, row_of = self._table.prompt_rows, self._table.row_of
-        return any(wanted[row_of[chunk.seq_id]] for chunk in step.chunks)
+        if starts[0] or lens[0] > longest:
+            return None
+        output = self._graphs.context(int(rows[0]), lens[0])
+        return Replayed(seq_ids, rows, np.array(lens), output.logits, output.tokens)

@@ -222,7 +222,7 @@ class ModelRunner:
         """Take a replayed step's greedy tokens, or sample from its logits where a row wants it."""
         rows, positions, tokens = replayed.rows, replayed.positions, replayed.tokens
         plan = plan_sampling(self.table, rows, positions)
-        seq_ids = tuple(chunk.seq_id for chunk in step.chunks)
+        seq_ids = replayed.seq_ids
         extras = NOTHING
         if plan.features:
             logits = replayed.logits

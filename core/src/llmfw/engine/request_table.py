@@ -86,9 +86,12 @@ class RequestTable:
             self._add(new)
         if step.forks:
             self._fork(step.forks)
-        for chunk in step.chunks:
-            if chunk.blocks or chunk.restart:
-                self._note_blocks(chunk)
+        for chunk in step.grown:
+            self._note_blocks(chunk)
+
+    def rows_of(self, seq_ids: tuple[int, ...]) -> np.ndarray:
+        """The sequences' rows, int64."""
+        return np.fromiter(map(self.row_of.__getitem__, seq_ids), np.int64, len(seq_ids))
 
     def clear(self) -> None:
         """Forget all sequences."""

@@ -111,6 +111,7 @@ class Scheduler:
         self._finished: list[int] = []  # to be told to the worker
         self._forks: list[Fork] = []  # to be told to the worker
         self._step_id = 0
+        self._naming = config.enable_prefix_caching
 
     @property
     def capacity(self) -> int:
@@ -213,8 +214,9 @@ class Scheduler:
         """Learn the value of a promised token; of a finished sequence it is ignored."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
-            sequence.tokens.append(token)
-            if len(sequence.tokens) % self.config.block_size == 0:
+            tokens = sequence.tokens
+            tokens.append(token)
+            if self._naming and len(tokens) % self.config.block_size == 0:
                 self._extend_digests(sequence)
 
     def finish(self, seq_id: int) -> None:
@@ -236,16 +238,15 @@ class Scheduler:
     def schedule(self) -> StepInput | None:
         """The next step, or None when nothing can be computed now."""
         plan = _Plan(self.config.max_num_batched_tokens)
-        settled = self._plan_running(plan)
-        generations: list[Chunk] = []
+        prefilling = self._plan_decoding(plan)
+        self._plan_prefilling(plan, prefilling)
+        generations = [self._generate(sequence, plan) for sequence in plan.decoding]
         contexts: list[Chunk] = []
         new: list[NewRequest] = []
         for sequence, count in plan.counts.items():
-            moved, sequence.moved = sequence.moved, False
-            blocks = sequence.blocks if moved else plan.blocks.get(sequence, ())
-            chunk = self._advance(sequence, count, blocks, restart=moved)
+            chunk = self._advance(sequence, count, plan.blocks.get(sequence, ()), restart=False)
             (generations if count == 1 else contexts).append(chunk)
-        if settled:
+        if plan.settled:
             self._admit(plan, generations, contexts, new)
         if not generations and not contexts:
             return None
@@ -261,31 +262,53 @@ class Scheduler:
         self.pool.check([self._held(sequence) for sequence in self._sequences.values()])
         assert all(not sequence.blocks for sequence in self.waiting)
 
-    def _plan_running(self, plan: _Plan) -> bool:
-        """Give budget to running sequences; False if blocks ran out: none may be admitted."""
-        settled = True
+    def _plan_decoding(self, plan: _Plan) -> list[Sequence]:
+        """Give a token each to sequences that lack one; those that lack more are returned."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running.values():
-            pending = sequence.pending
-            if pending:
+            pending = sequence.num_tokens - sequence.num_computed
+            if pending and sequence.num_tokens < sequence.limit:
                 (decoding if pending == 1 else prefilling).append(sequence)
-        for sequence in (*decoding, *prefilling):
-            if sequence.seq_id not in self.running:
-                continue  # preempted by one before it
+        del decoding[plan.budget :]
+        size = self.config.block_size
+        # Only at the start of a block can one be missing.
+        starved = {
+            sequence
+            for sequence in decoding
+            if not sequence.num_computed % size and not self._find_blocks(sequence, 1, plan)
+        }
+        if not plan.settled:
+            running = self.running
+            decoding = [
+                sequence
+                for sequence in decoding
+                if sequence.seq_id in running and sequence not in starved
+            ]
+        plan.decoding = decoding
+        plan.budget -= len(decoding)
+        return prefilling
+
+    def _plan_prefilling(self, plan: _Plan, prefilling: list[Sequence]) -> None:
+        """Give what is left of the budget to sequences that lack several tokens."""
+        for sequence in prefilling:
             count = min(sequence.pending, plan.budget)
-            if count == 0:
-                continue
-            missing = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
-            if missing > 0:
-                if missing > self.pool.num_free:
-                    settled = False
-                    if not self._preempt_for(sequence, missing, plan):
-                        continue
-                plan.blocks[sequence] = self.pool.allocate(missing)
-                sequence.blocks += plan.blocks[sequence]
-            plan.take(sequence, count)
-        return settled
+            if count and self._find_blocks(sequence, count, plan):
+                plan.take(sequence, count)
+
+    def _find_blocks(self, sequence: Sequence, count: int, plan: _Plan) -> bool:
+        """Give a running sequence the blocks that it lacks; False if it has to wait for them."""
+        if sequence.seq_id not in self.running:
+            return False  # preempted by one before it
+        missing = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        if missing > 0:
+            if missing > self.pool.num_free:
+                plan.settled = False
+                if not self._preempt_for(sequence, missing, plan):
+                    return False
+            plan.blocks[sequence] = self.pool.allocate(missing)
+            sequence.blocks += plan.blocks[sequence]
+        return True
 
     def _admit(
         self, plan: _Plan, generations: list[Chunk], contexts: list[Chunk], new: list[NewRequest]
@@ -329,6 +352,24 @@ class Scheduler:
             chunk = self._advance(sequence, count, sequence.blocks, restart=True)
             (generations if count == 1 else contexts).append(chunk)
 
+    def _generate(self, sequence: Sequence, plan: _Plan) -> Chunk:
+        """The chunk of a sequence that lacks one token, which promises the next."""
+        start = sequence.num_computed
+        sequence.num_computed = start + 1
+        if sequence.num_named < len(sequence.digests):
+            self._name_blocks(sequence)
+        if sequence.group is not None:
+            return self._generate_beam(sequence, start)
+        sequence.num_tokens += 1  # promised
+        blocks = plan.blocks.get(sequence) if plan.blocks else None
+        fields = (sequence.seq_id, start, 1, True, tuple(blocks) if blocks else (), False)
+        return tuple.__new__(Chunk, fields)  # in half the time of Chunk(...)
+
+    def _generate_beam(self, sequence: Sequence, start: int) -> Chunk:
+        moved, sequence.moved = sequence.moved, False
+        blocks = tuple(sequence.blocks) if moved else ()
+        return Chunk(sequence.seq_id, start, 1, True, blocks, moved)
+
     def _advance(
         self, sequence: Sequence, count: int, blocks: list[int] | tuple[int, ...], *, restart: bool
     ) -> Chunk:
@@ -337,12 +378,15 @@ class Scheduler:
         samples = sequence.num_computed == sequence.num_tokens
         if samples and sequence.group is None:
             sequence.num_tokens += 1  # promised
-        full = min(sequence.num_computed // self.config.block_size, len(sequence.digests))
-        if full > sequence.num_named:
-            for index in range(sequence.num_named, full):
-                self.pool.name(sequence.blocks[index], sequence.digests[index])
-            sequence.num_named = full
+        self._name_blocks(sequence)
         return Chunk(sequence.seq_id, start, count, samples, tuple(blocks), restart)
+
+    def _name_blocks(self, sequence: Sequence) -> None:
+        """Tell the pool of full blocks of known tokens."""
+        full = min(sequence.num_computed // self.config.block_size, len(sequence.digests))
+        for index in range(sequence.num_named, full):
+            self.pool.name(sequence.blocks[index], sequence.digests[index])
+        sequence.num_named = max(sequence.num_named, full)
 
     def _preempt_for(self, sequence: Sequence, missing: int, plan: _Plan) -> bool:
         """Free blocks by preempting the latest sequences, never `sequence` or one before it."""
@@ -355,7 +399,9 @@ class Scheduler:
         for victim in victims:
             if missing <= self.pool.num_free:
                 break
-            assert victim not in plan.counts  # those planned before are earlier ones
+            # those planned before are earlier ones
+            assert victim not in plan.counts
+            assert victim not in plan.decoding
             del self.running[victim.seq_id]
             self._free(victim)
             self.waiting.appendleft(victim)
@@ -407,12 +453,18 @@ class Scheduler:
 
 
 class _Plan:
-    """What a step has given out so far."""
+    """What a step has given out so far.
+
+    decoding: sequences that get one token, their last. counts: tokens of the others. blocks: those
+    added. settled: False once blocks ran out; then none may be admitted.
+    """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.decoding: list[Sequence] = []
         self.counts: dict[Sequence, int] = {}
         self.blocks: dict[Sequence, list[int]] = {}
+        self.settled = True
 
     def take(self, sequence: Sequence, count: int) -> None:
         self.counts[sequence] = count

@@ -92,6 +92,11 @@ class StepInput:
         """Tokens the model computes in this step."""
         return sum(chunk.num_tokens for chunk in self.chunks)
 
+    @property
+    def grown(self) -> list[Chunk]:
+        """The chunks that bring blocks."""
+        return [chunk for chunk in self.chunks if chunk.blocks or chunk.restart]
+
 
 class TokenLogprobs(NamedTuple):
     """A token's log probability and rank, and the most probable tokens with theirs, best first."""
