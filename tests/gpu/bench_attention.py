@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Any
 
 import torch
 
@@ -22,7 +23,11 @@ from gpu.bench_common import (
 from gpu.kernel_cases import Batch, attention_arguments
 from llmfw.kernels.cupy import prefill as prefill_module
 from llmfw.kernels.cupy import tune
+from llmfw.kernels.cupy.attention import Part
+from llmfw.kernels.cupy.latent_attention import LatentAttention
 from llmfw.kernels.cupy.paged_decode import PagedDecode
+
+LATENT_POINTS = [(b, n) for b in (1, 8, 32, 64, 256) for n in (128, 512, 1024, 4096)]
 
 
 def attention() -> None:
@@ -128,6 +133,54 @@ def decode_caches(
         (randn(total, 16, kv_heads, dim), randn(total, 16, kv_heads, dim)) for _ in range(layers)
     ]
     return caches, tables
+
+
+def latent() -> None:
+    """Attention of generation requests over a latent cache of 512 + 64 values a token."""
+    for heads in (16, 128):
+        shape = latent_shape(heads)
+        attend = LatentAttention(context_of("paged_attention", shape))
+        for batch, length in LATENT_POINTS:
+            nbytes = batch * length * shape["head_dim"] * 2
+            runs = latent_runs(attend, batch, length)
+            plan = attend.plan(batch, 1, length)
+            label = f"{heads} heads decode {batch} x {length}"
+            facts = {"splits": plan.splits, "keys": plan.tile.keys}
+            report("latent", label, tune.graph_time(runs), nbytes, **facts)
+            del runs
+
+
+def latent_shape(heads: int) -> dict[str, int]:
+    """The context of a latent layer's paged_attention."""
+    return {
+        "num_heads": heads,
+        "num_kv_heads": 1,
+        "head_dim": 576,
+        "v_head_dim": 512,
+        "window": 0,
+        "softcap": 0,
+        "sinks": 0,
+        "block_size": 16,
+        "latent": 1,
+    }
+
+
+def latent_runs(attend: LatentAttention, batch: int, length: int, **overrides: Any) -> list[Run]:
+    """One launch for each of some layers' caches; all requests have `length` keys."""
+    heads = attend.heads
+    blocks = -(-length // 16)
+    layers = int(min(24, max(1, -(-COLD // (batch * length * heads.head_dim * 2)))))
+    tables = torch.randperm(batch * blocks, device=DEVICE).int().view(batch, blocks)
+    q = randn(batch, heads.num_heads, heads.head_dim)
+    out = torch.empty(batch, heads.num_heads * heads.v_dim, dtype=BF16, device=DEVICE)
+    cumulative = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
+    lens = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
+    part = Part(0, batch, 1, length, settled=True)
+    scale = heads.head_dim**-0.5
+    return [
+        functools.partial(attend, out, q, cache, tables, cumulative, lens, part, scale, **overrides)
+        for cache in (randn(batch * blocks, 16, 1, heads.head_dim) for _ in range(layers))
+    ]
 
 
 def prefill() -> None:

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gpu.bench_attention import attention, prefill
+from gpu.bench_attention import attention, latent, prefill
 from gpu.bench_common import RESULTS
 from gpu.bench_products import chain, layers, products
 from gpu.bench_small import elementwise, launches, limits, step
@@ -28,6 +28,7 @@ SECTIONS: dict[str, Callable[[], None]] = {
     "elementwise": elementwise,
     "step": step,
     "attention": attention,
+    "latent": latent,
     "products": products,
     "layers": layers,
     "chain": chain,
