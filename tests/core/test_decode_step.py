@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from llmfw.engine.context_step import ContextStep
 from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
-from llmfw.engine.decode_step import BlockTableMirror, DecodeStep
+from llmfw.engine.decode_step import BlockTableMirror, DecodeStep, Memory
 from llmfw.engine.step import Chunk
 from llmfw.testing import PackedSession
 from parity import ours_from, random_prompts, tiny_hf
@@ -74,14 +74,16 @@ def test_padded_steps_give_the_tokens_of_single_ones(model):
     mirror.apply([Chunk(9, 0, 1, True, (session._free.pop(),), True)], {9: ROWS})
     step = DecodeStep(
         exact_lengths(model),
-        flat_tokens=tokens.view(-1),
-        max_model_len=MAX_LEN,
-        blocks=mirror.blocks,
-        block_size=BLOCK,
-        caches=session.caches,
-        num_groups=1,
+        Memory(
+            flat_tokens=tokens.view(-1),
+            max_model_len=MAX_LEN,
+            blocks=mirror.blocks,
+            block_size=BLOCK,
+            caches=session.caches,
+            num_groups=1,
+            padding_row=ROWS,
+        ),
         size=SIZE,
-        padding_row=ROWS,
         max_kv_len=MAX_LEN,
     )
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -107,14 +109,16 @@ def test_a_row_that_is_not_finite_gets_no_token():
     tokens = torch.zeros(8, dtype=torch.int32)
     step = DecodeStep(
         lambda *_: torch.tensor([[1.0, 3.0], [float("nan"), 0.0]]),
-        flat_tokens=tokens,
-        max_model_len=4,
-        blocks=torch.zeros(2, 1, dtype=torch.int32),
-        block_size=4,
-        caches={},
-        num_groups=1,
+        Memory(
+            flat_tokens=tokens,
+            max_model_len=4,
+            blocks=torch.zeros(2, 1, dtype=torch.int32),
+            block_size=4,
+            caches={},
+            num_groups=1,
+            padding_row=1,
+        ),
         size=2,
-        padding_row=1,
         max_kv_len=4,
     )
     step.stage(np.array([0]), np.array([1]))
@@ -155,14 +159,16 @@ def test_a_padded_prompt_gives_the_token_of_an_ordinary_one(model, count: int):
     blocks[1, :4] = torch.tensor([9, 2, 7, 4])
     step = ContextStep(
         exact_prompt(model),
-        flat_tokens=tokens.view(-1),
-        max_model_len=MAX_LEN,
-        blocks=blocks,
-        block_size=BLOCK,
-        caches=session.caches,
-        num_groups=1,
+        Memory(
+            flat_tokens=tokens.view(-1),
+            max_model_len=MAX_LEN,
+            blocks=blocks,
+            block_size=BLOCK,
+            caches=session.caches,
+            num_groups=1,
+            padding_row=2,
+        ),
         length=16,
-        padding_row=2,
         ops=model.model_config.ops,
     )
     before = [cache.k.clone() for cache in session.caches.values()]

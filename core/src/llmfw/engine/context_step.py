@@ -6,12 +6,10 @@ a few lengths it is captured once, as decode steps are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, LayerCache
-from llmfw.engine.decode_step import DecodeOutput, Forward
+from llmfw.attention.metadata import AttentionMetadata
+from llmfw.engine.decode_step import DecodeOutput, Forward, Memory
 from llmfw.ops.table import OpTable
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -22,45 +20,21 @@ class ContextStep:
 
     Args:
         forward: The model.
-        flat_tokens: int32 [rows * max_model_len], the token values of all rows (device).
-        max_model_len: Tokens that a row has room for.
-        blocks: int32 [rows, max_blocks], the rows' block tables (device).
-        block_size: Tokens of a cache block.
-        caches: K and V by layer index.
-        num_groups: Groups of layers that share the block table.
+        memory: What it reads and writes; padded tokens write into the padding row's block.
         length: Tokens of the padded prompt.
-        padding_row: A row that no request has; padded tokens write into its block.
         ops: Finds the kernel that chooses the token.
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        *,
-        flat_tokens: torch.Tensor,
-        max_model_len: int,
-        blocks: torch.Tensor,
-        block_size: int,
-        caches: Mapping[int, LayerCache],
-        num_groups: int,
-        length: int,
-        padding_row: int,
-        ops: OpTable,
-    ) -> None:
-        device = flat_tokens.device
+    def __init__(self, forward: Forward, memory: Memory, *, length: int, ops: OpTable) -> None:
+        device = memory.flat_tokens.device
         self._forward = forward
+        self._memory = memory
         self._ops = ops
-        self._flat_tokens = flat_tokens
-        self._max_model_len = max_model_len
-        self._blocks = blocks[:, : -(-length // block_size)]
-        self._block_size = block_size
-        self._caches = caches
-        self._num_groups = num_groups
-        self._padding_row = padding_row
+        self._blocks = memory.first_blocks(length)
         self.length = length
         self._positions = torch.arange(length, device=device)
         self.inputs = torch.zeros(2, 1, dtype=torch.int64, device=device)  # row, tokens
-        self.inputs[0].fill_(padding_row)
+        self.inputs[0].fill_(memory.padding_row)
         self.inputs[1].fill_(1)
 
     def stage(self, row: int, count: int) -> None:
@@ -70,16 +44,16 @@ class ContextStep:
 
     def compute(self) -> DecodeOutput:
         """Run the model over the staged prompt and put the greedy token behind it."""
+        memory, size = self._memory, self._memory.block_size
         row, count = self.inputs[0], self.inputs[1]  # [1] each
         positions = self._positions
-        first = row * self._max_model_len
-        input_ids = self._flat_tokens.index_select(0, first + positions).long()
+        first = row * memory.max_model_len
+        input_ids = memory.flat_tokens.index_select(0, first + positions).long()
         table = self._blocks.index_select(0, row)  # [1, blocks]
-        block = table[0].index_select(0, positions // self._block_size).long()
-        spare = self._blocks[self._padding_row, 0].long()
+        block = table[0].index_select(0, positions // size).long()
+        spare = self._blocks[memory.padding_row, 0].long()
         block = torch.where(positions < count, block, spare)
-        slots = block * self._block_size + positions % self._block_size
-        view = CacheGroupView(table, slots, self._block_size)
+        slots = block * size + positions % size
         cumulative = torch.cat((torch.zeros_like(count), count)).int()
         metadata = AttentionMetadata(
             query_lens=(self.length,),
@@ -88,12 +62,12 @@ class ContextStep:
             cu_query_lens=cumulative,
             kv_lens_device=count.int(),
             positions=positions,
-            groups=(view,) * self._num_groups,
-            caches=self._caches,
+            groups=memory.groups(table, slots),
+            caches=memory.caches,
             logits_indices=count - 1,
             max_query_len=self.length,
             max_kv_len=self.length,
         )
         logits = self._forward(metadata, input_ids, positions)
         argmax = self._ops.resolve("argmax", logits.dtype, vocab_size=logits.shape[-1])
-        return DecodeOutput(logits, argmax(logits, self._flat_tokens, first + count))
+        return DecodeOutput(logits, argmax(logits, memory.flat_tokens, first + count))

@@ -61,19 +61,44 @@ class DecodeOutput:
     tokens: torch.Tensor
 
 
-class DecodeStep:
-    """Computes one token of `size` generation requests; the same kernels and addresses every time.
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What all steps of a worker read and write on the device, whatever their size.
 
     Args:
-        forward: The model.
         flat_tokens: int32 [rows * max_model_len], the token values of all rows (device).
         max_model_len: Tokens that a row has room for.
         blocks: int32 [rows, max_blocks], the rows' block tables (device).
         block_size: Tokens of a cache block.
         caches: K and V by layer index.
         num_groups: Groups of layers that share the block table.
-        size: Requests of the padded batch.
         padding_row: A row that no request has; its block is one that no request has.
+    """
+
+    flat_tokens: torch.Tensor
+    max_model_len: int
+    blocks: torch.Tensor
+    block_size: int
+    caches: Mapping[int, LayerCache]
+    num_groups: int
+    padding_row: int
+
+    def first_blocks(self, tokens: int) -> torch.Tensor:
+        """The part of the block tables that so many tokens of each row take."""
+        return self.blocks[:, : -(-tokens // self.block_size)]
+
+    def groups(self, tables: torch.Tensor, slots: torch.Tensor) -> tuple[CacheGroupView, ...]:
+        """A step's view of the cache, for every group."""
+        return (CacheGroupView(tables, slots, self.block_size),) * self.num_groups
+
+
+class DecodeStep:
+    """Computes one token of `size` generation requests; the same kernels and addresses every time.
+
+    Args:
+        forward: The model.
+        memory: What it reads and writes.
+        size: Requests of the padded batch.
         max_kv_len: No request of the step is longer.
         ops: Finds the kernels that run before and after the model; the references when left out.
         dtype: The model's.
@@ -82,57 +107,46 @@ class DecodeStep:
     def __init__(
         self,
         forward: Forward,
+        memory: Memory,
         *,
-        flat_tokens: torch.Tensor,
-        max_model_len: int,
-        blocks: torch.Tensor,
-        block_size: int,
-        caches: Mapping[int, LayerCache],
-        num_groups: int,
         size: int,
-        padding_row: int,
         max_kv_len: int,
         ops: OpTable | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        device = flat_tokens.device
+        device = memory.flat_tokens.device
         self._forward = forward
+        self._memory = memory
         self._ops = ops or OpTable(DeviceInfo(device, frozenset()))
         self._prepare = self._ops.resolve("prepare_decode", dtype)
-        self._flat_tokens = flat_tokens
-        self._max_model_len = max_model_len
-        self._blocks = blocks[:, : -(-max_kv_len // block_size)]
-        self._block_size = block_size
-        self._caches = caches
-        self._num_groups = num_groups
+        self._blocks = memory.first_blocks(max_kv_len)
         self.size = size
         self.max_kv_len = max_kv_len
-        self._padding_row = padding_row
         self._cu_query_lens = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.inputs = torch.zeros(2, size, dtype=torch.int64, device=device)  # rows, positions
-        self.inputs[0].fill_(padding_row)
+        self.inputs[0].fill_(memory.padding_row)
 
     def stage(self, rows: np.ndarray, positions: np.ndarray) -> None:
         """Upload the step's rows and positions, padded; nothing waits for the device."""
         host = torch.zeros(2, self.size, dtype=torch.int64, pin_memory=self.inputs.is_cuda)
         array = host.numpy()
-        array[0, len(rows) :] = self._padding_row
+        array[0, len(rows) :] = self._memory.padding_row
         array[0, : len(rows)] = rows
         array[1, : len(rows)] = positions
         self.inputs.copy_(host, non_blocking=True)
 
     def compute(self) -> DecodeOutput:
         """Run the model over the staged requests and put each greedy token in its place."""
+        memory = self._memory
         rows, positions = self.inputs[0], self.inputs[1]
         input_ids, targets, slots, kv_lens, tables = self._prepare(
             rows,
             positions,
-            self._flat_tokens,
+            memory.flat_tokens,
             self._blocks,
-            self._max_model_len,
-            self._block_size,
+            memory.max_model_len,
+            memory.block_size,
         )
-        view = CacheGroupView(tables, slots, self._block_size)
         metadata = AttentionMetadata(
             query_lens=(1,) * self.size,
             kv_lens=(self.max_kv_len,) * self.size,
@@ -140,12 +154,12 @@ class DecodeStep:
             cu_query_lens=self._cu_query_lens,
             kv_lens_device=kv_lens,
             positions=positions,
-            groups=(view,) * self._num_groups,
-            caches=self._caches,
+            groups=memory.groups(tables, slots),
+            caches=memory.caches,
             max_query_len=1,
             max_kv_len=self.max_kv_len,
         )
         logits = self._forward(metadata, input_ids, positions)
         argmax = self._ops.resolve("argmax", logits.dtype, vocab_size=logits.shape[-1])
-        tokens = argmax(logits, self._flat_tokens, targets)
+        tokens = argmax(logits, memory.flat_tokens, targets)
         return DecodeOutput(logits, tokens)

@@ -14,7 +14,7 @@ from llmfw.attention.metadata import LayerCache
 from llmfw.config import ModelConfig
 from llmfw.engine.context_step import ContextStep
 from llmfw.engine.cuda_graphs import StepGraphs
-from llmfw.engine.decode_step import BlockTableMirror, DecodeStep, Forward
+from llmfw.engine.decode_step import BlockTableMirror, DecodeStep, Forward, Memory
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.step import StepInput
 
@@ -61,24 +61,24 @@ class GraphRunner:
         rows, width = table.tokens.shape[0], table.blocks.shape[1]
         self._mirror = BlockTableMirror(rows, width, table.tokens.device)
         self._mirror.blocks[table.padding_row] = num_blocks
-        shared: dict[str, Any] = {
-            "flat_tokens": table.flat_tokens,
-            "max_model_len": table.max_model_len,
-            "blocks": self._mirror.blocks,
-            "block_size": table.block_size,
-            "caches": caches,
-            "num_groups": num_groups,
-            "padding_row": table.padding_row,
-            "ops": config.ops,
-        }
+        memory = Memory(
+            flat_tokens=table.flat_tokens,
+            max_model_len=table.max_model_len,
+            blocks=self._mirror.blocks,
+            block_size=table.block_size,
+            caches=caches,
+            num_groups=num_groups,
+            padding_row=table.padding_row,
+        )
+        ops, dtype = config.ops, config.dtype
 
         def make_decode(size: int, max_kv_len: int) -> DecodeStep:
             return DecodeStep(
-                forward, size=size, max_kv_len=max_kv_len, dtype=config.dtype, **shared
+                forward, memory, size=size, max_kv_len=max_kv_len, ops=ops, dtype=dtype
             )
 
         def make_context(length: int) -> ContextStep:
-            return ContextStep(forward, length=length, **shared)
+            return ContextStep(forward, memory, length=length, ops=ops)
 
         self._graphs = StepGraphs(make_decode, make_context, table.padding_row, table.max_model_len)
 
