@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_helpers import run
-from converting import LLAMA, changed_config, files_of, logits_of, written
+from converting import LLAMA, files_of, logits_of, written
 from gguf_files import decoder_tensors, write_gguf
 from llmfw import Mapping
 from llmfw.errors import CheckpointError, ConfigError, UsageError
@@ -21,7 +20,6 @@ from llmfw.models.convert import convert_checkpoint
 from llmfw.models.export import export_checkpoint
 from llmfw.weights import open_checkpoint
 from published_layouts import LAYOUTS, tensors_of, write
-from published_mxfp4 import blocks_and_scales
 
 # Dense decoders of stock layers; those of others are not cut yet, and say so.
 CUT = [
@@ -204,45 +202,6 @@ def test_a_gguf_file_becomes_a_checkpoint_and_says_what_it_was(
     assert torch.equal(logits_of(tmp_path / "converted"), logits_of(file))
     export_checkpoint(tmp_path / "converted", tmp_path / "back")
     assert torch.equal(logits_of(tmp_path / "back"), logits_of(file))
-
-
-def packed_float8(folder: Path) -> Path:
-    """A layout with its linear layers in float8, a scale for each block of 16 x 16."""
-    tensors = {}
-    for name, value in tensors_of(LLAMA).items():
-        tensors[name] = value
-        if "_proj." in name:
-            tensors[name] = value.to(torch.float8_e4m3fn)
-            blocks = [-(-size // 16) for size in value.shape]
-            tensors[f"{name}_scale_inv"] = torch.rand(blocks) + 0.5
-    write(LLAMA, folder, tensors)
-    changed_config(folder, quantization_config={"weight_block_size": [16, 16]})
-    return folder
-
-
-def packed_mxfp4(folder: Path) -> Path:
-    """gpt-oss, its experts in MXFP4."""
-    packed = blocks_and_scales()
-    stems = {name.removesuffix("_blocks") for name in packed}
-    plain = tensors_of("GptOssForCausalLM").items()
-    kept = {name: value for name, value in plain if name not in stems}
-    write("GptOssForCausalLM", folder, {**kept, **packed})
-    changed_config(folder, quantization_config={"quant_method": "mxfp4"})
-    return folder
-
-
-@pytest.mark.parametrize("pack", [packed_float8, packed_mxfp4])
-def test_packed_weights_are_dequantised_which_is_told(pack: Callable[[Path], Path], tmp_path: Path):
-    source = pack(tmp_path / "source")
-    report = convert_checkpoint(source, tmp_path / "converted")
-    assert {step.step for step in report.config.lossy} == {"packed"}
-    stored = load_file(tmp_path / "converted" / "rank0.safetensors")
-    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
-    assert torch.equal(logits_of(tmp_path / "converted"), logits_of(source))
-    back = export_checkpoint(tmp_path / "converted", tmp_path / "back")
-    assert not back.identical
-    assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
-    assert torch.equal(logits_of(tmp_path / "back"), logits_of(source))
 
 
 def test_what_does_not_travel_is_told(tmp_path: Path):

@@ -9,23 +9,37 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from llmfw.weights.staging import staging_path
 from published_layouts import tensors_of, write
+from published_packed import packed_gpt_oss
 
 DRIVER = Path(__file__).with_name("killed_converts.py")
 # A published checkpoint with a side file of ignored tensors.
 ARCHITECTURE = "GPTNeoXForCausalLM"
 
 
+def published(folder: Path) -> None:
+    write(ARCHITECTURE, folder, tensors_of(ARCHITECTURE))
+
+
 @pytest.mark.parametrize(
-    ("seed", "count"), [(0, 4), pytest.param(1, 150, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("make", "seed", "count"),
+    [
+        pytest.param(published, 0, 4, id="few"),
+        pytest.param(packed_gpt_oss, 0, 2, id="packed, few"),
+        pytest.param(published, 1, 150, id="many", marks=pytest.mark.slow),
+        pytest.param(packed_gpt_oss, 1, 50, id="packed, many", marks=pytest.mark.slow),
+    ],
 )
-def test_killed_at_random_points(seed: int, count: int, tmp_path: Path):
-    write(ARCHITECTURE, tmp_path / "source", tensors_of(ARCHITECTURE))
+def test_killed_at_random_points(
+    make: Callable[[Path], object], seed: int, count: int, tmp_path: Path
+):
+    make(tmp_path / "source")
     command = [sys.executable, str(DRIVER), str(tmp_path / "source"), str(tmp_path)]
     done = subprocess.run(
         [*command, str(seed), str(count)], capture_output=True, text=True, check=False

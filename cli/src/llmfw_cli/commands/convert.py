@@ -49,7 +49,9 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
     dtype: Annotated[
         str,
-        typer.Option(help="auto (each tensor's own), float32, bfloat16 or float16."),
+        typer.Option(
+            help="auto (each tensor's own, packed ones as they are), float32, bfloat16 or float16."
+        ),
     ] = "auto",
     tp: Annotated[
         int, typer.Option("--tp", min=1, help="Tensor-parallel ranks: one file each.")

@@ -1,7 +1,7 @@
 """`llmfw convert`: a model's weights, fused and cut for its modules, in a directory of our own.
 
-Tensors stream through one at a time. The work of a process that was killed is kept and gone on
-with; the directory appears in one step, when all of it is there.
+Tensors stream through one at a time; packed ones stay packed. The work of a process that was killed
+is kept and gone on with; the directory appears in one step, when all of it is there.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from llmfw.models.weights import has_own_load_weights
 from llmfw.weights import Checkpoint, LoadPlan
 from llmfw.weights.converted import CHECKSUMS, IGNORED, rank_file
 from llmfw.weights.converted_config import HF_FOLDER, ConvertedConfig, LossyStep, SourceSummary
+from llmfw.weights.dequantising import Dequantising
 from llmfw.weights.layout import layout_digest
 from llmfw.weights.loader import loaded_dtype, read_parameter, stored_dtype
+from llmfw.weights.packed import PACKED, kept_packed, sources_of, stays
 from llmfw.weights.plan import FilledSlot, dtype_text, stored_as
 from llmfw.weights.safetensors_reader import INDEX_NAME
 from llmfw.weights.source_record import NAME as SOURCE_NAME
@@ -76,8 +78,9 @@ def convert_checkpoint(
     Args:
         model: A Hugging Face directory, a GGUF file, an alias or a hub id.
         out: The directory to make.
-        dtype: "auto" leaves each tensor in its own, and gives what has to be dequantised the
-            model's. Any other converts all floating-point parameters, and the checkpoint says so.
+        dtype: "auto" leaves each tensor in its own, packed ones (MXFP4, float8) as they are; those
+            of a GGUF file are dequantised into the model's. Any other converts all floating-point
+            parameters, also packed ones, and the checkpoint says so.
         mapping: Sizes of the parallel run that it is for; all ranks are written.
         keep_ignored: Whether tensors that the model does not take are kept in a side file.
         progress: Called after each tensor with (bytes done, bytes in all, name).
@@ -101,9 +104,11 @@ def convert_checkpoint(
     asked = None if dtype == "auto" else choose_dtype(dtype, {})
     ranks = list(_ranks(model, asked, mapping, settings))
     prepared, checkpoint = ranks[0].prepared, ranks[0].checkpoint
-    files = {rank_file(rank.number): list(rank.tensors(asked)) for rank in ranks}
-    if keep_ignored and ranks[0].plan.ignored:
-        files[IGNORED] = list(ranks[0].ignored())
+    packed = _kept_packed(ranks, asked, keep_ignored)
+    files = {rank_file(rank.number): list(rank.tensors(asked, packed)) for rank in ranks}
+    beside = {PACKED: list(_stored(checkpoint, packed))}
+    beside[IGNORED] = list(ranks[0].ignored(packed)) if keep_ignored else []
+    files |= {name: tensors for name, tensors in beside.items() if tensors}
     state = state_of(checkpoint)
     identity = {
         "source": state,
@@ -117,7 +122,7 @@ def convert_checkpoint(
         with Staging(out, identity) as staging:
             resumed = len(staging.done)
             checksums = stream_tensors(staging, files, progress, sync_bytes)
-            config = _complete(staging.folder, ranks, asked, keep_ignored, checksums)
+            config = _complete(staging.folder, ranks, asked, keep_ignored, packed, checksums)
             if state_of(checkpoint) != state:
                 raise CheckpointError(
                     f"{checkpoint.path}: was changed while it was converted", hint="convert again"
@@ -140,6 +145,7 @@ def _complete(
     ranks: Sequence[_Rank],
     asked: torch.dtype | None,
     keep_ignored: bool,
+    packed: frozenset[str],
     checksums: dict[str, dict[str, str]],
 ) -> ConvertedConfig:
     """Writes all files but weights and config.json, whose contents it gives back."""
@@ -148,7 +154,13 @@ def _complete(
     left_behind = carry_over(ranks[0].prepared.source.model_dir, folder / HF_FOLDER, known)
     (folder / SOURCE_NAME).write_text(record.to_json(), encoding="utf-8")
     write_json(folder / CHECKSUMS, checksums)
-    return _config_of(ranks, asked, record.digest, keep_ignored, left_behind)
+    lossy = tuple(_lossy(ranks[0], asked, keep_ignored, packed))
+    return replace(
+        _config_of(ranks, asked, record.digest),
+        packed=record.format if packed else None,
+        lossy=lossy,
+        left_behind=left_behind,
+    )
 
 
 @dataclass(frozen=True)
@@ -160,18 +172,41 @@ class _Rank:
     checkpoint: Checkpoint
     plan: LoadPlan
 
-    def tensors(self, asked: torch.dtype | None) -> Iterator[PendingTensor]:
-        """Its parameters, in the order of the source's files."""
+    def tensors(self, asked: torch.dtype | None, packed: frozenset[str]) -> Iterator[PendingTensor]:
+        """Its parameters, in the order of the source's files; not those that stay packed."""
         for filled in self.plan.filled:
+            if stays(sources_of(filled), packed):
+                continue
             dtype = _written_dtype(filled, asked)
             read = partial(read_parameter, filled, self.checkpoint, dtype)
             yield PendingTensor(filled.slot.path, filled.slot.shape, dtype, read)
 
-    def ignored(self) -> Iterator[PendingTensor]:
-        """What it does not take."""
+    def ignored(self, packed: frozenset[str]) -> Iterator[PendingTensor]:
+        """What it does not take, and does not stay packed."""
         for each in self.plan.ignored:
+            if stays(each.expr.sources(), packed):
+                continue
             read = partial(each.expr.read, self.checkpoint)
             yield PendingTensor(each.name, each.expr.shape, each.expr.dtype, read)
+
+
+def _kept_packed(
+    ranks: Sequence[_Rank], asked: torch.dtype | None, keep_ignored: bool
+) -> frozenset[str]:
+    """The source's tensors that stay packed: those in safetensors, unless a dtype is asked for."""
+    checkpoint = ranks[0].checkpoint
+    stays = isinstance(checkpoint, Dequantising) and asked is None
+    return kept_packed([rank.plan for rank in ranks], keep_ignored) if stays else frozenset()
+
+
+def _stored(checkpoint: Checkpoint, packed: frozenset[str]) -> Iterator[PendingTensor]:
+    """The stored form of tensors that stay packed, in the order of the source's files."""
+    if isinstance(checkpoint, Dequantising):
+        for name in (name for name in checkpoint.names() if name in packed):
+            for each in checkpoint.stored_names(name):
+                info = checkpoint.stored.info(each)
+                read = partial(checkpoint.stored.tensor, each)
+                yield PendingTensor(each, info.shape, info.dtype, read)
 
 
 def _ranks(
@@ -211,7 +246,7 @@ def _written_dtype(filled: FilledSlot, asked: torch.dtype | None) -> torch.dtype
 
 
 def _is_packed(filled: FilledSlot) -> bool:
-    return any(source.info.is_packed for fill in filled.fills for source in fill.expr.sources())
+    return any(source.info.is_packed for source in sources_of(filled))
 
 
 def state_of(checkpoint: Checkpoint) -> list[list[Any]]:
@@ -220,13 +255,7 @@ def state_of(checkpoint: Checkpoint) -> list[list[Any]]:
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
-def _config_of(
-    ranks: Sequence[_Rank],
-    asked: torch.dtype | None,
-    digest: str,
-    keep_ignored: bool,
-    left_behind: tuple[str, ...],
-) -> ConvertedConfig:
+def _config_of(ranks: Sequence[_Rank], asked: torch.dtype | None, digest: str) -> ConvertedConfig:
     first = ranks[0]
     prepared, plan = first.prepared, first.plan
     mapping = prepared.model_config.mapping
@@ -245,18 +274,20 @@ def _config_of(
         layouts=tuple(layout_digest(rank.plan) for rank in ranks),
         parameter_dtypes={path: dtype_text(dtype) for path, dtype in kinds.items()},
         ties=plan.ties,
-        lossy=tuple(_lossy(first, asked, keep_ignored)),
-        left_behind=left_behind,
     )
 
 
-def _lossy(rank: _Rank, asked: torch.dtype | None, keep_ignored: bool) -> Iterator[LossyStep]:
+def _lossy(
+    rank: _Rank, asked: torch.dtype | None, keep_ignored: bool, packed: frozenset[str]
+) -> Iterator[LossyStep]:
     """What an export will not give back."""
     source, plan = rank.prepared.source, rank.plan
     if source.gguf is not None:
         yield LossyStep("gguf", f"{source.gguf.name} was dequantised and is no GGUF file any more")
     changed: Counter[tuple[str, str]] = Counter()
     for filled in plan.filled:
+        if stays(sources_of(filled), packed):
+            continue
         dtype = _written_dtype(filled, asked)
         for fill in filled.fills:
             step = "packed" if _is_packed(filled) else "dtype"

@@ -37,7 +37,8 @@ from llmfw.weights.converted_config import (
 from llmfw.weights.expressions import Source
 from llmfw.weights.gather import Gather
 from llmfw.weights.layout import layout_digest
-from llmfw.weights.safetensors_reader import INDEX_NAME, SINGLE_NAME
+from llmfw.weights.packed import sources_of
+from llmfw.weights.safetensors_reader import INDEX_NAME, SINGLE_NAME, open_safetensors
 from llmfw.weights.safetensors_writer import SafetensorsWriter, header_text
 from llmfw.weights.source_record import SourceRecord, digest_of, read_source
 from llmfw.weights.staging import Staging
@@ -105,10 +106,10 @@ def export_checkpoint(
         )
     plans = _plans(checkpoint, record, config.tp_size, settings)
     exact = not config.lossy
-    targets = _targets(folder, plans[0], record, exact, config.converted_dtype is not None)
+    targets = _targets(folder, plans[0], record, config)
     try:
         with Staging(out, {"export": config.layouts, "source": config.source.digest}) as staging:
-            files = _write(staging.folder, folder, plans, record, targets, exact, progress)
+            files = _write(staging.folder, folder, plans, record, targets, config, progress)
             carry_over(folder / HF_FOLDER, staging.folder)
             if not exact:
                 _tell_changes(staging.folder / "config.json", config)
@@ -148,26 +149,33 @@ def _plans(
 
 
 def _targets(
-    folder: Path, plan: LoadPlan, record: SourceRecord, exact: bool, keep_dtypes: bool
+    folder: Path, plan: LoadPlan, record: SourceRecord, config: ConvertedConfig
 ) -> dict[str, TensorInfo]:
     """The tensors to write, by name, with the dtype that each one gets."""
-    headers = record.headers()
-    kept = {**{name: headers.info(name) for name in headers.names()}}
-    if exact:
-        return kept
+    headers, stored = record.headers(), record.stored_headers()
+    if not config.lossy:
+        return {name: stored.info(name) for name in stored.names()}
     converted = ConvertedCheckpoint(folder)
+    parameters = set(converted.names())
     dtypes: dict[str, torch.dtype] = {}
-    for filled in plan.filled:
-        for source in (source for fill in filled.fills for source in fill.expr.sources()):
-            stored = converted.info(filled.slot.path).dtype
-            dtypes[source.name] = stored if keep_dtypes or source.info.is_packed else source.dtype
+    for filled in (filled for filled in plan.filled if filled.slot.path in parameters):
+        dtype, asked = converted.info(filled.slot.path).dtype, config.converted_dtype is not None
+        for source in sources_of(filled):
+            dtypes[source.name] = dtype if asked or source.info.is_packed else source.dtype
     if (folder / IGNORED).is_file():
-        for each in plan.ignored:
+        kept = set(open_safetensors(folder / IGNORED).names())
+        for each in (each for each in plan.ignored if each.name in kept):
             dtypes |= {source.name: source.dtype for source in each.expr.sources()}
-    infos = {name: kept[name] for name in kept if name in dtypes}
-    return {
+    infos = {name: headers.info(name) for name in headers.names() if name in dtypes}
+    targets = {
         name: TensorInfo(info.shape, dtypes[name], info.file, 0) for name, info in infos.items()
     }
+    return {**targets, **{name: stored.info(name) for name in _packed_names(converted)}}
+
+
+def _packed_names(checkpoint: ConvertedCheckpoint) -> Sequence[str]:
+    """The tensors that are written as they are kept."""
+    return () if checkpoint.packed is None else checkpoint.packed.stored.names()
 
 
 def _write(
@@ -176,12 +184,13 @@ def _write(
     plans: Sequence[LoadPlan],
     record: SourceRecord,
     targets: MappingType[str, TensorInfo],
-    exact: bool,
+    config: ConvertedConfig,
     progress: Progress | None,
 ) -> tuple[str, ...]:
     """Writes the files of weights and, where there are several, their index; gives their names."""
+    exact = not config.lossy
     with ExitStack() as stack:
-        headers = _exact_headers(record) if exact else _new_headers(record, targets)
+        headers = _exact_headers(record) if exact else _new_headers(record, targets, config)
         writers: dict[str, SafetensorsWriter] = {}
         for name, header in headers.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -208,17 +217,23 @@ def _scatter_all(
 ) -> None:
     """Takes every parameter apart, all ranks' pieces of it one after the other."""
     ranks = [ConvertedCheckpoint(folder, rank) for rank in range(len(plans))]
+    parameters = set(ranks[0].names())  # of all ranks; the others are packed
     by_path = [{filled.slot.path: filled for filled in plan.filled} for plan in plans]
     for first in plans[0].filled:
         path = first.slot.path
         is_cut = any(fill.part.cut is not None for fill in first.fills)
         for rank, filled in zip(ranks, by_path, strict=True):
-            if rank.rank == 0 or is_cut:
+            if path in parameters and (rank.rank == 0 or is_cut):
                 scatter(filled[path], rank.tensor(path), sink)
+    if ranks[0].packed is not None:
+        stored = ranks[0].packed.stored
+        for name in stored.names():
+            Source(name, stored.info(name)).scatter(stored.tensor(name), sink)
     if (folder / IGNORED).is_file():
         kept = CheckedCheckpoint(folder / IGNORED, read_checksums(folder).get(IGNORED, {}))
-        for each in plans[0].ignored:
-            each.expr.scatter(kept.tensor(each.name), sink)
+        exprs = {each.name: each.expr for each in plans[0].ignored}
+        for name in kept.names():
+            exprs[name].scatter(kept.tensor(name), sink)
     missing = sink.incomplete()
     if missing:
         raise WeightError(f"{folder}: holds only a part of {', '.join(missing)}")
@@ -228,10 +243,12 @@ def _exact_headers(record: SourceRecord) -> dict[str, bytes]:
     return {file.name: file.header.encode() for file in record.files}
 
 
-def _new_headers(record: SourceRecord, targets: MappingType[str, TensorInfo]) -> dict[str, bytes]:
+def _new_headers(
+    record: SourceRecord, targets: MappingType[str, TensorInfo], config: ConvertedConfig
+) -> dict[str, bytes]:
     """Headers of files that hold the same tensors as the source's did, or of new shards."""
     shards: dict[str, list[str]] = {}
-    if record.format == "safetensors":
+    if not any(step.step in ("packed", "gguf") for step in config.lossy):
         of = {Path(file.name).name: file.name for file in record.files}
         for name, info in targets.items():
             shards.setdefault(of[info.file], []).append(name)

@@ -44,37 +44,45 @@ def plan_of(
     """
     config = model.model_config
     if isinstance(checkpoint, ConvertedCheckpoint):
-        check_layout(prepared, model, checkpoint)
-        return plan_converted(model, checkpoint, config.mapping)
+        source_plan = checked_layout(prepared, model, checkpoint)
+        return plan_converted(model, checkpoint, config.mapping, source_plan)
     weight_map = prepared.host.hook.llmfw_weight_map(model_config=config, checkpoint=checkpoint)
     return plan_weights(model, checkpoint, weight_map, config.mapping)
 
 
-def check_layout(
+def checked_layout(
     prepared: PreparedModel, model: PretrainedModel[Any], checkpoint: ConvertedCheckpoint
-) -> None:
+) -> LoadPlan | None:
     """Hold a converted checkpoint against the modules of another version than it was made with.
 
     The plan is made anew from the source's headers: where it is the same, so are the weights.
+
+    Returns:
+        That plan, where it was made: also where tensors stay packed, which are read by it.
 
     Raises:
         WeightError: If the modules want their weights otherwise.
     """
     ours, theirs = identity_of(prepared.resolved), checkpoint.config.plugin
     core = version("llmfw-core")
-    if (theirs, checkpoint.config.core_version) == (ours, core):
-        return
+    same_version = (theirs, checkpoint.config.core_version) == (ours, core)
+    if same_version and checkpoint.packed is None:
+        return None
     made = f"{theirs.label} and llmfw-core {checkpoint.config.core_version}"
     here = f"{ours.label} and llmfw-core {core} are here"
     source = read_source(checkpoint.path)
-    if source is None or not checkpoint.config.layouts:
+    comparable = source is not None and bool(checkpoint.config.layouts)
+    if not comparable and not same_version:
         logger.warning("%s was made with %s; %s", checkpoint.path, made, here)
-        return
+    if source is None or not (comparable or checkpoint.packed):
+        return None
     plan = plan_of(prepared, model, source.headers())
-    if layout_digest(plan) != checkpoint.config.layouts[checkpoint.rank]:
+    if comparable and layout_digest(plan) != checkpoint.config.layouts[checkpoint.rank]:
         raise WeightError(
             f"{checkpoint.path}: was made with {made}; {here}, "
             "and their modules want the weights otherwise",
             hint="convert the model again: llmfw convert MODEL OUT",
         )
-    logger.info("%s was made with %s; %s, and fill alike", checkpoint.path, made, here)
+    if comparable and not same_version:
+        logger.info("%s was made with %s; %s, and fill alike", checkpoint.path, made, here)
+    return plan

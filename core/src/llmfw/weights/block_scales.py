@@ -56,7 +56,7 @@ class BlockScaledCheckpoint:
     def __init__(self, stored: Checkpoint, block: tuple[int, int] = DEFAULT_BLOCK) -> None:
         self.path: Path = stored.path
         self._stored = stored
-        self._block = block
+        self.block = block
         names = set(stored.names())
         self._scaled = {name for name in names if f"{name}{SCALES}" in names}
         self._names = tuple(
@@ -77,12 +77,12 @@ class BlockScaledCheckpoint:
     def _check(self, name: str) -> None:
         weight, scales = self._stored.info(name), self._stored.info(f"{name}{SCALES}")
         if len(weight.shape) == 2:
-            blocks = tuple(-(-n // b) for n, b in zip(weight.shape, self._block, strict=True))
+            blocks = tuple(-(-n // b) for n, b in zip(weight.shape, self.block, strict=True))
             if scales.shape == blocks:
                 return
         raise CheckpointError(
             f"{self.path}: {name}{SCALES} has shape {list(scales.shape)}, which are not the blocks "
-            f"of {list(self._block)} of a weight {list(weight.shape)}",
+            f"of {list(self.block)} of a weight {list(weight.shape)}",
             hint="config.json says the size of a block: quantization_config.weight_block_size",
             tensor=name,
         )
@@ -95,6 +95,10 @@ class BlockScaledCheckpoint:
     def names(self) -> Sequence[str]:
         """All names but those of scales."""
         return self._names
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that a tensor is read from."""
+        return (name, f"{name}{SCALES}") if name in self._scaled else (name,)
 
     def info(self, name: str) -> TensorInfo:
         """The header of one tensor; a scaled weight's dtype is float32."""
@@ -126,6 +130,6 @@ class BlockScaledCheckpoint:
     ) -> torch.Tensor:
         """A weight's part, where it lies in the whole, times the scales of its blocks."""
         scales = self._stored.tensor(f"{name}{SCALES}").float()
-        row_blocks = torch.arange(*rows) // self._block[0]
-        column_blocks = torch.arange(*columns) // self._block[1]
+        row_blocks = torch.arange(*rows) // self.block[0]
+        column_blocks = torch.arange(*columns) // self.block[1]
         return part.float().mul_(scales[row_blocks][:, column_blocks])

@@ -2,6 +2,7 @@
 
     config.json              what it is: `converted_config`
     rank0.safetensors ...    the parameters of each rank, fused and cut, in the modules' layouts
+    packed.safetensors       packed tensors (MXFP4, float8) as the source has them, for all ranks
     checksums.json           a checksum for each tensor
     hf/                      the source's own files: config.json, tokenizer, templates
     ignored.safetensors      tensors that the model does not take; they come back by an export
@@ -18,6 +19,10 @@ from llmfw.config.reading import read_json
 from llmfw.errors import CheckpointError, ConfigError
 from llmfw.weights.checked_reader import CheckedCheckpoint
 from llmfw.weights.converted_config import read_converted_config
+from llmfw.weights.dequantising import Dequantising, dequantising
+from llmfw.weights.packed import PACKED
+from llmfw.weights.source_record import NAME as SOURCE
+from llmfw.weights.source_record import read_source
 
 CHECKSUMS = "checksums.json"
 IGNORED = "ignored.safetensors"
@@ -35,9 +40,11 @@ class ConvertedCheckpoint(CheckedCheckpoint):
         path: The converted checkpoint's directory.
         rank: Whose file.
 
+    What stays packed is no tensor of it, but read through `packed`, under the source's names.
+
     Raises:
         ConfigError: If config.json cannot be read.
-        CheckpointError: If the file is missing or damaged.
+        CheckpointError: If a file is missing or damaged.
     """
 
     format = "llmfw"
@@ -53,6 +60,25 @@ class ConvertedCheckpoint(CheckedCheckpoint):
         file = path / rank_file(rank)
         super().__init__(file, read_checksums(path).get(file.name, {}))
         self.path = path
+        self.packed = self._open_packed()
+
+    def _open_packed(self) -> Dequantising | None:
+        """The reader of packed tensors, where there are some; it has the source's names."""
+        format = self.config.packed
+        if format is None:
+            return None
+        source = read_source(self.path)
+        if source is None or source.format != format:
+            raise CheckpointError(
+                f"{self.path}: keeps {format} tensors packed, and no source.json that fits them",
+                hint="convert the model again, or copy the whole directory",
+                file=str(self.path / SOURCE),
+            )
+        checksums = read_checksums(self.path).get(PACKED, {})
+        stored = CheckedCheckpoint(
+            self.path / PACKED, checksums, in_parts=self.config.world_size > 1
+        )
+        return dequantising(format, stored, source.block_size)
 
 
 def read_checksums(folder: Path) -> dict[str, dict[str, str]]:

@@ -80,6 +80,8 @@ class ConvertedConfig:
         source: What was converted.
         quantization: How weights are stored; the default so far.
         converted_dtype: The dtype that was asked for; None: each tensor has its own.
+        packed: The format of the tensors that are kept as the source has them, "mxfp4" or "float8";
+            None: there are none.
         layouts: Digest of each rank's plan of loading; () where the writer knew no plan.
         parameter_dtypes: Parameters that keep a dtype of their own whatever the rest runs in.
         ties: Parameters that are the same object as another.
@@ -96,6 +98,7 @@ class ConvertedConfig:
     pp_size: int = 1
     quantization: QuantConfig = field(default_factory=QuantConfig)
     converted_dtype: str | None = None
+    packed: str | None = None
     layouts: tuple[str, ...] = ()
     parameter_dtypes: MappingType[str, str] = field(default_factory=dict)
     ties: MappingType[str, str] = field(default_factory=dict)
@@ -171,6 +174,7 @@ def _parse(raw: dict[str, Any]) -> ConvertedConfig:
         pp_size=int(mapping["pp_size"]),
         quantization=QuantConfig(**{**quantization, "exclude_modules": excluded}),
         converted_dtype=raw.get("converted_dtype"),
+        packed=raw.get("packed"),
         layouts=tuple(raw.get("layouts", ())),
         parameter_dtypes=dict(raw.get("parameter_dtypes", {})),
         ties=dict(raw.get("ties", {})),
@@ -181,5 +185,7 @@ def _parse(raw: dict[str, Any]) -> ConvertedConfig:
         raise ValueError(f"mapping {mapping}")
     if config.layouts and len(config.layouts) != config.world_size:
         raise ValueError(f"{len(config.layouts)} layouts for {config.world_size} ranks")
+    if not isinstance(config.packed, str | None):
+        raise TypeError(f"packed {config.packed!r}")
     config.kept_dtypes()
     return config

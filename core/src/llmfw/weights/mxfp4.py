@@ -106,6 +106,10 @@ class Mxfp4Checkpoint:
         """All names; of blocks and scales the one that they share."""
         return self._names
 
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that a tensor is read from."""
+        return (name + BLOCKS, name + SCALES) if name in self._quantised else (name,)
+
     def info(self, name: str) -> TensorInfo:
         """The header of one tensor; a quantised one's dtype is bfloat16."""
         if name not in self._quantised:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 import torch
 
 from llmfw.errors import CheckpointError
+from llmfw.weights.block_scales import BlockScaledCheckpoint
 from llmfw.weights.checkpoint import Checkpoint, TensorInfo
+from llmfw.weights.dequantising import Dequantising, dequantising
 from llmfw.weights.safetensors_header import infos_of, read_header_text
 from llmfw.weights.safetensors_reader import INDEX_NAME, SafetensorsCheckpoint
 
 NAME = "source.json"
 _CHUNK = 1 << 22
+_READERS = 4  # of files at once: a digest takes longer than reading does
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class SourceFile:
         name: Its path inside of the source's directory.
         size: Its bytes.
         sha256: Its digest.
-        header: The JSON of its header as it stands in the file; "" where tensors are described.
+        header: The JSON of its header as it stands in the file; "" where it is no safetensors file.
     """
 
     name: str
@@ -49,14 +53,16 @@ class SourceRecord:
         format: Of the checkpoint: "safetensors", "gguf", "float8" or "mxfp4".
         files: Its files of weights, in the order in which they were read.
         index: The text of model.safetensors.index.json; None where there was none.
-        tensors: Where tensors are dequantised when they are read: each one as a mapping with the
+        tensors: Of files without such a header: each tensor as it is read, a mapping with the
             fields of `TensorInfo` and its name.
+        block_size: Of "float8": rows and columns that share a scale.
     """
 
     format: str
     files: tuple[SourceFile, ...]
     index: str | None = None
     tensors: tuple[dict[str, Any], ...] = ()
+    block_size: tuple[int, int] | None = None
 
     @property
     def digest(self) -> str:
@@ -64,17 +70,26 @@ class SourceRecord:
         lines = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
         return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
-    def headers(self) -> HeaderCheckpoint:
+    def headers(self) -> Checkpoint:
         """The source as a checkpoint whose values are gone."""
+        if self.format == SafetensorsCheckpoint.format:
+            return self.stored_headers()
+        if not self.tensors:
+            return dequantising(self.format, self.stored_headers(), self.block_size)
         infos: dict[str, TensorInfo] = {}
-        for file in self.files:
-            if file.header:
-                infos |= infos_of(Path(file.name), file.header.encode(), file.size)
         for entry in self.tensors:
             fields = {key: entry[key] for key in ("file", "nbytes", "stored", "offset")}
             dtype = getattr(torch, entry["dtype"])
             infos[entry["name"]] = TensorInfo(tuple(entry["shape"]), dtype, **fields)
         return HeaderCheckpoint(self.format, infos)
+
+    def stored_headers(self) -> HeaderCheckpoint:
+        """The same, its tensors as they are stored; none where files have no such header."""
+        infos: dict[str, TensorInfo] = {}
+        for file in self.files:
+            if file.header:
+                infos |= infos_of(Path(file.name), file.header.encode(), file.size)
+        return HeaderCheckpoint(SafetensorsCheckpoint.format, infos)
 
     def to_json(self) -> str:
         """The text of source.json."""
@@ -115,8 +130,13 @@ class HeaderCheckpoint:
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """The files of weights that a checkpoint is read from."""
-    stored = getattr(checkpoint, "stored", checkpoint)
+    stored = stored_of(checkpoint)
     return list(stored.files) if isinstance(stored, SafetensorsCheckpoint) else [stored.path]
+
+
+def stored_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as it is stored, where it is dequantised when it is read; else itself."""
+    return checkpoint.stored if isinstance(checkpoint, Dequantising) else checkpoint
 
 
 def record_source(checkpoint: Checkpoint) -> SourceRecord:
@@ -126,16 +146,27 @@ def record_source(checkpoint: Checkpoint) -> SourceRecord:
         CheckpointError: If a file cannot be read.
     """
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    plain = isinstance(checkpoint, SafetensorsCheckpoint)
-    files = []
-    for file in files_of(checkpoint):
-        header = read_header_text(file)[0].decode() if plain else ""
-        name = file.relative_to(root).as_posix()
-        files.append(SourceFile(name, file.stat().st_size, digest_of(file), header))
+    plain = isinstance(stored_of(checkpoint), SafetensorsCheckpoint)
+    paths = files_of(checkpoint)
+    with ThreadPoolExecutor(min(len(paths), _READERS)) as pool:
+        digests = list(pool.map(digest_of, paths))
+    files = tuple(
+        SourceFile(
+            name=path.relative_to(root).as_posix(),
+            size=path.stat().st_size,
+            sha256=digest,
+            header=read_header_text(path)[0].decode() if plain else "",
+        )
+        for path, digest in zip(paths, digests, strict=True)
+    )
     index = root / INDEX_NAME
-    text = index.read_text(encoding="utf-8") if plain and index.is_file() else None
-    tensors = () if plain else tuple(_described(checkpoint))
-    return SourceRecord(checkpoint.format, tuple(files), text, tensors)
+    return SourceRecord(
+        checkpoint.format,
+        files,
+        index=index.read_text(encoding="utf-8") if plain and index.is_file() else None,
+        tensors=() if plain else tuple(_described(checkpoint)),
+        block_size=checkpoint.block if isinstance(checkpoint, BlockScaledCheckpoint) else None,
+    )
 
 
 def _described(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -177,8 +208,10 @@ def read_source(folder: Path) -> SourceRecord | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         files = tuple(SourceFile(**file) for file in raw["files"])
-        return SourceRecord(raw["format"], files, raw.get("index"), tuple(raw.get("tensors", ())))
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+        tensors, block = tuple(raw.get("tensors", ())), raw.get("block_size")
+        block_size = None if block is None else (int(block[0]), int(block[1]))
+        return SourceRecord(raw["format"], files, raw.get("index"), tensors, block_size)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as exc:
         raise CheckpointError(
             f"{path}: is no record of a source ({type(exc).__name__}: {exc})",
             hint="convert the model again",
