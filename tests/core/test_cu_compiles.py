@@ -32,13 +32,34 @@ USES: dict[str, list[dict[str, int]]] = {
         {"DTYPE": BF16, "WARPS": 8, "MIN_BLOCKS": 1},
     ],
     "gather_cache.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "BLOCK_SIZE": 24, "K_PACKS": 10}],
+    "causal_conv1d.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "CHANNELS": 77, "WIDTH": 1, "TAPS": 2, "TILE": 1},
+        {"DTYPE": F32, "TAPS": 9},
+    ],
+    "selective_scan.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "CHANNELS": 33, "STATE": 256},
+        {"DTYPE": F32, "STATE": 4},
+    ],
+    "ssd_scan.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HEAD_DIM": 9, "STATE": 16, "ROWS": 1, "WARPS": 1},
+        {"DTYPE": F32, "STATE": 512},
+    ],
     "prepare_decode.cu": [{"DTYPE": BF16}],
     "argmax.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
+    "draw_tokens.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
     "gemv.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "IN": 1000, "ROWS": 4, "SHARERS": 1, "IN_FLIGHT": 4},
         {"DTYPE": F32, "ROWS": 2},
         {"DTYPE": BF16, "ROWS": 4, "GATED": 1, "OUTPUTS": 1},
+    ],
+    "streamed.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "ROWS": 64, "WEIGHT_TILES": 2, "WARPS": 4, "CHUNK": 64, "SPLIT": 8},
+        {"DTYPE": BF16, "ROWS": 8, "GATED": 1, "SPLIT": 2, "WARPS": 2},
     ],
     "skinny.cu": [
         {"DTYPE": BF16, "ROWS": 16, "WEIGHT_TILES": 2},

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from llmfw.kernels.cupy import compile as cu_compile
-from llmfw.kernels.cupy import paged_decode
+from llmfw.kernels.cupy import paged_decode, tensor_map
+from llmfw.kernels.cupy.launch import TENSOR_MAP, TENSOR_MAP_BYTES
+from llmfw.kernels.cupy.tensor_map import Matrix
 
 HERE = Path(__file__).parent
 SMS = 3  # multiprocessors of the imagined GPU: few, so that plans differ from one split to many
@@ -26,38 +28,55 @@ PROPERTIES = {"multi_processor_count": SMS, "shared_memory_per_block_optin": 227
 class EmulatedModule:
     """One source with its constants; kernels are built when first asked for."""
 
-    def __init__(self, source: str, defines: Mapping[str, cu_compile.Constant], folder: Path) -> None:
+    def __init__(
+        self, source: str, defines: Mapping[str, cu_compile.Constant], folder: Path
+    ) -> None:
         self.source = source
         self.defines = dict(defines)
         self.folder = folder
 
-    def launcher(self, name: str, signature: str, shared_bytes: int = 0) -> EmulatedLauncher:
+    def launcher(
+        self, name: str, signature: str, shared_bytes: int = 0, cluster: int = 1
+    ) -> EmulatedLauncher:
         """The kernel `name`, with the signature that its launcher declares."""
-        return EmulatedLauncher(
-            build(self.source, name, self.defines, self.folder), name, signature
-        )
+        library = build(self.source, name, self.defines, self.folder)
+        return EmulatedLauncher(library, name, signature, cluster)
 
 
 class EmulatedLauncher:
     """Called like `Launcher`: a grid, a block, the arguments."""
 
-    def __init__(self, library: Path, name: str, signature: str) -> None:
+    def __init__(self, library: Path, name: str, signature: str, cluster: int) -> None:
         self.name = name
         self.signature = signature
+        self.cluster = cluster
         self.run = getattr(ctypes.CDLL(str(library)), "emulate_" + name)
 
     def __call__(
-        self, grid: tuple[int, int, int], block: tuple[int, int, int], *args: float
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], *args: float | bytes
     ) -> None:
-        """Run all blocks, one after another."""
+        """Run all clusters of blocks, one after another."""
         cells = [
-            ctypes.create_string_buffer(struct.pack("@" + letter, value), struct.calcsize(letter))
-            for letter, value in zip(self.signature, args, strict=True)
+            ctypes.create_string_buffer(struct.pack("@" + code, value), struct.calcsize(code))
+            for code, value in zip(map(code_of, self.signature), args, strict=True)
         ]
         pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
         three = ctypes.c_uint * 3
-        code = self.run(three(*grid), three(*block), pointers, self.signature.encode())
+        code = self.run(
+            three(*grid), three(*block), self.cluster, pointers, self.signature.encode()
+        )
         assert code == 0, f"{self.name} does not take {self.signature}"
+
+
+def code_of(letter: str) -> str:
+    """How `struct` packs an argument of this letter."""
+    return f"{TENSOR_MAP_BYTES}s" if letter == TENSOR_MAP else letter
+
+
+def encode(matrix: Matrix) -> bytes:
+    """A tensor map that the emulated copies read."""
+    numbers = (matrix.address, matrix.rows, matrix.columns, matrix.box_rows, 64)
+    return struct.pack("5q88x", *numbers)
 
 
 def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], folder: Path) -> Path:
@@ -76,14 +95,14 @@ def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], fo
     for path in (
         cu_compile.FOLDER / source,
         cu_compile.FOLDER / "common.cuh",
-        HERE / "ptx.cuh",
-        HERE / "emulate.h",
+        *HERE.glob("*.*h"),
     ):
         shutil.copy(path, work)
     (work / "main.cpp").write_text(
         f'#include "emulate.h"\n#include "{source}"\n'
-        f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, void** args, '
-        f"const char* types) {{ return emulated::launch({name}, grid, block, args, types); }}\n"
+        f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, unsigned cluster, '
+        "void** args, const char* types) "
+        f"{{ return emulated::launch({name}, grid, block, cluster, args, types); }}\n"
     )
     command = [
         "g++",
@@ -107,7 +126,9 @@ def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], fo
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> torch.device:
     """Make the pack's launchers build and run emulated kernels; returns the device to use."""
 
-    def load(source: str, index: int, defines: tuple[tuple[str, cu_compile.Constant], ...]) -> EmulatedModule:
+    def load(
+        source: str, index: int, defines: tuple[tuple[str, cu_compile.Constant], ...]
+    ) -> EmulatedModule:
         return EmulatedModule(source, dict(defines), folder)
 
     monkeypatch.setattr(cu_compile, "_load", load)
@@ -116,4 +137,5 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> torch.device:
     )
     monkeypatch.setattr(paged_decode, "COUNTERS", 4096)
     monkeypatch.setattr(cu_compile, "overlap", lambda _: 1)
+    monkeypatch.setattr(tensor_map, "encode", encode)
     return torch.device("cpu", 0)

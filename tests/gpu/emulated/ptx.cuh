@@ -38,7 +38,7 @@ inline float4 load_l2(const float4* p) { return *p; }
 inline float2 load_l2(const float2* p) { return *p; }
 inline int add_release_acquire(int* p, int x) { return atomicAdd(p, x); }
 inline float exp2_fast(float x) { return exp2f(x); }
-#define DYNAMIC_SHARED(name) alignas(128) static u8 name[227 << 10]
+#define DYNAMIC_SHARED(name) u8* const name = emulated::block->dynamic_shared()
 inline void copy16_async(void* to, const void* from, int bytes) {
   if (bytes)
     memcpy(to, from, 16);

@@ -20,10 +20,13 @@ from llmfw.errors import KernelError
 
 INVALID_CONTEXT = 201
 CONFIG = "7I4xQPI4x"  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
-PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_...
+PROGRAMMATIC_SERIALIZATION = 6  # ..._PROGRAMMATIC_STREAM_SERIALIZATION
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 STATIC_SHARED_BYTES = 48 << 10  # more must be asked for
 ATTRIBUTE_BYTES = 72  # CUlaunchAttribute: its number, padding, a union of 64 bytes
+TENSOR_MAP = "T"  # in a signature: the bytes of a tensor map
+TENSOR_MAP_BYTES = 128
 Grid = tuple[int, int, int]
 
 
@@ -55,11 +58,12 @@ class Launcher:
     Args:
         function: CuPy's loaded function; kept alive here.
         name: For messages.
-        signature: One letter an argument: P pointer, q int64, i int32, f float32.
+        signature: One letter an argument: P pointer, q int64, i int32, f float32, T tensor map.
         index: Number of the device.
         overlaps: Whether the kernel may start before the one launched before it is done (it then
             waits itself, by `follow` in common.cuh).
         shared_bytes: Dynamic shared memory of a block, up to what the device can opt in to.
+        cluster: Blocks of a cluster; the grid's first number is a multiple of it.
 
     The argument buffer is the launcher's own: one thread at a time may use it.
     """
@@ -72,6 +76,7 @@ class Launcher:
         index: int,
         overlaps: bool = False,
         shared_bytes: int = 0,
+        cluster: int = 1,
     ) -> None:
         self.name = name
         self.index = index
@@ -80,25 +85,29 @@ class Launcher:
         self._shared_bytes = shared_bytes
         if shared_bytes > STATIC_SHARED_BYTES:
             self._allow_shared(shared_bytes)
-        packing = struct.Struct("@" + CONFIG + signature)
+        codes = [f"{TENSOR_MAP_BYTES}s" if one == TENSOR_MAP else one for one in signature]
+        packing = struct.Struct("@" + CONFIG + "".join(codes))
         self._buffer = ctypes.create_string_buffer(packing.size)
         self._pack_into = packing.pack_into
         self._config = ctypes.addressof(self._buffer)
-        ends = [struct.calcsize("@" + CONFIG + signature[: i + 1]) for i in range(len(signature))]
+        ends = [struct.calcsize("@" + CONFIG + "".join(codes[: i + 1])) for i in range(len(codes))]
         addresses = [
-            self._config + end - struct.calcsize(letter)
-            for end, letter in zip(ends, signature, strict=True)
+            self._config + end - struct.calcsize(code)
+            for end, code in zip(ends, codes, strict=True)
         ]
         self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
         self._arguments_address = ctypes.addressof(self._arguments)
-        self._attributes = ctypes.create_string_buffer(ATTRIBUTE_BYTES)
-        struct.pack_into("@i4xi", self._attributes, 0, PROGRAMMATIC_SERIALIZATION, 1)
-        self._attributes_address = ctypes.addressof(self._attributes) if overlaps else 0
-        self._attribute_count = int(overlaps)
+        attributes = [(PROGRAMMATIC_SERIALIZATION, 1, 0, 0)] * overlaps
+        attributes += [(CLUSTER_DIMENSION, cluster, 1, 1)] * (cluster > 1)
+        self._attributes = ctypes.create_string_buffer(max(1, len(attributes)) * ATTRIBUTE_BYTES)
+        for i, attribute in enumerate(attributes):
+            struct.pack_into("@i4x3I", self._attributes, i * ATTRIBUTE_BYTES, *attribute)
+        self._attributes_address = ctypes.addressof(self._attributes) if attributes else 0
+        self._attribute_count = len(attributes)
         self._launch = driver().cuLaunchKernelEx
         self._stream = raw_stream_getter()
 
-    def __call__(self, grid: Grid, block: Grid, *args: float) -> None:
+    def __call__(self, grid: Grid, block: Grid, *args: float | bytes) -> None:
         """Launch on torch's current stream.
 
         Raises:

@@ -78,7 +78,7 @@ __device__ __forceinline__ int add_release_acquire(int* p, int x) {
 }
 
 // All of a block's shared memory whose size the launch gives, as bytes.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 

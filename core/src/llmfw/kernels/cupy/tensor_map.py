@@ -1,0 +1,54 @@
+"""Tensor maps: where a matrix lies and how it is cut to boxes, for the copies of hopper.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from llmfw.errors import KernelError
+from llmfw.kernels.cupy.launch import TENSOR_MAP_BYTES, driver
+
+SPAN = 64  # values of a row of a box: 128 bytes, the span of the swizzle
+TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_...
+ALIGNMENT = 64
+INTERLEAVE_NONE, SWIZZLE_128B, PROMOTION_256B, FILL_ZEROS = 0, 3, 3, 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A row-major matrix of 16-bit values and its boxes of `box_rows` rows and SPAN values."""
+
+    address: int
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    box_rows: int
+
+
+def encode(matrix: Matrix) -> bytes:
+    """The map's bytes, to be given to a kernel by value.
+
+    Raises:
+        KernelError: If the driver refuses, as it does addresses and rows not aligned to 16 bytes.
+    """
+    memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + ALIGNMENT)
+    start = -ctypes.addressof(memory) % ALIGNMENT
+    code = driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(memory) + start),
+        TYPES[matrix.dtype],
+        2,
+        ctypes.c_void_p(matrix.address),
+        (ctypes.c_uint64 * 2)(matrix.columns, matrix.rows),
+        (ctypes.c_uint64 * 1)(matrix.columns * 2),
+        (ctypes.c_uint32 * 2)(SPAN, matrix.box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        INTERLEAVE_NONE,
+        SWIZZLE_128B,
+        PROMOTION_256B,
+        FILL_ZEROS,
+    )
+    if code:
+        raise KernelError(f"no tensor map for {matrix}: error {code}")
+    return memory.raw[start : start + TENSOR_MAP_BYTES]

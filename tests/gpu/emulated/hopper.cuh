@@ -1,0 +1,76 @@
+// The CPU's stand-in for hopper.cuh: copies are done at once, barriers count, a cluster's blocks run together.
+#pragma once
+
+#define HAS_TILE_COPIES 1
+
+// What `encode` in emulator.py packs.
+struct TensorMap {
+  const scalar* values;
+  i64 rows, columns;
+  i64 box_rows, box_columns;
+  i64 unused[11];
+};
+#define TENSOR_MAP const TensorMap
+
+struct Barrier {
+  int arrivals : 16, missing : 15, parity : 1;
+  int bytes;
+};
+static_assert(sizeof(Barrier) == 8, "as on the device");
+
+inline void settle(Barrier* b) {
+  if (b->missing || b->bytes) return;
+  b->missing = b->arrivals;
+  b->parity = ~b->parity;
+}
+
+inline void barrier_init(Barrier* b, int arrivals) {
+  b->arrivals = b->missing = arrivals;
+  b->parity = b->bytes = 0;
+}
+inline void barriers_ready() {}
+inline void arrive(Barrier* b) {
+  if (b->missing == 0) abort();  // more arrivals than announced
+  b->missing = b->missing - 1;
+  settle(b);
+}
+inline void arrive_expecting(Barrier* b, int bytes) {
+  b->bytes += bytes;
+  arrive(b);
+}
+inline void wait_for(Barrier* b, int parity) {
+  while ((b->parity & 1) == parity) emulated::yield();
+}
+inline u64 read_once_policy() { return 0; }
+inline u64 read_often_policy() { return 0; }
+
+// Packs of 16 bytes lie at their number in the row of 128 bytes, xor the row's number: the 128-byte swizzle.
+inline void copy_box(void* to, const TensorMap& from, int row, int column, Barrier* b, u64) {
+  if (u64(to) % 1024 || from.box_columns != 64) abort();
+  for (int r = 0; r < from.box_rows; ++r)
+    for (int k = 0; k < 64; ++k) {
+      const bool inside = row + r < from.rows && column + k < from.columns;
+      static_cast<scalar*>(to)[r * 64 + (k / 8 ^ r % 8) * 8 + k % 8] =
+          inside ? from.values[(row + r) * from.columns + column + k] : 0;
+    }
+  b->bytes -= int(from.box_rows) * 128;
+  settle(b);
+}
+
+inline int rank_in_cluster() { return int(blockIdx.x) % int(emulated::cluster->size()); }
+inline void cluster_arrive() {
+  const size_t threads = emulated::cluster->size() * emulated::block->threads.size();
+  if (size_t(++emulated::cluster_waiting) == threads) ++emulated::cluster_round;
+}
+inline void cluster_wait() {
+  while (emulated::cluster_round == 0) emulated::yield();
+}
+
+template <class P>
+P* place_at(P* own, int rank) {
+  u8* const here = emulated::block->dynamic_shared();
+  u8* const there = (*emulated::cluster)[rank].dynamic_shared();
+  return reinterpret_cast<P*>(there + (reinterpret_cast<u8*>(own) - here));
+}
+inline void store_at(float2* own, int rank, float2 value) { *place_at(own, rank) = value; }
+inline void arrive_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
