@@ -27,6 +27,7 @@ from gpu.kernel_cases import (
     rope_cases,
     step_cases,
 )
+from gpu.recurrent_cases import recurrent_cases
 from llmfw.kernels.cupy.attention import plan_batch
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.ops.reference import REFERENCES
@@ -62,6 +63,7 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
         *head_linear_cases(),
         *attention_cases(),
         *latent_attention_cases(),
+        *recurrent_cases(),
         *step_cases(),
     ],
     ids=str,

@@ -25,6 +25,7 @@ from gpu.kernel_cases import (
     rope_cases,
     step_cases,
 )
+from gpu.recurrent_cases import recurrent_cases
 from llmfw.kernels.cupy import prefill
 from llmfw.ops import reference
 
@@ -67,6 +68,11 @@ def small(cases: list[Case], every: int) -> list[object]:
     ),
 )
 def test_elementwise_kernels_match_their_references(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+@pytest.mark.parametrize("case", small(list(recurrent_cases()), 5))
+def test_recurrent_kernels_match_their_references(case: Case, device: torch.device) -> None:
     run(case, device)
 
 

@@ -75,3 +75,47 @@ __device__ __forceinline__ float group_sum(float x) {
 __device__ __forceinline__ float warp_sum(float x) { return group_sum<32>(x); }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// How many lanes of a warp share `count` things evenly: the greatest power of two that divides it, at most 32.
+constexpr int lanes_for(int count) { return count % 32 == 0 ? 32 : count & -count; }
+
+// Sums of R values over aligned groups of N lanes. Where R <= N the values are dealt out while they are summed, so each
+// lane ends with one of them and few shuffles are needed; else every lane gets all.
+template <int R, int N>
+struct Summed {
+  static constexpr bool DEALT = R <= N;
+  float sums[R];
+
+  __device__ __forceinline__ explicit Summed(const float (&parts)[R]) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) sums[i] = DEALT ? parts[i] : group_sum<N>(parts[i]);
+    if (!DEALT) return;
+    int mask = N / 2;
+#pragma unroll
+    for (int half = R / 2; half > 0; half /= 2) {
+      const bool upper = threadIdx.x & mask;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const float given = upper ? sums[i] : sums[i + half];
+        sums[i] = (upper ? sums[i + half] : sums[i]) + __shfl_xor_sync(ALL, given, mask);
+      }
+      mask /= 2;
+    }
+#pragma unroll
+    for (; mask > 0; mask /= 2) sums[0] += __shfl_xor_sync(ALL, sums[0], mask);
+  }
+
+  // take(i, sum i), once for each i among the lanes of a group.
+  template <class Take>
+  __device__ __forceinline__ void each(Take&& take) const {
+    const int lane = threadIdx.x % N;
+    if (DEALT) {
+      if (lane % (N / (DEALT ? R : N)) == 0) take(lane / (N / (DEALT ? R : N)), sums[0]);
+    } else if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < R; ++i) take(i, sums[i]);
+    }
+  }
+};
