@@ -12,7 +12,7 @@ import pytest
 from llmfw.kernels.cupy.compile import FOLDER, options_for
 
 BF16, F16, F32 = 0, 1, 2
-USES: dict[str, list[dict[str, int]]] = {
+USES: dict[str, list[dict[str, int | str]]] = {
     "norm.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "HIDDEN": 576, "THREADS": 64},
@@ -65,10 +65,23 @@ USES: dict[str, list[dict[str, int]]] = {
         {"DTYPE": BF16, "ROWS": 16, "WEIGHT_TILES": 2},
         {"DTYPE": F16, "ROWS": 64, "IN": 192},
     ],
+    "moe_route.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "EXPERTS": 1000}],
+    "moe_order.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "EXPERTS": 1000, "ROWS": 64}],
+    "moe_gemv.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "GATED": 0, "OUTPUTS": 2, "SHARERS": 8},
+        {"DTYPE": BF16, "IN": 2880, "ACTIVATION": "fminf(gate, 7.0f) * (up + 1.0f)"},
+    ],
+    "moe_grouped.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "UP": 0, "GATED": 0, "WIDE": 128, "ROWS": 64},
+        {"DTYPE": BF16, "IN": 2880, "ACTIVATION": "fminf(gate, 7.0f) * (up + 1.0f)"},
+    ],
+    "moe_combine.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "HIDDEN": 2880}],
 }
 QUICK = ("sm_80", "sm_90")
 THOROUGH = ("sm_89", "sm_90a", "sm_100")
-Compiler = Callable[[str, str, dict[str, int]], None]
+Compiler = Callable[[str, str, dict[str, int | str]], None]
 
 
 def test_every_source_is_listed() -> None:
@@ -79,7 +92,7 @@ def test_every_source_is_listed() -> None:
 def compiler(tmp_path: Path) -> Compiler:
     if nvcc := shutil.which("nvcc"):
 
-        def with_nvcc(source: str, arch: str, defines: dict[str, int]) -> None:
+        def with_nvcc(source: str, arch: str, defines: dict[str, int | str]) -> None:
             number = arch.removeprefix("sm_")
             command = [
                 nvcc,
@@ -107,7 +120,7 @@ def compiler(tmp_path: Path) -> Compiler:
     except Exception as exc:
         pytest.skip(f"neither nvcc nor NVRTC here: {exc}")
 
-    def with_nvrtc(source: str, arch: str, defines: dict[str, int]) -> None:
+    def with_nvrtc(source: str, arch: str, defines: dict[str, int | str]) -> None:
         from llmfw.kernels.cupy.compile import _run_nvrtc
 
         assert _run_nvrtc(source, options_for(arch, defines))
@@ -115,7 +128,7 @@ def compiler(tmp_path: Path) -> Compiler:
     return with_nvrtc
 
 
-def uses(all_of_them: bool) -> list[tuple[str, dict[str, int]]]:
+def uses(all_of_them: bool) -> list[tuple[str, dict[str, int | str]]]:
     """Each source with its first constants, or with all."""
     return [
         (source, defines)
@@ -124,7 +137,7 @@ def uses(all_of_them: bool) -> list[tuple[str, dict[str, int]]]:
     ]
 
 
-def as_shipped(arch: str, defines: dict[str, int]) -> dict[str, int]:
+def as_shipped(arch: str, defines: dict[str, int | str]) -> dict[str, int | str]:
     """Launches overlap from compute capability 9.0 on."""
     return {**defines, "PDL": int(int(arch.strip("sm_a")) >= 90)}
 
@@ -139,6 +152,6 @@ def test_source_compiles(source: str, arch: str, compiler: Compiler) -> None:
 @pytest.mark.parametrize("arch", QUICK + THOROUGH)
 @pytest.mark.parametrize(("source", "defines"), uses(all_of_them=True), ids=str)
 def test_source_compiles_for_every_use(
-    source: str, defines: dict[str, int], arch: str, compiler: Compiler
+    source: str, defines: dict[str, int | str], arch: str, compiler: Compiler
 ) -> None:
     compiler(source, arch, as_shipped(arch, defines))

@@ -34,6 +34,8 @@ class OpContext:
         grouped_linear: num_groups, in_features, out_features
         head_linear: num_heads, in_features, out_features
         moe_route: num_experts, top_k, num_groups (1: none)
+        moe_experts: num_experts, hidden_size, intermediate_size, bias (0 or 1); `code` is that of
+            the gated activation
         gated_linear: in_features, intermediate_size, bias (0 or 1)
         rms_norm, add_rms_norm, layer_norm: hidden_size
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size
@@ -49,13 +51,15 @@ class OpContext:
         ssd_scan: num_heads, head_dim, num_groups, state_size
         embedding: num_embeddings, embedding_dim
         prepare_decode, copy_blocks: nothing
-        argmax: vocab_size
+        argmax, draw_tokens: vocab_size
+    code: for ops that say so, a C expression that a kernel may compile in; "" where there is none.
     """
 
     op: str
     dtype: torch.dtype
     info: DeviceInfo
     shape: Mapping[str, int] = field(default_factory=dict)
+    code: str = ""
 
     def __getitem__(self, name: str) -> int:
         """The static shape fact `name`."""

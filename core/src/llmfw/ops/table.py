@@ -58,22 +58,26 @@ class OpTable:
         select = os.environ.get(SELECT_VARIABLE, "auto") if self.select == "auto" else self.select
         self._selection = _Selection(select, self.kernels)
 
-    def resolve(self, op: str, dtype: torch.dtype, **shape: int) -> Callable[..., Any]:
-        """The callable that serves `op` for this dtype and static shape.
+    def resolve(
+        self, op: str, dtype: torch.dtype, code: str = "", **shape: int
+    ) -> Callable[..., Any]:
+        """The callable that serves `op` for this dtype, `OpContext.code` and static shape.
 
         Raises:
             KernelError: If neither a kernel nor a reference serves it.
         """
-        key = (op, dtype, tuple(sorted(shape.items())))
+        key = _key(op, dtype, code, shape)
         if key not in self._built:
-            context = OpContext(op, dtype, self.info, shape)
+            context = OpContext(op, dtype, self.info, shape, code)
             self._built[key], self.choices[key] = self._choose(context)
         return self._built[key]
 
-    def find(self, op: str, dtype: torch.dtype, **shape: int) -> Callable[..., Any] | None:
+    def find(
+        self, op: str, dtype: torch.dtype, code: str = "", **shape: int
+    ) -> Callable[..., Any] | None:
         """As `resolve`, but None where nothing better than the reference serves."""
-        key = (op, dtype, tuple(sorted(shape.items())))
-        found = self.resolve(op, dtype, **shape)
+        key = _key(op, dtype, code, shape)
+        found = self.resolve(op, dtype, code, **shape)
         return None if self.choices[key].chosen == "reference" else found
 
     def ranked(self, op: str) -> list[Kernel]:
@@ -106,6 +110,10 @@ class OpTable:
             refused.append((kernel.name, reason))
         reference = reference_of(context.op, self.kernels)
         return reference, Choice(context, "reference", tuple(refused))
+
+
+def _key(op: str, dtype: torch.dtype, code: str, shape: Mapping[str, int]) -> tuple[Any, ...]:
+    return op, dtype, code, tuple(sorted(shape.items()))
 
 
 def reference_of(op: str, kernels: Iterable[Kernel] = ()) -> Callable[..., Any]:
