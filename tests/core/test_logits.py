@@ -154,3 +154,26 @@ def test_a_recorder_keeps_what_chosen_modules_give(tmp_path):
     assert set(np.load(tmp_path / "new" / "file.npz").files) == set(recorder.arrays)
     with pytest.raises(UsageError, match=r"no module is named 'x\.\*'"):
         ModuleRecorder(model, ["x.*"])
+
+
+class OnePlaceModel(HistoryModel):
+    """Its logits lie where those of the step before lay, as a replayed graph's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = torch.zeros(64, self.vocab_size)
+
+    def forward(self, attn_metadata, input_ids, position_ids):
+        logits = super().forward(attn_metadata, input_ids, position_ids)
+        self.place[: len(logits)] = logits
+        return self.place[: len(logits)]
+
+
+def test_logits_outlast_the_next_step(engines):
+    model = OnePlaceModel()
+    params = SamplingParams(temperature=0, max_tokens=6, return_generation_logits=True)
+    outputs = run(engines(model, pipeline_depth=1), PROMPTS, params)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        completion = output.outputs[0]
+        expected = logits_of(model, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
+        assert np.array_equal(completion.generation_logits, expected)

@@ -73,7 +73,8 @@ def gather_extras(
         candidates = _candidates(table, seq_ids, rows, positions, logits)
     if plan.features & Feature.LOGITS:
         which = np.flatnonzero(table.features[rows] & Feature.LOGITS)
-        kept = (_ids(seq_ids, which), _select(logits, which).float())
+        # A copy always: the next replay of a graph writes its logits where these are.
+        kept = (_ids(seq_ids, which), _select(logits, which).to(torch.float32, copy=True))
     return Extras(best, counts, candidates, kept)
 
 
