@@ -343,6 +343,7 @@ def latent_rope_arguments(
         bool(shape["interleaved"]),
         norm,
         1e-6,
+        *([torch.zeros_like(q)[..., 24:]] if tokens > 1 else []),
     ), {}
 
 
@@ -365,7 +366,8 @@ def head_linear_cases() -> Iterator[Case]:
                     x = randn(n, h, i + 8, device=d, dtype=t, generator=g)[..., :i]
                     scale = i**-0.5
                     rows = randn(h, o + 8, i, device=d, dtype=t, generator=g, scale=scale)
-                    return (x, rows[:, 8:]), {}
+                    out = torch.zeros(n, h, o + 16, device=d, dtype=t)[..., 16:]
+                    return (x, rows[:, 8:], *([out] if n > 1 else [])), {}
 
                 shape = {"num_heads": heads, "in_features": width, "out_features": outs}
                 label = f"{tokens}t-{heads}x{width}-{outs}"
@@ -390,6 +392,7 @@ BATCHES = [
     ("one", Batch(((1, 1),)), False),
     ("few", Batch(((1, 17), (1, 130), (1, 16), (1, 5))), False),
     ("drafts", Batch(((2, 40), (3, 3), (1, 200))), False),
+    ("split", Batch(((1, 700),)), False),
     ("mixed", Batch(((9, 9), (5, 37), (1, 70), (1, 1)), contexts=2), False),
     ("long", Batch(((1, 3000), (1, 1), (1, 777), (1, 4096), (1, 64))), True),
     ("crowd", Batch(tuple((1, 1 + 37 * i % 900) for i in range(70))), True),
@@ -399,7 +402,7 @@ BATCHES = [
 
 def attention_cases() -> Iterator[Case]:
     """paged_attention: groups, head sizes, windows, caps, sinks, block sizes, batches."""
-    for dtype in ("bfloat16", "float16"):
+    for dtype in ("bfloat16", "float16", "float32"):
         for heads, kv_heads, dim, block_size, window, softcap, sinks in ATTENTION_LAYOUTS:
             for name, batch, wide in BATCHES:
                 shape = {

@@ -147,10 +147,12 @@ class MLA(Layer):
         view = attn_metadata.groups[cache.group]
         q = self._queries(hidden_states).unflatten(-1, (self.num_heads, mla.qk_head_dim))
         q_nope, q_rope = q.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        q_rope = self._cache_latents(hidden_states, q_rope, position_ids, cache.k, view.slots)
-        query = torch.cat((self.kv_b_proj.absorb(q_nope), q_rope), dim=-1)
+        query = q.new_empty(q.shape[0], self.num_heads, mla.latent_width)
+        absorbed, rotated = query.split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
+        self._cache_latents(hidden_states, q_rope, position_ids, cache.k, view.slots, rotated)
+        self.kv_b_proj.absorb(q_nope, absorbed)
         attended = self._paged_attention(
-            query,  # [tokens, heads, kv_lora_rank + qk_rope_head_dim]
+            query,  # [tokens, heads, latent_width]
             cache.k,
             cache.v,
             attn_metadata,
@@ -174,7 +176,8 @@ class MLA(Layer):
         position_ids: torch.Tensor,
         cache: torch.Tensor,
         slots: torch.Tensor,
-    ) -> torch.Tensor:
+        rotated: torch.Tensor,
+    ) -> None:
         """Write the tokens' latents and keys to the cache; q_rope [tokens, heads, rope] rotated."""
         kv = self.kv_a_proj_with_mqa(hidden_states)  # [tokens, kv_lora_rank + qk_rope_head_dim]
         norm, eps = None, 0.0
@@ -183,7 +186,7 @@ class MLA(Layer):
         else:
             latent, key = kv.split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1)
             kv = torch.cat((self.kv_a_layernorm(latent), key), dim=-1)
-        return self._rope_and_cache(
+        self._rope_and_cache(
             q_rope,
             kv,
             position_ids,
@@ -193,6 +196,7 @@ class MLA(Layer):
             self._interleaved,
             norm,
             eps,
+            rotated,
         )
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.ops.kernel import OpContext
+from llmfw.ops.reference_step import argmax
 
 Shape = Mapping[str, int]
 Arguments = tuple[object, ...]
@@ -82,6 +83,8 @@ def _head_linear(context: OpContext, generator: torch.Generator) -> Iterator[Cas
         yield Case(f"tokens={tokens}", (x, rows))
         columns = _normal(context, generator, heads, 5 + width, outs)[:, 5:]
         yield Case(f"tokens={tokens} transposed", (x, columns.transpose(1, 2)))
+        out = _normal(context, generator, tokens, heads, outs + 8)[..., :outs]
+        yield Case(f"tokens={tokens} into a view", (x, rows, out), written=(2,))
 
 
 def _moe_route(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -197,6 +200,8 @@ def _latent_rope_and_cache(context: OpContext, generator: torch.Generator) -> It
             1e-5,
         )
         yield Case(f"tokens={tokens}", arguments, written=(4,))
+        out = _normal(context, generator, tokens, heads, 8 + rotary_dim)[..., 8:]
+        yield Case(f"tokens={tokens} into a view", (*arguments, out), written=(4, 9))
 
 
 # (new tokens, tokens in all) of each request; how many of them are context requests
@@ -359,6 +364,29 @@ def _argmax(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
         yield Case(label, (logits,))
 
 
+def _draw_tokens(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    vocab, device = context["vocab_size"], context.info.device
+    for rows in (1, 24):
+        logits = 4 * _normal(context, generator, rows, vocab)
+        logits[1::3] = logits[1::3].round()  # equal values
+        kinds = torch.arange(rows, dtype=torch.float64)
+        columns = (
+            torch.tensor([1.5, 0.4, 8.0, 0.0])[torch.arange(rows) % 4].double(),  # float32 numbers
+            torch.tensor([0, 7, 0, 10**6])[torch.arange(rows) // 2 % 4].double(),
+            torch.where(kinds % 5 > 2, 0.75, 1.0),
+            torch.where(kinds % 7 > 4, 3.5, math.inf),
+            torch.rand(rows, generator=generator, dtype=torch.float64),
+        )
+        plain = torch.stack((columns[0], 0 * kinds, 0 * kinds + 1, *columns[3:]))
+        best = argmax(logits)
+        tokens = torch.zeros(2 * rows, dtype=torch.int32, device=device)
+        places = torch.randperm(2 * rows, generator=generator)[:rows].to(device)
+        cut = torch.stack(columns).to(device)
+        yield Case(f"rows={rows}", (logits, best, cut, True))
+        yield Case(f"rows={rows} stored", (logits, best, cut, True, tokens, places), written=(4,))
+        yield Case(f"rows={rows} plain", (logits, best, plain.to(device), False))
+
+
 def _copy_blocks(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     for shape in ((9, 4, 2, 8), (9, 16, 1, 33)):
         cache = _normal(context, generator, *shape)
@@ -458,5 +486,6 @@ INPUTS: dict[str, OpInputs] = {
     ),
     "prepare_decode": OpInputs(({},), _prepare_decode),
     "argmax": OpInputs(_shapes("vocab_size", (1,), (77,), (5000,)), _argmax),
+    "draw_tokens": OpInputs(_shapes("vocab_size", (1,), (77,), (5000,)), _draw_tokens),
     "copy_blocks": OpInputs(({},), _copy_blocks),
 }

@@ -25,9 +25,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, weight, bias)
 
 
-def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Each head's rows times its own weight: x [T, H, in], weight [H, out, in] -> [T, H, out]."""
-    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+def head_linear(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each head's rows times its own weight: x [T, H, in], weight [H, out, in] -> [T, H, out].
+
+    out: where the result is written, of any strides; a fresh tensor when left out.
+    """
+    product = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    return product if out is None else out.copy_(product)
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -158,12 +164,14 @@ def latent_rope_and_cache(
     interleaved: bool = False,
     norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise the latent, rotate q and the shared key, write latent and key to a latent cache.
 
     q: [T, Hq, R], those features of the queries that are rotated. kv: [T, L + R], the latent, then
     the key that all heads share. positions, cos_sin, slots: as in `rope_and_cache`. cache:
-    [blocks, block_size, 1, L + R]. norm: RMS norm weight [L] or None. Returns q [T, Hq, R].
+    [blocks, block_size, 1, L + R]. norm: RMS norm weight [L] or None. out: where q is written, of
+    any strides; a tensor of its own when left out. Returns q [T, Hq, R].
     """
     rotary_dim = q.shape[-1]
     latent, key = kv[:, None].split([kv.shape[-1] - rotary_dim, rotary_dim], dim=-1)
@@ -174,7 +182,7 @@ def latent_rope_and_cache(
         q = apply_rope(q, cos, sin, interleaved)
         key = apply_rope(key, cos, sin, interleaved)
     write_rows(torch.cat((latent, key), dim=-1), cache, slots)
-    return q
+    return q if out is None else out.copy_(q)
 
 
 def write_cache(

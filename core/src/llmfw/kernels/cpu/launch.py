@@ -130,7 +130,7 @@ def head_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     heads, width, outs = context["num_heads"], context["in_features"], context["out_features"]
     dtype, limit = context.dtype, row_limit(context)
 
-    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def run(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         tokens = x.shape[0]
         if (
             not 0 < tokens <= limit
@@ -142,12 +142,12 @@ def head_linear(context: OpContext) -> Callable[..., torch.Tensor]:
             or weight.dtype is not dtype
             or not x.is_cpu
         ):
-            return reference.head_linear(x, weight)
-        out = x.new_empty(tokens, heads, outs)
+            return reference.head_linear(x, weight, out)
+        product = x.new_empty(tokens, heads, outs)
         native(
             x.data_ptr(),
             weight.data_ptr(),
-            out.data_ptr(),
+            product.data_ptr(),
             tokens,
             heads,
             width,
@@ -157,7 +157,7 @@ def head_linear(context: OpContext) -> Callable[..., torch.Tensor]:
             weight.stride(0),
             _threads(),
         )
-        return out
+        return product if out is None else out.copy_(product)
 
     def prepare(weight: torch.Tensor) -> torch.Tensor:
         """A copy where the rows of a head are not stored one after the other."""
@@ -343,6 +343,7 @@ def latent_rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
         interleaved: bool = False,
         norm: torch.Tensor | None = None,
         eps: float = 1e-6,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tokens, heads, width = q.shape
         plain = (
@@ -358,9 +359,9 @@ def latent_rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
         )
         if not plain:
             return reference.latent_rope_and_cache(
-                q, kv, positions, cos_sin, cache, slots, interleaved, norm, eps
+                q, kv, positions, cos_sin, cache, slots, interleaved, norm, eps, out
             )
-        out = q.new_empty(tokens, heads, rotary_dim)
+        turned = q.new_empty(tokens, heads, rotary_dim)
         native(
             q.data_ptr(),
             kv.data_ptr(),
@@ -369,7 +370,7 @@ def latent_rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
             cache.data_ptr(),
             slots.data_ptr(),
             0 if norm is None else norm.data_ptr(),
-            out.data_ptr(),
+            turned.data_ptr(),
             tokens,
             heads,
             latent_dim,
@@ -380,7 +381,7 @@ def latent_rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
             eps,
             _threads(),
         )
-        return out
+        return turned if out is None else out.copy_(turned)
 
     return run
 

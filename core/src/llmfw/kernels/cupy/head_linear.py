@@ -48,13 +48,16 @@ def head_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     ).launcher("head_linear", "PPPqqqqqi")
     blocks = -(-outs // (16 * WARPS // sharers))
 
-    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def call(
+        x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         tokens = x.shape[0]
         if not 0 < tokens <= MOST_TOKENS or weight.stride()[1:] != (width, 1):
-            return batched(x, weight)
+            return batched(x, weight, out)
         if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16:
             x = dense(x)
-        out = torch.empty((tokens, heads, outs), dtype=x.dtype, device=x.device)
+        if out is None:
+            out = torch.empty((tokens, heads, outs), dtype=x.dtype, device=x.device)
         launch(
             (blocks, heads, -(-tokens // TOKENS_OF_A_BLOCK)),
             (WARPS * 32, 1, 1),

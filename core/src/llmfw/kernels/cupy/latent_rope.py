@@ -61,6 +61,7 @@ def latent_rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
         interleaved: bool = False,
         norm: torch.Tensor | None = None,
         eps: float = 1e-6,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if q.shape[1:] != (heads, rotary) or bool(interleaved) != turned:
             raise KernelError(
@@ -71,7 +72,8 @@ def latent_rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
             q = q.contiguous()
         if kv.stride(-1) != 1 or kv.stride(0) % width or kv.data_ptr() % aligned:
             kv = kv.contiguous().clone()
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if out is None:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         tokens = q.shape[0]
         if tokens:
             launch(
