@@ -31,6 +31,11 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "HEAD_DIM": 96, "V_DIM": 64},
         {"DTYPE": BF16, "WARPS": 8, "MIN_BLOCKS": 1},
     ],
+    "paged_simt.cu": [
+        {"DTYPE": F32},
+        {"DTYPE": F32, "HEAD_DIM": 256, "MIN_BLOCKS": 1, "SOFTCAP": 1},
+        {"DTYPE": F32, "HEAD_DIM": 80, "ROWS": 8, "MIN_BLOCKS": 1, "BLOCK_SIZE": 24},
+    ],
     "gather_cache.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "BLOCK_SIZE": 24, "K_PACKS": 10}],
     "causal_conv1d.cu": [
         {"DTYPE": BF16},

@@ -15,27 +15,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["LLMFW_TUNE"] = "off"
 
-from gpu.kernel_cases import Case, all_cases, check, product_variants
+from gpu.kernel_cases import Case, all_cases, check, kernel_of, product_variants
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases
-from llmfw.kernels.cupy.declarations import KERNELS
-from llmfw.ops.kernel import load_object
+from gpu.sampling_cases import sampling_cases
 
 
 def main() -> None:
     """One case for each op, dtype and static shape, in the order of all_cases."""
     device = torch.device("cuda", 0)
     seen: set[tuple[object, ...]] = set()
-    for case in (*all_cases(), *recurrent_cases()):
+    for case in (*all_cases(), *recurrent_cases(), *sampling_cases()):
         batch = case.label.split("-")[0] if case.op in ("paged_attention", *RECURRENT) else ""
         rows = case.facts.get("rows") if case.facts.get("rows") in (1, 4, 5) else 0
         key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows)
         if case.wide or key in seen or (case.dtype == "float16" and case.op != "paged_attention"):
             continue
         seen.add(key)
-        context = case.context(device)
-        kernel = next(k for k in KERNELS if k.op == case.op)
-        check(case, load_object(kernel.factory)(context), device)
+        check(case, kernel_of(case, device).build(case.context(device)), device)
         if case.op in ("linear", "gated_linear"):
             products(case, device)
     torch.cuda.synchronize()

@@ -28,6 +28,7 @@ from gpu.kernel_cases import (
     step_cases,
 )
 from gpu.recurrent_cases import recurrent_cases
+from gpu.sampling_cases import sampling_cases
 from llmfw.kernels.cupy.attention import plan_batch
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.ops.reference import REFERENCES
@@ -65,6 +66,7 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
         *latent_attention_cases(),
         *recurrent_cases(),
         *step_cases(),
+        *sampling_cases(),
     ],
     ids=str,
 )

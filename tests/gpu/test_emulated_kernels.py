@@ -26,6 +26,7 @@ from gpu.kernel_cases import (
     step_cases,
 )
 from gpu.recurrent_cases import recurrent_cases
+from gpu.sampling_cases import sampling_cases
 from llmfw.kernels.cupy import prefill
 from llmfw.ops import reference
 
@@ -63,6 +64,7 @@ def small(cases: list[Case], every: int) -> list[object]:
             *latent_rope_cases(),
             *head_linear_cases(),
             *step_cases(),
+            *sampling_cases(),
         ],
         7,
     ),

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from llmfw.ops.reference_moe import grouped_linear, moe_route
+from llmfw.ops.reference_draw import draw_tokens
+from llmfw.ops.reference_moe import grouped_linear, moe_experts, moe_route
 from llmfw.ops.reference_state import causal_conv1d, selective_scan, ssd_scan
 from llmfw.ops.reference_step import argmax, copy_blocks, prepare_decode
 
@@ -311,10 +312,12 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "latent_rope_and_cache": latent_rope_and_cache,
     "paged_attention": paged_attention,
     "moe_route": moe_route,
+    "moe_experts": moe_experts,
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
     "ssd_scan": ssd_scan,
     "prepare_decode": prepare_decode,
     "argmax": argmax,
+    "draw_tokens": draw_tokens,
     "copy_blocks": copy_blocks,
 }

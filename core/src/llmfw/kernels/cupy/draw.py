@@ -1,0 +1,114 @@
+"""Launcher of draw_tokens.cu: a seeded draw by temperature, top_k, top_p and min_p, in one or two
+launches, without sorting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.launch import pointer
+from llmfw.ops import reference_draw
+from llmfw.ops.kernel import OpContext
+
+THREADS = 256
+TILE = 1024  # tokens of a warp's step
+BINS = 2048
+ROOM = 4096  # listed tokens of a row
+BLOCKS_PER_SM = 4
+LEAST_ROWS = 32  # that the first workspace is made for
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """Memory of so many rows; tables and counters are zeros between launches."""
+
+    rows: int
+    tables: torch.Tensor
+    counters: torch.Tensor
+    cuts: torch.Tensor
+    masses: torch.Tensor
+    near: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: int, tiles: int, device: torch.device) -> _Workspace:
+        def wide(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        return cls(
+            rows,
+            wide(rows, BINS),
+            torch.zeros(rows, 3, dtype=torch.int32, device=device),
+            wide(rows, 2),
+            wide(rows, tiles),
+            wide(rows, ROOM),
+        )
+
+
+def supports(context: OpContext) -> str | None:
+    """Vocabularies whose tiles fit one table."""
+    vocab = context["vocab_size"]
+    return f"a vocabulary of {vocab} is too large" if vocab > BINS * TILE else None
+
+
+def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The op `draw_tokens` for one vocabulary; one stream at a time may use it."""
+    vocab, device = context["vocab_size"], context.info.device
+    width = 16 // context.dtype.itemsize
+    while vocab % width:
+        width //= 2
+    constants = {"VOCAB": vocab, "WIDTH": width, "THREADS": THREADS, "ROOM": ROOM}
+    module = load("draw_tokens.cu", device, context.dtype, **constants)
+    count = module.launcher("count_tokens", "PPPPPPq")
+    draw = module.launcher("draw_tokens", "PPPPPPPPPPq")
+    tiles = -(-vocab // TILE)
+    most = -(-tiles // (THREADS // 32))
+    sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+    space = _Workspace.of(LEAST_ROWS, tiles, device)
+
+    def call(
+        logits: torch.Tensor,
+        best: torch.Tensor,
+        parameters: torch.Tensor,
+        cuts: bool,
+        tokens: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        nonlocal space
+        rows = logits.shape[0]
+        aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % width == 0
+        if logits.stride(1) != 1 or not aligned or not parameters.is_contiguous():
+            return reference_draw.draw_tokens(logits, best, parameters, cuts, tokens, places)
+        out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        if not rows:
+            return out
+        if rows > space.rows:
+            space = _Workspace.of(1 << (rows - 1).bit_length(), tiles, device)
+        grid = (max(1, min(most, BLOCKS_PER_SM * sms // rows)), rows, 1)
+        block, stride = (THREADS, 1, 1), logits.stride(0)
+        source, greedy, numbers = logits.data_ptr(), best.data_ptr(), parameters.data_ptr()
+        counters, cut = space.counters.data_ptr(), space.cuts.data_ptr()
+        if cuts:
+            tables = space.tables.data_ptr()
+            count(grid, block, source, greedy, numbers, tables, counters, cut, stride)
+        draw(
+            grid,
+            block,
+            out.data_ptr(),
+            source,
+            greedy,
+            numbers,
+            counters,
+            cut,
+            space.masses.data_ptr(),
+            space.near.data_ptr(),
+            pointer(tokens),
+            pointer(places),
+            stride,
+        )
+        return out
+
+    return call

@@ -1,0 +1,171 @@
+"""Launcher of paged_simt.cu: the op `paged_attention` for float32 models, all requests alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmfw.errors import KernelError
+from llmfw.kernels.cupy.attention import parts_of
+from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.launch import Launcher, pointer
+from llmfw.kernels.cupy.paged_decode import Heads
+from llmfw.ops.kernel import OpContext
+
+if TYPE_CHECKING:
+    from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+
+WARPS = 8
+KEYS_OF_A_TILE = 32
+MAX_SPLITS = 64
+MOST_ROWS = 8
+COUNTERS = 1 << 16
+
+
+def supports(context: OpContext) -> str | None:
+    """Head sizes of whole packs of 4 up to 256."""
+    heads = Heads.of(context)
+    if context.shape.get("latent"):
+        return "reads V from a tensor of its own, not from a latent cache"
+    if heads.head_dim % 4 or heads.v_dim % 4 or max(heads.head_dim, heads.v_dim) > 256:
+        return f"head sizes {heads.head_dim} and {heads.v_dim} are not multiples of 4 up to 256"
+    if heads.num_heads % heads.num_kv_heads:
+        return f"{heads.num_heads} heads do not share {heads.num_kv_heads} KV heads evenly"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch is divided.
+
+    Args:
+        rows: Query rows of a block, a power of two.
+        resident: Blocks of one multiprocessor at once, for which registers are left.
+        columns: Blocks a request and split.
+        splits: Most parts that a request's keys are divided into.
+    """
+
+    rows: int
+    resident: int
+    columns: int
+    splits: int
+
+
+def plan_launch(heads: Heads, requests: int, max_q: int, max_kv: int, sms: int) -> Plan:
+    """Divide a batch of at most these lengths over the device; splits fill it once."""
+    wide = max(heads.head_dim, heads.v_dim) > 128
+    wanted = heads.group * max_q
+    rows = min(1 << (wanted - 1).bit_length(), MOST_ROWS // 2 if wide else MOST_ROWS)
+    resident = 1 if wide or rows == MOST_ROWS else 2
+    columns = heads.num_kv_heads * -(-wanted // rows)
+    blocks = columns * requests
+    splits = min(resident * sms // blocks, -(-max_kv // (KEYS_OF_A_TILE * WARPS)), MAX_SPLITS)
+    return Plan(rows, resident, columns, max(1, splits) if blocks <= COUNTERS else 1)
+
+
+class _Kernels:
+    """The compiled kernels of one head layout, and the counters that blocks meet at."""
+
+    def __init__(self, context: OpContext) -> None:
+        self.heads = Heads.of(context)
+        self._context = context
+        device = context.info.device
+        properties = torch.cuda.get_device_properties(device_index(device))
+        self.sms = properties.multi_processor_count
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self._launchers: dict[tuple[int, int], Launcher] = {}
+
+    def launcher(self, plan: Plan) -> Launcher:
+        """The kernel for a plan's blocks, compiled when first wanted."""
+        found = self._launchers.get((plan.rows, plan.resident))
+        if found is None:
+            heads, context = self.heads, self._context
+            found = load(
+                "paged_simt.cu",
+                context.info.device,
+                context.dtype,
+                HEAD_DIM=heads.head_dim,
+                V_DIM=heads.v_dim,
+                GROUP=heads.group,
+                ROWS=plan.rows,
+                BLOCK_SIZE=heads.block_size,
+                SOFTCAP=int(heads.softcap),
+                WARPS=WARPS,
+                MIN_BLOCKS=plan.resident,
+            ).launcher("paged_simt", "PPPPPPPPPPPqqqqqqiiiiff")
+            self._launchers[plan.rows, plan.resident] = found
+        return found
+
+
+def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The op `paged_attention` for one head layout. Its launches must follow each other on one
+    stream.
+    """
+    kernels = _Kernels(context)
+    heads = kernels.heads
+
+    def call(
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        view: CacheGroupView,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if view.block_size != heads.block_size or bool(softcap) != heads.softcap:
+            raise KernelError(
+                f"attention was built for blocks of {heads.block_size} tokens and softcap "
+                f"{heads.softcap}, called with {view.block_size} and {softcap}"
+            )
+        if q.stride(-1) != 1 or q.stride(1) != heads.head_dim:
+            q = q.contiguous()
+        if sinks is not None and sinks.dtype is not torch.float32:
+            sinks = sinks.float()
+        width = heads.num_heads * heads.v_dim
+        out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
+        for part in parts_of(metadata):
+            plan = plan_launch(heads, part.requests, part.max_q, part.max_kv, kernels.sms)
+            partial = stats = 0
+            if plan.splits > 1:
+                slots = part.requests * plan.columns * plan.splits * plan.rows
+                workspace = torch.empty(
+                    slots * (heads.v_dim + 2), dtype=torch.float32, device=q.device
+                )
+                partial = workspace.data_ptr()
+                stats = partial + slots * heads.v_dim * 4
+            kernels.launcher(plan)(
+                (plan.columns, plan.splits, part.requests),
+                (WARPS * 32, 1, 1),
+                out.data_ptr(),
+                q.data_ptr(),
+                k_cache.data_ptr(),
+                v_cache.data_ptr(),
+                view.block_tables.data_ptr(),
+                metadata.cu_query_lens.data_ptr(),
+                metadata.kv_lens_device.data_ptr(),
+                pointer(sinks),
+                partial,
+                stats,
+                kernels.counters.data_ptr(),
+                q.stride(0),
+                view.block_tables.stride(0),
+                k_cache.stride(0),
+                k_cache.stride(1),
+                v_cache.stride(0),
+                v_cache.stride(1),
+                heads.num_kv_heads,
+                part.first,
+                window or 0,
+                WARPS,
+                scale,
+                softcap or 0.0,
+            )
+        return out
+
+    return call

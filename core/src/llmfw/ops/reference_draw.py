@@ -1,0 +1,93 @@
+"""The torch reference of `draw_tokens`: temperature, top_k, top_p, min_p and a seeded draw.
+
+A token counts by its distance below the row's greatest, in octaves of probability, and by a mass
+that is a whole number. Sums of whole numbers do not depend on their order, and each product and sum
+that leads to them is rounded by itself, so every device gives the same token for the same number.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: A mass is 2^(FULL - distance), to 22 bits; so there is none from FULL octaves on.
+FULL = 40
+_NO_MASS = 62.0
+_DIGITS = 22
+#: 2^x for x from -1/2 to 1/2 within 1e-7, highest power first; float32 numbers.
+_EXP2 = (
+    0.001326472731307149,
+    0.009671512991189957,
+    0.05550733581185341,
+    0.24022242426872253,
+    0.6931470036506653,
+    1.0,
+)
+
+
+def draw_tokens(
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    parameters: torch.Tensor,
+    cuts: bool,
+    tokens: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token a row, drawn from those that top_k, top_p and min_p leave.
+
+    Equal logits stay or go together. A row's token follows from its logits and parameters alone.
+
+    Args:
+        logits: [rows, vocab].
+        best: int64 [rows], the row's `argmax`; where it is -1 so is the result.
+        parameters: float64 [5, rows]. scale: log2(e) / temperature, a float32 number; 0 takes the
+            best. top_k: so many are kept, 0 for all. top_p: of the mass of these so much is kept,
+            1 for all. farthest: greatest distance kept, -log2(min_p), a float32 number. uniform: in
+            [0, 1); the first token is taken with which the mass, in the order of the vocabulary,
+            exceeds this part of all that is kept.
+        cuts: Whether top_k or top_p is set in some row.
+        tokens, places: int32 (flat) and int64 [rows]: max(result, 0) is stored in tokens[places].
+
+    Returns:
+        int64 [rows].
+    """
+    scale, top_k, top_p, farthest, uniform = parameters.unsqueeze(-1)  # [rows, 1] each
+    greatest = logits.gather(1, best.clamp_min(0)[:, None]).float()
+    distance = (greatest - logits.float()).mul_(scale.float())  # [rows, vocab]
+    distance.masked_fill_(((best < 0)[:, None]) | (scale == 0), 0)
+    limit = farthest.float()
+    if cuts:
+        limit = torch.minimum(limit, _limit(distance, top_k.long(), top_p))
+    reached = masses(distance).masked_fill_(distance > limit, 0).cumsum(-1)
+    every = reached[:, -1:]
+    wanted = torch.minimum((every.double() * uniform).long(), every - 1)
+    drawn = torch.searchsorted(reached, wanted, right=True)
+    found = torch.where((scale == 0) | (best < 0)[:, None], best[:, None], drawn)[:, 0]
+    if tokens is not None and places is not None:
+        tokens.index_copy_(0, places, found.clamp_min(0).int())
+    return found
+
+
+def masses(distance: torch.Tensor) -> torch.Tensor:
+    """The mass of tokens so many octaves (float32, not negative) below the best: int64."""
+    near = distance.clamp_max(_NO_MASS)
+    octaves = near.round()
+    x = octaves - near
+    power = torch.full_like(x, _EXP2[0])
+    for coefficient in _EXP2[1:]:
+        power.mul_(x).add_(coefficient)
+    digits = power.add_(2.0).sub_(2.0).mul_(float(1 << _DIGITS)).long()
+    return (digits << (FULL - _DIGITS)) >> octaves.long()
+
+
+def _limit(distance: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The greatest distance that top_k, and top_p of what that keeps, leave: [rows, 1]."""
+    near = distance.sort(dim=-1).values
+    vocab = near.shape[-1]
+    kth = near.gather(1, top_k.clamp(1, vocab) - 1).masked_fill_(top_k == 0, float("inf"))
+    index = torch.arange(vocab, device=near.device)
+    counted = masses(near).mul_((index < top_k) | (top_k == 0))
+    reached = counted.cumsum(-1)
+    every = reached[:, -1:]
+    wanted = torch.minimum((every.double() * top_p).ceil_().long().clamp_min_(1), every)
+    last = near.gather(1, torch.searchsorted(reached, wanted))
+    return torch.minimum(kth, last.masked_fill_(top_p >= 1.0, float("inf")))
