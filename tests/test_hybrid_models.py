@@ -203,8 +203,8 @@ def test_the_guides_layer_gives_means_in_any_batch():
         torch.testing.assert_close(mean[-1], torch.cat((one, two)).mean(0))
 
 
-def test_steps_of_models_with_state_are_not_captured(model, caplog: pytest.LogCaptureFixture):
+def test_steps_whose_state_needs_the_host_are_not_captured(model, caplog: pytest.LogCaptureFixture):
     runner = ModelRunner(model, EngineSettings(block_size=BLOCK).on("cpu"), CPU)
     with caplog.at_level(logging.INFO, logger="llmfw.engine"):
         assert not runner._capturable()
-    assert "no CUDA graphs: they do not carry recurrent state" in caplog.text
+    assert "no CUDA graphs: a recurrent layer does not read the batch on the device" in caplog.text

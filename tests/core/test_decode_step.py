@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Mamba2Config
 
+from llmfw.attention.state import StateCache
 from llmfw.engine.context_step import ContextStep
 from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
 from llmfw.engine.decode_step import BlockTableMirror, DecodeStep, Memory
@@ -103,6 +104,61 @@ def test_padded_steps_give_the_tokens_of_single_ones(model):
 
 def named(prompts):
     return {str(index): prompt for index, prompt in enumerate(prompts)}
+
+
+def true_length(model):
+    """As `exact_lengths`, for a prompt that is padded: the reference gets no padded token."""
+
+    def forward(metadata, input_ids, positions):
+        count = int(metadata.cu_query_lens[-1])
+        metadata = replace(metadata, query_lens=(count,), max_query_len=count)
+        return model(metadata, input_ids[:count], positions[:count])
+
+    return forward
+
+
+def test_padded_steps_continue_the_state_of_their_rows():
+    """Whole prompts, then single tokens; state lies in the rows' slots, and one is for padding."""
+    config = Mamba2Config(
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=16,
+        n_groups=1,
+        state_size=8,
+    )
+    model = ours_from(tiny_hf(config, "Mamba2ForCausalLM", "eager"), max_model_len=MAX_LEN)
+    prompts, rows, count = random_prompts(3, 128, 5, 30), np.array([4, 0, 2]), 6
+    state = StateCache(model.state_specs(), ROWS + 1, CPU)
+    tokens = torch.zeros(ROWS + 1, MAX_LEN, dtype=torch.int32)
+    memory = Memory(
+        flat_tokens=tokens.view(-1),
+        max_model_len=MAX_LEN,
+        blocks=torch.zeros(ROWS + 1, MAX_LEN // BLOCK, dtype=torch.int32),
+        block_size=BLOCK,
+        caches={},
+        num_groups=0,
+        padding_row=ROWS,
+        states=state.layers,
+    )
+    ops = model.model_config.ops
+    context = ContextStep(true_length(model), memory, length=32, ops=ops)
+    step = DecodeStep(model, memory, size=SIZE, max_kv_len=MAX_LEN, ops=ops)
+    with torch.inference_mode():
+        for row, prompt in zip(rows, prompts, strict=True):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+            context.stage(int(row), len(prompt))
+            context.compute()
+        for turn in range(count - 1):
+            step.stage(rows, np.array([len(prompt) for prompt in prompts]) + turn)
+            step.compute()
+    for row, prompt in zip(rows, prompts, strict=True):
+        session = PackedSession(model)
+        expected = [session.step({"a": prompt})["a"][-1].argmax()]
+        for _ in range(count - 1):
+            expected.append(session.step({"a": [int(expected[-1])]})["a"][-1].argmax())
+        assert tokens[row, len(prompt) : len(prompt) + count].tolist() == expected
 
 
 def test_a_row_that_is_not_finite_gets_no_token():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -67,6 +69,7 @@ def test_graphs_that_do_not_fit(monkeypatch):
     monkeypatch.setattr(ModelRunner, "_allocate", lambda self, count: None)
     monkeypatch.setattr(ModelRunner, "table", None, raising=False)
     monkeypatch.setattr(ModelRunner, "caches", None, raising=False)
+    monkeypatch.setattr(ModelRunner, "state", SimpleNamespace(layers={}), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
     model = TinyAttentionModel()
     model.model_config = type("Config", (), {"ops": None})()

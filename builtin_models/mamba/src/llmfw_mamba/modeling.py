@@ -83,7 +83,8 @@ class Mixer(Layer):
     def state_spec(self) -> StateSpec:
         """The convolution's last inputs and h."""
         hidden = StateTensor(self.state_shape, torch.float32)
-        return StateSpec({**self.conv1d.state_tensors(self.dtype), "hidden": hidden})
+        tensors = {**self.conv1d.state_tensors(self.dtype), "hidden": hidden}
+        return StateSpec(tensors, on_device=True)
 
     def post_load(self) -> None:
         """The decay rates, from the logarithms that are stored."""

@@ -33,9 +33,14 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What one recurrent module keeps of each request, by name; zeros where a request begins."""
+    """What one recurrent module keeps of each request, by name; zeros where a request begins.
+
+    on_device: the module takes lengths and slots from the batch's tensors on the device alone, by
+        ops of core or in the same way, so that its steps can be captured as CUDA graphs.
+    """
 
     tensors: Mapping[str, StateTensor]
+    on_device: bool = False
 
     @property
     def bytes_per_request(self) -> int:

@@ -212,7 +212,7 @@ def _manifest_of(
         ),
         graphs=GraphPlan()
         if runner.graphs is None
-        else graph_plan(facts.max_num_seqs, facts.max_model_len),
+        else graph_plan(facts.max_num_seqs, facts.max_model_len, bool(runner.specs)),
         kernels=kernels_of(config.ops),
         config_digest=f"sha256:{digest_of(checkpoint / HF_FOLDER / 'config.json')}",
         linked=linked,

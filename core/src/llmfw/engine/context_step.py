@@ -67,6 +67,8 @@ class ContextStep:
             logits_indices=count - 1,
             max_query_len=self.length,
             max_kv_len=self.length,
+            states=memory.states,
+            state_slots=row if memory.states else None,
         )
         logits = self._forward(metadata, input_ids, positions)
         argmax = self._ops.resolve("argmax", logits.dtype, vocab_size=logits.shape[-1])

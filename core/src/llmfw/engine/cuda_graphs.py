@@ -35,8 +35,10 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
     return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
-def kv_limits(max_model_len: int) -> list[int]:
+def kv_limits(max_model_len: int, attends: bool = True) -> list[int]:
     """The longest sequences graphs are captured for: short ones need fewer splits of attention."""
+    if not attends:
+        return [max_model_len]
     limits = [limit for limit in (1024, 8192) if limit < max_model_len]
     return [*limits, max_model_len]
 
@@ -59,7 +61,7 @@ class StepGraphs:
         make_decode: Makes the decode step for (batch size, longest sequence).
         make_context: Makes the prefill of a prompt padded to a length.
         max_num_seqs: Most requests of a step.
-        max_model_len: Longest sequence.
+        limits: The longest sequences of decode steps, in order; the last is the longest of all.
     """
 
     def __init__(
@@ -67,11 +69,11 @@ class StepGraphs:
         make_decode: MakeDecode,
         make_context: MakeContext,
         max_num_seqs: int,
-        max_model_len: int,
+        limits: list[int],
     ) -> None:
         self.sizes = batch_sizes(max_num_seqs)
-        self.limits = kv_limits(max_model_len)
-        self.lengths = [length for length in LENGTHS if length < max_model_len]
+        self.limits = limits
+        self.lengths = [length for length in LENGTHS if length < limits[-1]]
         self._pool: Any = None
         self._decode: dict[tuple[int, int], _Captured[DecodeStep]] = {}
         self._context: dict[int, _Captured[ContextStep]] = {}

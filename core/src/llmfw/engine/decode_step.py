@@ -8,7 +8,7 @@ goes. So a step uploads two numbers a request, and all shapes depend only on the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -73,6 +73,7 @@ class Memory:
         caches: K and V by layer index.
         num_groups: Groups of layers that share the block table.
         padding_row: A row that no request has; its block is one that no request has.
+        states: Recurrent state by layer index; a sequence's slot is its row.
     """
 
     flat_tokens: torch.Tensor
@@ -82,6 +83,7 @@ class Memory:
     caches: Mapping[int, LayerCache]
     num_groups: int
     padding_row: int
+    states: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def first_blocks(self, tokens: int) -> torch.Tensor:
         """The part of the block tables that so many tokens of each row take."""
@@ -158,6 +160,8 @@ class DecodeStep:
             caches=memory.caches,
             max_query_len=1,
             max_kv_len=self.max_kv_len,
+            states=memory.states,
+            state_slots=rows if memory.states else None,
         )
         logits = self._forward(metadata, input_ids, positions)
         argmax = self._ops.resolve("argmax", logits.dtype, vocab_size=logits.shape[-1])

@@ -87,10 +87,11 @@ class Estimate:
         return self.full_sequences >= 1
 
 
-def graph_plan(max_num_seqs: int, max_model_len: int) -> GraphPlan:
+def graph_plan(max_num_seqs: int, max_model_len: int, attends: bool = True) -> GraphPlan:
     """The graphs that a worker with these limits captures."""
     lengths = tuple(length for length in LENGTHS if length < max_model_len)
-    return GraphPlan(tuple(batch_sizes(max_num_seqs)), tuple(kv_limits(max_model_len)), lengths)
+    limits = tuple(kv_limits(max_model_len, attends))
+    return GraphPlan(tuple(batch_sizes(max_num_seqs)), limits, lengths)
 
 
 def estimate(
@@ -145,7 +146,7 @@ def estimate(
         max_num_seqs=seqs,
         full_sequences=round(tokens / length, 2) if per_token else float(seqs),
         tokens_per_second=round(gpu.bandwidth / _read_a_token(built), 1),
-        graphs=graph_plan(seqs, length),
+        graphs=graph_plan(seqs, length, bool(per_token)),
         kernels=tuple(_choices(table, (each.context for each in notes.choices.values()))),
     )
 

@@ -13,7 +13,7 @@ import torch
 from llmfw.attention.metadata import LayerCache
 from llmfw.config import ModelConfig
 from llmfw.engine.context_step import ContextStep
-from llmfw.engine.cuda_graphs import StepGraphs
+from llmfw.engine.cuda_graphs import StepGraphs, kv_limits
 from llmfw.engine.decode_step import BlockTableMirror, DecodeStep, Forward, Memory
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.step import StepInput
@@ -46,6 +46,7 @@ class GraphRunner:
         caches: K and V by layer index, with one block more than the scheduler knows.
         num_groups: Groups of layers that share the block table.
         num_blocks: Blocks that the scheduler knows; the next one is for padding.
+        states: Recurrent state by layer index, with one slot more for padding.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class GraphRunner:
         caches: Mapping[int, LayerCache],
         num_groups: int,
         num_blocks: int,
+        states: Mapping[int, Mapping[str, torch.Tensor]],
     ) -> None:
         self._table = table
         rows, width = table.tokens.shape[0], table.blocks.shape[1]
@@ -69,6 +71,7 @@ class GraphRunner:
             caches=caches,
             num_groups=num_groups,
             padding_row=table.padding_row,
+            states=states,
         )
         ops, dtype = config.ops, config.dtype
 
@@ -80,7 +83,8 @@ class GraphRunner:
         def make_context(length: int) -> ContextStep:
             return ContextStep(forward, memory, length=length, ops=ops)
 
-        self._graphs = StepGraphs(make_decode, make_context, table.padding_row, table.max_model_len)
+        limits = kv_limits(table.max_model_len, bool(caches))
+        self._graphs = StepGraphs(make_decode, make_context, table.padding_row, limits)
 
     def run(self, step: StepInput) -> Replayed | None:
         """Replay the step if graphs serve it; call it for each step, to keep the tables current."""

@@ -39,6 +39,9 @@ _DEVICE_SIDE_OPS = (
     "latent_rope_and_cache",
     "paged_attention",
     "grouped_linear",
+    "causal_conv1d",
+    "selective_scan",
+    "ssd_scan",
 )
 
 
@@ -142,6 +145,7 @@ class ModelRunner:
                     self.caches,
                     self._num_groups,
                     num_blocks,
+                    self.state.layers,
                 )
 
     def _allocate(self, num_seqs: int) -> None:
@@ -238,8 +242,8 @@ class ModelRunner:
         config = getattr(self.model, "model_config", None)
         if config is None or self._backend.reference_only:
             return False
-        if self.state_specs:
-            logger.info("no CUDA graphs: they do not carry recurrent state")
+        if not all(spec.on_device for spec in self.state_specs.values()):
+            logger.info("no CUDA graphs: a recurrent layer does not read the batch on the device")
             return False
         for choice in config.ops.choices.values():
             if choice.chosen == "reference" and choice.context.op in _DEVICE_SIDE_OPS:
@@ -298,7 +302,8 @@ class ModelRunner:
             return step
         row = getattr(self.model, "vocab_size", 0) * torch.float32.itemsize
         tokens = settings.max_num_batched_tokens
-        return step + graph_bytes(step, tokens, settings.max_num_seqs, max_model_len, row)
+        attends = bool(self.specs)
+        return step + graph_bytes(step, tokens, settings.max_num_seqs, max_model_len, row, attends)
 
     def _warm_up(self, max_model_len: int) -> int:
         """Run the largest step, which compiles and tunes its kernels; the bytes it takes."""

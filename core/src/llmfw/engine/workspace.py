@@ -29,7 +29,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def graph_bytes(
-    step_bytes: int, step_tokens: int, max_num_seqs: int, max_model_len: int, logits_row: int
+    step_bytes: int,
+    step_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    logits_row: int,
+    attends: bool = True,
 ) -> int:
     """Bytes to leave for the graphs of all batch sizes.
 
@@ -42,8 +47,9 @@ def graph_bytes(
         max_num_seqs: Most requests of a decode step.
         max_model_len: Longest sequence.
         logits_row: Bytes of one request's logits.
+        attends: Whether the model keeps keys and values.
     """
-    sizes, limits = batch_sizes(max_num_seqs), kv_limits(max_model_len)
+    sizes, limits = batch_sizes(max_num_seqs), kv_limits(max_model_len, attends)
     prefills = [length for length in LENGTHS if length < max_model_len]
     largest = max(max_num_seqs, *prefills) if prefills else max_num_seqs
     activations = step_bytes * min(largest, step_tokens) // max(step_tokens, 1)
