@@ -100,8 +100,8 @@ def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], fo
         shutil.copy(path, work)
     (work / "main.cpp").write_text(
         f'#include "emulate.h"\n#include "{source}"\n'
-        f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, unsigned cluster, '
-        "void** args, const char* types) "
+        f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, '
+        "unsigned cluster, void** args, const char* types) "
         f"{{ return emulated::launch({name}, grid, block, cluster, args, types); }}\n"
     )
     command = [
