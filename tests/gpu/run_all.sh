@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything of tests/gpu on a machine with an NVIDIA GPU, without a network.
-#   OUT=/some/folder bash tests/gpu/run_all.sh STAGE...     stages: models tests bench sanitize startup steps, or S:W1 and the like
+#   OUT=/some/folder bash tests/gpu/run_all.sh STAGE...     stages: models engines tests bench sanitize startup steps, or S:W1 and the like
 # Installs the packages without their dependencies, for their entry points.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,6 +23,17 @@ if [[ " ${stages[*]} " == *" models "* ]]; then # several processes at once: eac
     >"$OUT/models.log" 2>&1
   tail -30 "$OUT/models.log"
   stages=("${stages[@]/models/}")
+fi
+if [[ " ${stages[*]} " == *" engines "* ]]; then # engine directories, and what they save at a start
+  work=${WORK:-/tmp}
+  PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" timeout "${LIMIT:-240}" python3 -m pytest tests/gpu/test_engine_directory.py \
+    -q -p no:cacheprovider -o addopts="--import-mode=importlib" -o filterwarnings=default --tb=short \
+    >"$OUT/engines.log" 2>&1
+  tail -8 "$OUT/engines.log"
+  [ -d "$work/llmfw-L" ] || python3 -m llmfw_cli bench make-checkpoint docs/benchmarks/shapes/llama-3.1-8b.json "$work/llmfw-L"
+  python3 tests/measure_cold_start.py "$work/llmfw-L" --device cuda --max-model-len 4096 --repeats "${RUNS:-1}" \
+    --kinds engine,model --work "$work" --limit "${LIMIT:-240}" --out "$OUT/cold-start.json" | tee "$OUT/cold-start.md"
+  stages=("${stages[@]/engines/}")
 fi
 if [[ " ${stages[*]} " == *" startup "* ]]; then # from disk: a random checkpoint outside of $OUT
   python3 -m llmfw_cli bench make-checkpoint docs/benchmarks/shapes/llama-3.1-8b.json "${CKPT:-/tmp/llmfw-L}"
