@@ -36,6 +36,17 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F32, "HEAD_DIM": 256, "MIN_BLOCKS": 1, "SOFTCAP": 1},
         {"DTYPE": F32, "HEAD_DIM": 80, "ROWS": 8, "MIN_BLOCKS": 1, "BLOCK_SIZE": 24},
     ],
+    "latent_attention.cu": [
+        {"DTYPE": BF16, "MIN_BLOCKS": 2},
+        {"DTYPE": BF16, "ROWS": 64, "HEADS": 128},
+        {"DTYPE": F16, "HEAD_DIM": 64, "V_DIM": 48, "HEADS": 3, "BLOCK_SIZE": 24, "KEYS": 16},
+    ],
+    "latent_rope.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HEADS": 5, "LATENT_DIM": 27, "ROTARY_DIM": 6, "WIDTH": 1},
+        {"DTYPE": F32, "INTERLEAVED": 0},
+    ],
+    "head_linear.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "IN": 512, "OUT": 128, "SHARERS": 4}],
     "gather_cache.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "BLOCK_SIZE": 24, "K_PACKS": 10}],
     "causal_conv1d.cu": [
         {"DTYPE": BF16},
@@ -55,6 +66,8 @@ USES: dict[str, list[dict[str, int | str]]] = {
     "prepare_decode.cu": [{"DTYPE": BF16}],
     "argmax.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
     "draw_tokens.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
+    "copy_blocks.cu": [{"DTYPE": BF16}],
+    "penalise.cu": [{"DTYPE": F32}],
     "gemv.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "IN": 1000, "ROWS": 4, "SHARERS": 1, "IN_FLIGHT": 4},
