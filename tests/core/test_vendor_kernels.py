@@ -49,7 +49,7 @@ def test_it_serves_bfloat16_from_sm_80_on(features: tuple[str, ...], dtype, chos
 
 
 def test_an_old_torch_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vendor, "_grouped_mm", lambda: None)
+    monkeypatch.setattr(vendor, "grouped_product", lambda: None)
     device = info("cuda", "sm_80")
     (kernel,) = vendor.pack.llmfw_kernels(device)
     refusal = kernel.refusal(OpContext("grouped_linear", torch.bfloat16, device, SHAPE))

@@ -27,6 +27,12 @@ def clamped_swiglu(
     return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
+def swiglu_code(alpha: float, limit: float) -> str:
+    """`clamped_swiglu` of one gate and one up, for kernels to compile in."""
+    gate, up = f"fminf(gate, {limit:f}f)", f"fminf(fmaxf(up, {-limit:f}f), {limit:f}f)"
+    return f"({up} + 1.0f) * {gate} * sigmoid({alpha:f}f * {gate})"
+
+
 class GptOssForCausalLM(StockDecoderForCausalLM):
     """The stock decoder with experts, whose weights are the softmax over the chosen ones.
 
@@ -36,15 +42,13 @@ class GptOssForCausalLM(StockDecoderForCausalLM):
 
     def __init__(self, model_config: ModelConfig[GptOssConfig]) -> None:
         config = model_config.pretrained_config
-        swiglu = partial(
-            clamped_swiglu,
-            alpha=getattr(config, "swiglu_alpha", SWIGLU_ALPHA),
-            limit=getattr(config, "swiglu_limit", SWIGLU_LIMIT),
-        )
+        alpha = getattr(config, "swiglu_alpha", SWIGLU_ALPHA)
+        limit = getattr(config, "swiglu_limit", SWIGLU_LIMIT)
+        swiglu = partial(clamped_swiglu, alpha=alpha, limit=limit)
         spec = DecoderSpec.from_config(
             config,
             sinks=True,
             moe=MoEParams.from_config(config, scoring="topk_softmax", bias=True),
-            activation=GatedActivation(swiglu),
+            activation=GatedActivation(swiglu, swiglu_code(alpha, limit)),
         )
         super().__init__(model_config, spec)

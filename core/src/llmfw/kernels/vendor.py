@@ -43,7 +43,7 @@ class TorchPack:
 
 
 def _grouped_refusal(context: OpContext) -> str | None:
-    if _grouped_mm() is None:
+    if grouped_product() is None:
         return "this torch has no grouped product"
     widths = (context["in_features"], context["out_features"])
     if any(width % ALIGNMENT for width in widths):
@@ -53,7 +53,7 @@ def _grouped_refusal(context: OpContext) -> str | None:
 
 def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     """One launch for all groups."""
-    product = _grouped_mm()
+    product = grouped_product()
     assert product is not None
 
     def run(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,8 @@ def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     return run
 
 
-def _grouped_mm() -> Callable[..., Any] | None:
+def grouped_product() -> Callable[..., Any] | None:
+    """torch's grouped product (x by group, weight [groups, in, out], offs=ends), if it has one."""
     import torch
 
     return getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)

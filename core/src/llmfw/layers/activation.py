@@ -23,9 +23,14 @@ class GatedActivation:
 
     Args:
         function: (gate, up), each [tokens, intermediate_size], to a tensor of that shape.
+        code: The same for one value, as a C expression of the floats `gate` and `up`, in which
+            CUDA's functions and `sigmoid`, `silu`, `gelu` and `gelu_tanh` may stand, as in
+            "fminf(gate, 7.0f) * sigmoid(gate) * up". Kernels compile it into the product before;
+            without it they leave gate and up to `function`.
     """
 
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    code: str = ""
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -63,6 +68,20 @@ GATED_OPS = {
 }
 
 
+CODES = {
+    "silu": "silu(gate) * up",
+    "swish": "silu(gate) * up",
+    "gelu": "gelu(gate) * up",
+    "gelu_new": "gelu_tanh(gate) * up",
+    "gelu_fast": "gelu_tanh(gate) * up",
+    "gelu_pytorch_tanh": "gelu_tanh(gate) * up",
+    "quick_gelu": "gate * sigmoid(1.702f * gate) * up",
+    "relu": "fmaxf(gate, 0.0f) * up",
+    "relu2": "fmaxf(gate, 0.0f) * fmaxf(gate, 0.0f) * up",
+    "tanh": "tanhf(gate) * up",
+}
+
+
 def activation(name: str | Activation | GatedActivation) -> Activation:
     """The function of that name (a transformers `hidden_act`), or the function itself.
 
@@ -90,6 +109,15 @@ def gated_op(name: str | Activation | GatedActivation) -> str | None:
     if isinstance(name, GatedActivation):
         return None
     return {F.silu: "silu_and_mul", F.gelu: "gelu_and_mul"}.get(name)
+
+
+def gated_code(name: str | Activation | GatedActivation) -> str:
+    """The gated activation as `GatedActivation.code` has it; "" where nobody wrote it in C."""
+    if isinstance(name, GatedActivation):
+        return name.code
+    if isinstance(name, str):
+        return CODES.get(name, "")
+    return {F.silu: CODES["silu"], F.gelu: CODES["gelu"]}.get(name, "")
 
 
 def gated_product(

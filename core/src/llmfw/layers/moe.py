@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from llmfw.errors import ConfigError
-from llmfw.layers.activation import Activation, GatedActivation, gated_product
+from llmfw.layers.activation import Activation, GatedActivation, gated_code, gated_product
 from llmfw.layers.layer import Layer
+from llmfw.ops.reference_moe import moe_experts
 
 if TYPE_CHECKING:
     from llmfw.config import ModelConfig
@@ -146,11 +148,25 @@ class Experts(Layer):
             self.down_proj_bias = _empty(experts, hidden, dtype=dtype)
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
-        """Give the weights the model's dtype, resolve both products and the activation."""
+        """Give the weights the model's dtype, resolve the kernel of all, else both products."""
         self._declare(config.dtype)
-        self._up = self._product(config, self.hidden_size, 2 * self.intermediate_size)
-        self._down = self._product(config, self.intermediate_size, self.hidden_size)
         self._act_and_mul = gated_product(self.act_name, config, self.intermediate_size)
+        run = config.ops.find(
+            "moe_experts",
+            config.dtype,
+            gated_code(self.act_name),
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            bias=int(self.has_bias),
+        )
+        if run is None:
+            run = functools.partial(
+                moe_experts,
+                up_product=self._product(config, self.hidden_size, 2 * self.intermediate_size),
+                down_product=self._product(config, self.intermediate_size, self.hidden_size),
+            )
+        self._run: Callable[..., torch.Tensor] = run
 
     def _product(
         self, config: ModelConfig[Any], in_features: int, out_features: int
@@ -176,19 +192,16 @@ class Experts(Layer):
         Returns:
             [tokens, hidden_size].
         """
-        by_expert, order = experts.flatten().sort(stable=True)  # [tokens * top_k]
-        every = torch.arange(self.num_experts, device=x.device)
-        ends = torch.searchsorted(by_expert, every, right=True).to(torch.int32)
-        rows = x[order // experts.shape[1]]  # [tokens * top_k, hidden]
-        gate_up = self._up(rows, self.gate_up_proj, ends)
-        if self.has_bias:
-            gate_up += self.gate_up_proj_bias[by_expert]
-        sorted_out = self._down(self._act_and_mul(gate_up), self.down_proj, ends)
-        if self.has_bias:
-            sorted_out += self.down_proj_bias[by_expert]
-        out = torch.empty_like(sorted_out)
-        out[order] = sorted_out  # back in the tokens' order: the sum is the same in every run
-        return (out.view(*experts.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
+        return self._run(
+            x,
+            weights,
+            experts,
+            self.gate_up_proj,
+            self.down_proj,
+            self.gate_up_proj_bias if self.has_bias else None,
+            self.down_proj_bias if self.has_bias else None,
+            self._act_and_mul,
+        )
 
     def extra_repr(self) -> str:
         """Shape, for print(model)."""

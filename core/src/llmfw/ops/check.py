@@ -7,6 +7,7 @@ elsewhere.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class CaseResult:
 
     def __str__(self) -> str:
         facts = " ".join(f"{name}={value}" for name, value in self.context.shape.items())
+        facts += f" code={self.context.code!r}" if self.context.code else ""
         dtype = str(self.context.dtype).removeprefix("torch.")
         outcome = self.problem or f"error {self.error:.1e}, allowed {self.tolerance:.1e}"
         return f"{dtype} {facts} [{self.label}]: {outcome}"
@@ -94,11 +96,12 @@ def check_kernel(
         )
     draw = known.draw if kernel.inputs is None and known else load_object(str(kernel.inputs))
     wanted = tuple(shapes) if shapes is not None else known.shapes if known else ({},)
+    codes = known.codes if known else ("",)
     results: list[CaseResult] = []
     declined: list[tuple[OpContext, str]] = []
     for dtype in tuple(dtypes) if dtypes is not None else kernel.dtypes:
-        for shape in wanted:
-            context = OpContext(kernel.op, DTYPE_NAMES[dtype], info, shape)
+        for shape, code in itertools.product(wanted, codes):
+            context = OpContext(kernel.op, DTYPE_NAMES[dtype], info, shape, code)
             reason = kernel.refusal(context)
             if reason is not None:
                 declined.append((context, reason))

@@ -8,110 +8,52 @@ wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+from llmfw.ops.drawn import Case, OpInputs, normal, shapes
+from llmfw.ops.inputs_moe import MOE_INPUTS
 from llmfw.ops.kernel import OpContext
 from llmfw.ops.reference_step import argmax
-
-Shape = Mapping[str, int]
-Arguments = tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call to check.
-
-    Args:
-        label: What is special about it, e.g. "tokens=7".
-        arguments: Positional arguments, as the reference takes them.
-        written: Indices of the arguments that the op writes to; they are compared as well.
-    """
-
-    label: str
-    arguments: Arguments
-    written: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class OpInputs:
-    """Static shapes to try for an op, and the calls to check for each of them."""
-
-    shapes: tuple[Shape, ...]
-    draw: Callable[[OpContext, torch.Generator], Iterator[Case]]
-
-
-def _normal(context: OpContext, generator: torch.Generator, *size: int) -> torch.Tensor:
-    values = torch.randn(size, generator=generator)
-    return values.to(context.info.device, context.dtype)
 
 
 def _linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     width, outs = context["in_features"], context["out_features"]
-    weight = _normal(context, generator, outs, width)
-    bias = _normal(context, generator, outs) if context["bias"] else None
+    weight = normal(context, generator, outs, width)
+    bias = normal(context, generator, outs) if context["bias"] else None
     for tokens in (0, 1, 2, 3, 4, 5, 7, 16, 33):
-        yield Case(f"tokens={tokens}", (_normal(context, generator, tokens, width), weight, bias))
+        yield Case(f"tokens={tokens}", (normal(context, generator, tokens, width), weight, bias))
 
 
 def _gated_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     width, outs = context["in_features"], 2 * context["intermediate_size"]
-    weight = _normal(context, generator, outs, width)
-    bias = _normal(context, generator, outs) if context["bias"] else None
+    weight = normal(context, generator, outs, width)
+    bias = normal(context, generator, outs) if context["bias"] else None
     for tokens in (0, 1, 2, 3, 4, 5, 33):
-        yield Case(f"tokens={tokens}", (_normal(context, generator, tokens, width), weight, bias))
-
-
-def _grouped_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    groups, width, outs = context["num_groups"], context["in_features"], context["out_features"]
-    weight = _normal(context, generator, groups, outs, width)
-    for rows in (0, 1, 2, 7, 33):
-        chosen = torch.randint(0, groups, (rows,), generator=generator)
-        ends = torch.bincount(chosen, minlength=groups).cumsum(0).to(torch.int32)
-        x = _normal(context, generator, rows, width)
-        yield Case(f"rows={rows}", (x, weight, ends.to(context.info.device)))
+        yield Case(f"tokens={tokens}", (normal(context, generator, tokens, width), weight, bias))
 
 
 def _head_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     heads, width, outs = context["num_heads"], context["in_features"], context["out_features"]
     for tokens in (0, 1, 2, 7, 33):
-        x = _normal(context, generator, tokens, heads, width + 8)[..., :width]
-        rows = _normal(context, generator, heads, 5 + outs, width)[:, 5:]
+        x = normal(context, generator, tokens, heads, width + 8)[..., :width]
+        rows = normal(context, generator, heads, 5 + outs, width)[:, 5:]
         yield Case(f"tokens={tokens}", (x, rows))
-        columns = _normal(context, generator, heads, 5 + width, outs)[:, 5:]
+        columns = normal(context, generator, heads, 5 + width, outs)[:, 5:]
         yield Case(f"tokens={tokens} transposed", (x, columns.transpose(1, 2)))
-        out = _normal(context, generator, tokens, heads, outs + 8)[..., :outs]
+        out = normal(context, generator, tokens, heads, outs + 8)[..., :outs]
         yield Case(f"tokens={tokens} into a view", (x, rows, out), written=(2,))
-
-
-def _moe_route(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    experts, top_k = context["num_experts"], context["top_k"]
-    for tokens in (0, 1, 5, 33):
-        # distinct in every dtype: which of two equal logits is chosen is not fixed
-        ranks = torch.rand(tokens, experts, generator=generator).argsort(-1)
-        logits = (ranks / 8).to(context.info.device, context.dtype)
-        for scoring, renormalize in (
-            ("softmax", False),
-            ("softmax", True),
-            ("sigmoid", True),
-            ("topk_softmax", False),
-        ):
-            arguments: Arguments = (logits, top_k, scoring, renormalize)
-            if context.shape.get("num_groups", 1) > 1:
-                bias = (torch.rand(experts, generator=generator) / 64).to(context.info.device)
-                arguments = (*arguments, bias, context["num_groups"], 2, 2, 2.5)
-            yield Case(f"tokens={tokens} {scoring} renormalize={renormalize}", arguments)
 
 
 def _rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     hidden = context["hidden_size"]
-    weight = _normal(context, generator, hidden)
+    weight = normal(context, generator, hidden)
     for tokens in (0, 1, 3, 65):
         for offset in (0.0, 1.0):
-            x = _normal(context, generator, tokens, hidden)
+            x = normal(context, generator, tokens, hidden)
             yield Case(f"tokens={tokens} offset={offset}", (x, weight, 1e-5, offset))
 
 
@@ -119,27 +61,27 @@ def _add_rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Ca
     for case in _rms_norm(context, generator):
         x, *rest = case.arguments
         assert isinstance(x, torch.Tensor)
-        yield Case(case.label, (x, _normal(context, generator, *x.shape), *rest))
+        yield Case(case.label, (x, normal(context, generator, *x.shape), *rest))
 
 
 def _layer_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     hidden = context["hidden_size"]
-    weight, bias = _normal(context, generator, hidden), _normal(context, generator, hidden)
+    weight, bias = normal(context, generator, hidden), normal(context, generator, hidden)
     for tokens in (0, 1, 3, 65):
-        x = _normal(context, generator, tokens, hidden)
+        x = normal(context, generator, tokens, hidden)
         yield Case(f"tokens={tokens}", (x, weight, bias, 1e-5))
         yield Case(f"tokens={tokens} no bias", (x, weight, None, 1e-5))
 
 
 def _act_and_mul(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     for tokens in (0, 1, 3, 65):
-        x = 3 * _normal(context, generator, tokens, 2 * context["intermediate_size"])
+        x = 3 * normal(context, generator, tokens, 2 * context["intermediate_size"])
         yield Case(f"tokens={tokens}", (x,))
 
 
 def _embedding(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     rows = context["num_embeddings"]
-    weight = _normal(context, generator, rows, context["embedding_dim"])
+    weight = normal(context, generator, rows, context["embedding_dim"])
     for tokens in (0, 1, 37):
         ids = torch.randint(0, rows, (tokens,), generator=generator)
         yield Case(f"tokens={tokens}", (ids.to(context.info.device), weight))
@@ -149,8 +91,8 @@ def _rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[
     device = context.info.device
     heads, kv_heads, head_dim = context["num_heads"], context["num_kv_heads"], context["head_dim"]
     rotary_dim, block_size, positions = context["rotary_dim"], context["block_size"], 128
-    q_norm = _normal(context, generator, head_dim) if context["qk_norm"] else None
-    k_norm = _normal(context, generator, head_dim) if context["qk_norm"] else None
+    q_norm = normal(context, generator, head_dim) if context["qk_norm"] else None
+    k_norm = normal(context, generator, head_dim) if context["qk_norm"] else None
     angles = torch.rand(positions, rotary_dim // 2, generator=generator) * 6.28
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device) if rotary_dim else None
     for tokens in (0, 1, 5, 40):
@@ -158,11 +100,11 @@ def _rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[
         slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
         slots[1:2] = -1  # a padded token
         arguments = (
-            _normal(context, generator, tokens, (heads + 2 * kv_heads) * head_dim),
+            normal(context, generator, tokens, (heads + 2 * kv_heads) * head_dim),
             torch.randint(0, positions, (tokens,), generator=generator).to(device),
             cos_sin,
-            _normal(context, generator, blocks, block_size, kv_heads, head_dim),
-            _normal(context, generator, blocks, block_size, kv_heads, head_dim),
+            normal(context, generator, blocks, block_size, kv_heads, head_dim),
+            normal(context, generator, blocks, block_size, kv_heads, head_dim),
             slots.to(device),
             heads,
             kv_heads,
@@ -180,27 +122,27 @@ def _latent_rope_and_cache(context: OpContext, generator: torch.Generator) -> It
     device, heads, block_size = context.info.device, context["num_heads"], context["block_size"]
     latent_dim, rotary_dim, positions = context["latent_dim"], context["rotary_dim"], 128
     width = latent_dim + rotary_dim
-    norm = _normal(context, generator, latent_dim) if context["norm"] else None
+    norm = normal(context, generator, latent_dim) if context["norm"] else None
     angles = torch.rand(positions, rotary_dim // 2, generator=generator) * 6.28
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
     for tokens in (0, 1, 5, 40):
         blocks = tokens // block_size + 2
         slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
         slots[1:2] = -1  # a padded token
-        q = _normal(context, generator, tokens, heads, 24 + rotary_dim)
+        q = normal(context, generator, tokens, heads, 24 + rotary_dim)
         arguments = (
             q[..., 24:],  # a view of a wider projection, as the layer has it
-            _normal(context, generator, tokens, width),
+            normal(context, generator, tokens, width),
             torch.randint(0, positions, (tokens,), generator=generator).to(device),
             cos_sin,
-            _normal(context, generator, blocks, block_size, 1, width),
+            normal(context, generator, blocks, block_size, 1, width),
             slots.to(device),
             bool(context["interleaved"]),
             norm,
             1e-5,
         )
         yield Case(f"tokens={tokens}", arguments, written=(4,))
-        out = _normal(context, generator, tokens, heads, 8 + rotary_dim)[..., 8:]
+        out = normal(context, generator, tokens, heads, 8 + rotary_dim)[..., 8:]
         yield Case(f"tokens={tokens} into a view", (*arguments, out), written=(4, 9))
 
 
@@ -263,11 +205,11 @@ def _paged_attention(context: OpContext, generator: torch.Generator) -> Iterator
     sinks = torch.randn(heads, generator=generator).to(device) if context["sinks"] else None
     for label, (requests, num_contexts) in BATCHES.items():
         metadata, view, blocks = paged_batch(requests, num_contexts, block_size, generator, device)
-        q = _normal(context, generator, sum(metadata.query_lens), heads, head_dim)
-        k = _normal(context, generator, blocks, block_size, kv_heads, head_dim)
+        q = normal(context, generator, sum(metadata.query_lens), heads, head_dim)
+        k = normal(context, generator, blocks, block_size, kv_heads, head_dim)
         v = k[..., : context["v_head_dim"]]
         if not context.shape.get("latent"):
-            v = _normal(context, generator, *v.shape)
+            v = normal(context, generator, *v.shape)
         arguments = (
             q,
             k,
@@ -303,8 +245,8 @@ def _causal_conv1d(context: OpContext, generator: torch.Generator) -> Iterator[C
     shape = (taps - 1, channels)
     batches = _state_batches(context, generator, *shape, dtype=context.dtype)
     for label, tokens, state, metadata in batches:
-        x, weight = (_normal(context, generator, n, channels) for n in (tokens, taps))
-        bias = _normal(context, generator, channels)
+        x, weight = (normal(context, generator, n, channels) for n in (tokens, taps))
+        bias = normal(context, generator, channels)
         arguments = (x, weight.t().contiguous(), bias, state, metadata, True)
         yield Case(label, arguments, written=(3,))
         yield Case(f"{label} plain", (*arguments[:2], None, state, metadata, False), written=(3,))
@@ -316,8 +258,8 @@ def _selective_scan(context: OpContext, generator: torch.Generator) -> Iterator[
     d, dt_bias = (torch.randn(channels, generator=generator).to(device) for _ in range(2))
     batches = _state_batches(context, generator, channels, width, dtype=torch.float32)
     for label, tokens, state, metadata in batches:
-        x, dt, z = (_normal(context, generator, tokens, channels) for _ in range(3))
-        b, c = (_normal(context, generator, tokens, width) for _ in range(2))
+        x, dt, z = (normal(context, generator, tokens, channels) for _ in range(3))
+        b, c = (normal(context, generator, tokens, width) for _ in range(2))
         arguments = (x, dt, a, b, c, d, z, dt_bias, state, metadata)
         yield Case(label, arguments, written=(8,))
 
@@ -329,9 +271,9 @@ def _ssd_scan(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     d, dt_bias = (torch.randn(heads, generator=generator).to(device) for _ in range(2))
     batches = _state_batches(context, generator, heads, head_dim, width, dtype=torch.float32)
     for label, tokens, state, metadata in batches:
-        x = _normal(context, generator, tokens, heads, head_dim)
-        dt = _normal(context, generator, tokens, heads)
-        b, c = (_normal(context, generator, tokens, groups, width) for _ in range(2))
+        x = normal(context, generator, tokens, heads, head_dim)
+        dt = normal(context, generator, tokens, heads)
+        b, c = (normal(context, generator, tokens, groups, width) for _ in range(2))
         limit = (0.05, 2.0) if label == "mixed" else (0.0, math.inf)
         arguments = (x, dt, a, b, c, d, dt_bias, limit, state, metadata)
         yield Case(label, arguments, written=(8,))
@@ -352,13 +294,13 @@ def _prepare_decode(context: OpContext, generator: torch.Generator) -> Iterator[
 def _argmax(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     vocab, device = context["vocab_size"], context.info.device
     for rows in (1, 3, 70):
-        logits = _normal(context, generator, rows, vocab)
+        logits = normal(context, generator, rows, vocab)
         tokens = torch.zeros(2 * rows, dtype=torch.int32, device=device)
         places = torch.randperm(2 * rows, generator=generator)[:rows].to(device)
         yield Case(f"rows={rows}", (logits,))
         yield Case(f"rows={rows} stored", (logits, tokens, places), written=(1,))
     for label, value in (("NaN", float("nan")), ("inf", float("inf")), ("-inf", float("-inf"))):
-        logits = _normal(context, generator, 3, vocab)
+        logits = normal(context, generator, 3, vocab)
         logits[1, vocab // 2] = value
         logits[2] = value
         yield Case(label, (logits,))
@@ -367,7 +309,7 @@ def _argmax(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
 def _draw_tokens(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     vocab, device = context["vocab_size"], context.info.device
     for rows in (1, 24):
-        logits = 4 * _normal(context, generator, rows, vocab)
+        logits = 4 * normal(context, generator, rows, vocab)
         logits[1::3] = logits[1::3].round()  # equal values
         kinds = torch.arange(rows, dtype=torch.float64)
         columns = (
@@ -387,51 +329,54 @@ def _draw_tokens(context: OpContext, generator: torch.Generator) -> Iterator[Cas
         yield Case(f"rows={rows} plain", (logits, best, plain.to(device), False))
 
 
+def _penalise(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    device, vocab, width = context.info.device, 50, 40
+    for count in (1, 4):
+        rows = torch.randperm(6, generator=generator)[:count]
+        lens = torch.randint(1, width, (count,), generator=generator)
+        arguments = (
+            _normal(context, generator, 6, vocab),
+            rows.to(device),
+            rows.flip(0).to(device),
+            torch.randint(0, vocab, (7, width), generator=generator, dtype=torch.int32).to(device),
+            lens.to(device),
+            (lens // 2).to(device),
+            (0.5 + torch.rand(3, count, generator=generator)).to(device),
+            int(lens.max()),
+        )
+        yield Case(f"sequences={count}", arguments, written=(0,))
+
+
 def _copy_blocks(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     for shape in ((9, 4, 2, 8), (9, 16, 1, 33)):
-        cache = _normal(context, generator, *shape)
+        cache = normal(context, generator, *shape)
         for count in (1, 4):
             blocks = torch.randperm(9, generator=generator).to(context.info.device)
             sources = blocks[count : 2 * count].clone()
             sources[-1] = sources[0]  # one may be copied to several places
-            yield Case(f"blocks={count}", (cache, sources, blocks[:count]), written=(0,))
+            caches = (cache, cache.flip(0), cache[..., :1].clone())
+            arguments = (sources, blocks[:count], *caches)
+            yield Case(f"blocks={count}", arguments, written=(2, 3, 4))
 
 
-def _shapes(names: str, *rows: tuple[int, ...]) -> tuple[Shape, ...]:
-    return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
-
-
-_HIDDEN = _shapes("hidden_size", (1,), (64,), (577,), (2048,))
-_GATED = _shapes("intermediate_size", (1,), (77,), (1536,))
+_HIDDEN = shapes("hidden_size", (1,), (64,), (577,), (2048,))
+_GATED = shapes("intermediate_size", (1,), (77,), (1536,))
 
 INPUTS: dict[str, OpInputs] = {
     "linear": OpInputs(
-        _shapes("in_features out_features bias", (1, 1, 1), (33, 5, 0), (64, 96, 0), (577, 131, 1)),
+        shapes("in_features out_features bias", (1, 1, 1), (33, 5, 0), (64, 96, 0), (577, 131, 1)),
         _linear,
     ),
     "gated_linear": OpInputs(
-        _shapes("in_features intermediate_size bias", (1, 1, 1), (33, 5, 0), (64, 96, 0)),
+        shapes("in_features intermediate_size bias", (1, 1, 1), (33, 5, 0), (64, 96, 0)),
         _gated_linear,
     ),
-    "grouped_linear": OpInputs(
-        _shapes(
-            "num_groups in_features out_features",
-            (1, 1, 1),
-            (5, 33, 7),
-            (16, 64, 96),
-            (128, 256, 512),
-        ),
-        _grouped_linear,
-    ),
     "head_linear": OpInputs(
-        _shapes("num_heads in_features out_features", (1, 1, 1), (5, 33, 7), (16, 128, 512)),
+        shapes("num_heads in_features out_features", (1, 1, 1), (5, 33, 7), (16, 128, 512)),
         _head_linear,
     ),
-    "moe_route": OpInputs(
-        _shapes("num_experts top_k num_groups", (1, 1, 1), (8, 2, 1), (60, 4, 1), (48, 6, 4)),
-        _moe_route,
-    ),
-    "embedding": OpInputs(_shapes("num_embeddings embedding_dim", (11, 33), (50, 64)), _embedding),
+    **MOE_INPUTS,
+    "embedding": OpInputs(shapes("num_embeddings embedding_dim", (11, 33), (50, 64)), _embedding),
     "rms_norm": OpInputs(_HIDDEN, _rms_norm),
     "add_rms_norm": OpInputs(_HIDDEN, _add_rms_norm),
     "layer_norm": OpInputs(_HIDDEN, _layer_norm),
@@ -439,7 +384,7 @@ INPUTS: dict[str, OpInputs] = {
     "gelu_and_mul": OpInputs(_GATED, _act_and_mul),
     "gelu_tanh_and_mul": OpInputs(_GATED, _act_and_mul),
     "rope_and_cache": OpInputs(
-        _shapes(
+        shapes(
             "num_heads num_kv_heads head_dim rotary_dim interleaved qk_norm block_size",
             (9, 3, 64, 64, 0, 0, 16),
             (4, 4, 80, 40, 0, 1, 8),
@@ -450,7 +395,7 @@ INPUTS: dict[str, OpInputs] = {
         _rope_and_cache,
     ),
     "latent_rope_and_cache": OpInputs(
-        _shapes(
+        shapes(
             "num_heads latent_dim rotary_dim interleaved norm block_size",
             (16, 512, 64, 1, 1, 16),
             (3, 33, 6, 0, 1, 4),
@@ -459,7 +404,7 @@ INPUTS: dict[str, OpInputs] = {
         _latent_rope_and_cache,
     ),
     "paged_attention": OpInputs(
-        _shapes(
+        shapes(
             "num_heads num_kv_heads head_dim v_head_dim window softcap sinks block_size latent",
             (9, 3, 64, 64, 0, 0, 0, 16, 0),
             (4, 4, 80, 80, 0, 0, 0, 8, 0),
@@ -473,19 +418,20 @@ INPUTS: dict[str, OpInputs] = {
         _paged_attention,
     ),
     "causal_conv1d": OpInputs(
-        _shapes("channels kernel_size", (1, 2), (77, 4), (128, 3)), _causal_conv1d
+        shapes("channels kernel_size", (1, 2), (77, 4), (128, 3)), _causal_conv1d
     ),
     "selective_scan": OpInputs(
-        _shapes("channels state_size", (1, 1), (37, 16), (64, 5)), _selective_scan
+        shapes("channels state_size", (1, 1), (37, 16), (64, 5)), _selective_scan
     ),
     "ssd_scan": OpInputs(
-        _shapes(
+        shapes(
             "num_heads head_dim num_groups state_size", (1, 1, 1, 1), (6, 16, 2, 8), (4, 9, 4, 16)
         ),
         _ssd_scan,
     ),
     "prepare_decode": OpInputs(({},), _prepare_decode),
-    "argmax": OpInputs(_shapes("vocab_size", (1,), (77,), (5000,)), _argmax),
-    "draw_tokens": OpInputs(_shapes("vocab_size", (1,), (77,), (5000,)), _draw_tokens),
+    "argmax": OpInputs(shapes("vocab_size", (1,), (77,), (5000,)), _argmax),
+    "draw_tokens": OpInputs(shapes("vocab_size", (1,), (77,), (5000,)), _draw_tokens),
+    "penalise": OpInputs(({},), _penalise),
     "copy_blocks": OpInputs(({},), _copy_blocks),
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from llmfw.ops.reference_draw import draw_tokens
+from llmfw.ops.reference_draw import draw_tokens, penalise
 from llmfw.ops.reference_moe import grouped_linear, moe_experts, moe_route
 from llmfw.ops.reference_state import causal_conv1d, selective_scan, ssd_scan
 from llmfw.ops.reference_step import argmax, copy_blocks, prepare_decode
@@ -319,5 +319,6 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "prepare_decode": prepare_decode,
     "argmax": argmax,
     "draw_tokens": draw_tokens,
+    "penalise": penalise,
     "copy_blocks": copy_blocks,
 }

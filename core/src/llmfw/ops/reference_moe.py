@@ -1,6 +1,8 @@
-"""The torch references of a mixture of experts: routing, and one product for each group of rows."""
+"""The torch references of a mixture of experts: routing, products by group, the weighted sum."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -71,3 +73,37 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
             torch.mm(x[start:end], weight[group].t(), out=out[start:end])
         start = end
     return out
+
+
+def moe_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    act_and_mul: Callable[[torch.Tensor], torch.Tensor],
+    up_product: Callable[..., torch.Tensor] = grouped_linear,
+    down_product: Callable[..., torch.Tensor] = grouped_linear,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts, which are gated MLPs: x [T, hidden] -> the same.
+
+    weights: float32 [T, k]; experts: int64 [T, k]. gate_up: [E, 2 * inner, hidden], gate | up;
+    down: [E, hidden, inner]; their biases [E, 2 * inner] and [E, hidden]. act_and_mul: gate | up
+    [rows, 2 * inner] to [rows, inner], the same as the context's `code` where that is not empty.
+    The products are those of `grouped_linear` by any kernel.
+    """
+    by_expert, order = experts.flatten().sort(stable=True)  # [T * k]
+    every = torch.arange(gate_up.shape[0], device=x.device)
+    ends = torch.searchsorted(by_expert, every, right=True).to(torch.int32)
+    rows = x[order // experts.shape[1]]  # [T * k, hidden]
+    inner = up_product(rows, gate_up, ends)
+    if gate_up_bias is not None:
+        inner += gate_up_bias[by_expert]
+    sorted_out = down_product(act_and_mul(inner), down, ends)
+    if down_bias is not None:
+        sorted_out += down_bias[by_expert]
+    out = torch.empty_like(sorted_out)
+    out[order] = sorted_out  # back in the tokens' order: the sum is the same in every run
+    return (out.view(*experts.shape, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)

@@ -15,11 +15,6 @@
 constexpr int PACKS = WIDTH / VEC;
 static_assert(WIDTH % VEC == 0, "a row is whole packs");
 
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
-__device__ __forceinline__ float gelu_tanh(float x) {
-  return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-}
-
 template <float (*ACT)(float)>
 __device__ __forceinline__ void gated(scalar* out, const scalar* x, i64 packs) {
   follow();

@@ -69,9 +69,13 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("causal_conv1d", "causal_conv", "causal_conv1d", ALL),
     _kernel("selective_scan", "scans", "selective_scan", ALL),
     _kernel("ssd_scan", "scans", "ssd_scan", ALL),
+    _kernel("moe_route", "moe_route", "moe_route", ALL),
+    _kernel("moe_experts", "moe_experts", "moe_experts", HALVES),
     _kernel("prepare_decode", "step", "prepare_decode", ALL),
     _kernel("argmax", "step", "argmax", ALL),
     _kernel("draw_tokens", "draw", "draw_tokens", ALL),
+    _kernel("penalise", "penalise", "penalise", ("float32",)),
+    _kernel("copy_blocks", "copy_blocks", "copy_blocks", ALL),
 )
 
 

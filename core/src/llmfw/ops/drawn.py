@@ -1,0 +1,48 @@
+"""What inputs for checking a kernel are made of: a call, the calls of an op, normal values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llmfw.ops.kernel import OpContext
+
+Shape = Mapping[str, int]
+Arguments = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to check.
+
+    Args:
+        label: What is special about it, e.g. "tokens=7".
+        arguments: Positional arguments, as the reference takes them.
+        written: Indices of the arguments that the op writes to; they are compared as well.
+    """
+
+    label: str
+    arguments: Arguments
+    written: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpInputs:
+    """Static shapes to try for an op, and the calls to check for each of them."""
+
+    shapes: tuple[Shape, ...]
+    draw: Callable[[OpContext, torch.Generator], Iterator[Case]]
+    codes: tuple[str, ...] = ("",)  # for `OpContext.code`
+
+
+def normal(context: OpContext, generator: torch.Generator, *size: int) -> torch.Tensor:
+    """Normal values of the context's dtype, drawn on the CPU so that they are equal everywhere."""
+    values = torch.randn(size, generator=generator)
+    return values.to(context.info.device, context.dtype)
+
+
+def shapes(names: str, *rows: tuple[int, ...]) -> tuple[Shape, ...]:
+    """Static shapes from the names of their facts and rows of values."""
+    return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
