@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from llmfw.errors import KernelError
-from llmfw.ops.inputs import INPUTS, Case
+from llmfw.ops.drawn import Case
+from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext, load_object
 from llmfw.ops.table import reference_of
 

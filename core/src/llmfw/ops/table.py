@@ -59,7 +59,7 @@ class OpTable:
         self._selection = _Selection(select, self.kernels)
 
     def resolve(
-        self, op: str, dtype: torch.dtype, code: str = "", **shape: int
+        self, op: str, dtype: torch.dtype, code: str = "", /, **shape: int
     ) -> Callable[..., Any]:
         """The callable that serves `op` for this dtype, `OpContext.code` and static shape.
 
@@ -73,7 +73,7 @@ class OpTable:
         return self._built[key]
 
     def find(
-        self, op: str, dtype: torch.dtype, code: str = "", **shape: int
+        self, op: str, dtype: torch.dtype, code: str = "", /, **shape: int
     ) -> Callable[..., Any] | None:
         """As `resolve`, but None where nothing better than the reference serves."""
         key = _key(op, dtype, code, shape)

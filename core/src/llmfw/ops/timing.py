@@ -16,7 +16,8 @@ import torch
 
 from llmfw.errors import KernelError
 from llmfw.ops.costs import BENCHES, Arguments, Cost, CostOf, moved
-from llmfw.ops.inputs import INPUTS, Case
+from llmfw.ops.drawn import Case
+from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import Kernel, OpContext, load_object
 from llmfw.ops.table import reference_of
 

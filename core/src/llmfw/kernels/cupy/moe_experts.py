@@ -62,9 +62,9 @@ class CupyExperts:
         self._library = product if context.dtype == torch.bfloat16 else None
         with ThreadPoolExecutor(max_workers=4) as pool:
             tiles = [pool.submit(TileProducts, context, how) for how in TILES]
-            gemv = [pool.submit(GemvUp, context, UP), pool.submit(GemvDown, context, DOWN)]
+            up, down = pool.submit(GemvUp, context, UP), pool.submit(GemvDown, context, DOWN)
             self._tiles = {how.rows: job.result() for how, job in zip(TILES, tiles, strict=True)}
-            self._gemv_up, self._gemv_down = gemv[0].result(), gemv[1].result()
+            self._gemv_up, self._gemv_down = up.result(), down.result()
         self._combine = Combine(context)
 
     def __call__(
@@ -79,7 +79,7 @@ class CupyExperts:
         act_and_mul: Act,
     ) -> torch.Tensor:
         """See `llmfw.ops.reference_moe.moe_experts`."""
-        x, tokens, top_k = dense(x), *experts.shape
+        x, (tokens, top_k) = dense(x), experts.shape
         if not tokens:
             return torch.empty_like(x)
         weights, experts = weights.contiguous(), experts.contiguous()

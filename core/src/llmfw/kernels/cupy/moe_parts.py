@@ -66,8 +66,12 @@ class Shape:
     @classmethod
     def of(cls, context: OpContext) -> Shape:
         """From the op's context."""
-        sizes = (context[name] for name in ("num_experts", "hidden_size", "intermediate_size"))
-        return cls(*sizes, context.code)
+        return cls(
+            context["num_experts"],
+            context["hidden_size"],
+            context["intermediate_size"],
+            context.code,
+        )
 
     @property
     def up_outputs(self) -> int:
