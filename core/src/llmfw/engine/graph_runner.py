@@ -98,7 +98,7 @@ class GraphRunner:
         if not all(samples) or table.prompt_rows[rows].any():
             return None
         if generates:
-            positions = np.array(starts)
+            seq_ids, rows, positions = longest_first(seq_ids, rows, np.array(starts))
             output = self._graphs.decode(rows, positions)
             logits, tokens = output.logits[:count], output.tokens[:count]
             return Replayed(seq_ids, rows, positions + 1, logits, tokens)
@@ -107,3 +107,16 @@ class GraphRunner:
             return None
         output = self._graphs.context(int(rows[0]), lens[0])
         return Replayed(seq_ids, rows, np.array(lens), output.logits, output.tokens)
+
+
+def longest_first(
+    seq_ids: tuple[int, ...], rows: np.ndarray, positions: np.ndarray
+) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """The same sequences, those with the most tokens first.
+
+    A device takes up requests in their order: were a long one the last, most of it would wait.
+    """
+    if (positions[1:] <= positions[:-1]).all():
+        return seq_ids, rows, positions
+    order = np.argsort(-positions, kind="stable")
+    return tuple(seq_ids[index] for index in order), rows[order], positions[order]
