@@ -96,6 +96,26 @@ def test_absorbed_attention_is_expanded_attention(q_lora_rank: int | None):
     torch.testing.assert_close(packed, torch.cat((want, want[:7])), atol=1e-5, rtol=1e-5)
 
 
+def test_a_prompt_whose_keys_and_values_are_made_gives_the_same():
+    """Where a kernel says that it pays: whole prompts, chunks, and beside single tokens."""
+    layer = ready(made())
+    requests = ((9, 9), (4, 17), (1, 21), (1, 6))
+    generator = torch.Generator().manual_seed(1)
+    metadata, _, blocks = paged_batch(requests, 2, 4, generator, CPU)
+    hidden = torch.randn(15, HIDDEN, generator=generator)
+    outs = []
+    for contexts, pays in ((2, False), (2, True), (0, True)):
+        cache = get_attention_backend("auto").allocate(layer.cache_spec(), blocks, 4, CPU)
+        old = torch.randn(cache.k.shape, generator=torch.Generator().manual_seed(2))
+        cache.k.copy_(old)
+        layer._pays = lambda batch, pays=pays: pays and batch.num_contexts > 0
+        batch = replace(metadata, caches={0: cache}, num_contexts=contexts)
+        outs.append((layer(batch.positions, hidden, batch), cache.k))
+    for out, cache in outs[1:]:
+        torch.testing.assert_close(out, outs[0][0], atol=1e-5, rtol=1e-5)
+        assert torch.equal(cache, outs[0][1])
+
+
 def test_a_norm_that_is_not_stock_is_called():
     class Wrapped(nn.Module):
         def __init__(self, norm: RMSNorm) -> None:
@@ -110,6 +130,22 @@ def test_a_norm_that_is_not_stock_is_called():
     want = run(layer, hidden, 5)
     layer.kv_a_layernorm = Wrapped(layer.kv_a_layernorm)
     torch.testing.assert_close(run(layer, hidden, 5), want)
+
+
+def test_generations_are_the_batch_without_its_contexts():
+    requests = ((9, 9), (4, 17), (1, 21), (2, 6))
+    metadata, _, _ = paged_batch(requests, 2, 4, torch.Generator().manual_seed(1), CPU)
+    metadata = replace(metadata, state_slots=torch.arange(4))
+    rest = metadata.generations
+    assert (rest.query_lens, rest.kv_lens, rest.num_contexts) == ((1, 2), (21, 6), 0)
+    assert (rest.max_query_len, rest.max_kv_len) == (2, 21)
+    assert rest.cu_query_lens.tolist() == [0, 1, 3]
+    assert rest.kv_lens_device.tolist() == [21, 6]
+    assert torch.equal(rest.positions, metadata.positions[13:])
+    assert torch.equal(rest.groups[0].block_tables, metadata.groups[0].block_tables[2:])
+    assert torch.equal(rest.groups[0].slots, metadata.groups[0].slots[13:])
+    assert rest.state_slots.tolist() == [2, 3]
+    assert metadata.generations is rest
 
 
 def test_the_cache_holds_a_latent_and_one_key():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -110,6 +111,30 @@ class AttentionMetadata:
     def num_generations(self) -> int:
         """Generation (decode) requests in the batch."""
         return len(self.query_lens) - self.num_contexts
+
+    @cached_property
+    def generations(self) -> AttentionMetadata:
+        """The batch without its context requests."""
+        first, tokens = self.num_contexts, self.num_context_tokens
+        query_lens, kv_lens = self.query_lens[first:], self.kv_lens[first:]
+        slots = self.state_slots
+        return replace(
+            self,
+            query_lens=query_lens,
+            kv_lens=kv_lens,
+            num_contexts=0,
+            cu_query_lens=self.cu_query_lens[first:] - tokens,
+            kv_lens_device=self.kv_lens_device[first:],
+            positions=self.positions[tokens:],
+            groups=tuple(
+                replace(view, block_tables=view.block_tables[first:], slots=view.slots[tokens:])
+                for view in self.groups
+            ),
+            logits_indices=None,
+            max_query_len=max(query_lens, default=0),
+            max_kv_len=max(kv_lens, default=0),
+            state_slots=None if slots is None else slots[first:],
+        )
 
     @property
     def num_context_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ class MLA(Layer):
     A token's keys and values of all heads come from one latent of kv_lora_rank features; that and a
     key of qk_rope_head_dim features, rotated and shared by the heads, is all that is cached.
     Queries are brought into the latent's space, so that prompts, chunks, shared prefixes and single
-    tokens are all the same computation.
+    tokens are all the same computation; where a kernel of `expanded_attention` says that it pays,
+    keys and values of a prompt are made of the latents instead.
 
     The submodules are `q_proj`, or with q_lora_rank `q_a_proj`, `q_a_layernorm` and `q_b_proj`;
     `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj` and `o_proj`.
@@ -130,6 +132,24 @@ class MLA(Layer):
         self._rope_and_cache, self._paged_attention = backend.resolve(
             config, rope_shape, shape, "latent_rope_and_cache"
         )
+        self._bind_expanded(config)
+
+    def _bind_expanded(self, config: ModelConfig[Any]) -> None:
+        """The other way to attend, for prompts, where a kernel says when it pays."""
+        self._pays: Callable[[AttentionMetadata], bool] = lambda metadata: False
+        if get_attention_backend(config.attn_backend).reference_only:
+            return
+        self._expanded_attention = config.ops.resolve(
+            "expanded_attention",
+            config.dtype,
+            num_heads=self.num_heads,
+            latent_dim=self.mla.kv_lora_rank,
+            rotary_dim=self.mla.qk_rope_head_dim,
+            key_dim=self.mla.qk_nope_head_dim,
+            v_head_dim=self.mla.v_head_dim,
+            block_size=config.block_size,
+        )
+        self._pays = getattr(self._expanded_attention, "pays", self._pays)
 
     @property
     def _interleaved(self) -> bool:
@@ -149,17 +169,28 @@ class MLA(Layer):
         q_nope, q_rope = q.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
         query = q.new_empty(q.shape[0], self.num_heads, mla.latent_width)
         absorbed, rotated = query.split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        self._cache_latents(hidden_states, q_rope, position_ids, cache.k, view.slots, rotated)
-        self.kv_b_proj.absorb(q_nope, absorbed)
-        attended = self._paged_attention(
-            query,  # [tokens, heads, latent_width]
-            cache.k,
-            cache.v,
-            attn_metadata,
-            view,
-            self.scale,
-        ).unflatten(-1, (self.num_heads, mla.kv_lora_rank))
-        return self.o_proj(self.kv_b_proj.expand(attended))  # type: ignore[no-any-return]
+        expanded = attn_metadata.num_context_tokens if self._pays(attn_metadata) else 0
+        target = q_rope if expanded else rotated
+        self._cache_latents(hidden_states, q_rope, position_ids, cache.k, view.slots, target)
+        if not expanded:
+            self.kv_b_proj.absorb(q_nope, absorbed)
+            return self.o_proj(self._absorbed(query, attn_metadata))  # type: ignore[no-any-return]
+        out = q.new_empty(q.shape[0], self.num_heads * mla.v_head_dim)
+        out[:expanded] = self._expanded_attention(
+            q[:expanded], cache.k, self.kv_b_proj.weight, attn_metadata, view, self.scale
+        )
+        if expanded < len(q):
+            rotated[expanded:] = q_rope[expanded:]
+            self.kv_b_proj.absorb(q_nope[expanded:], absorbed[expanded:])
+            out[expanded:] = self._absorbed(query[expanded:], attn_metadata.generations)
+        return self.o_proj(out)  # type: ignore[no-any-return]
+
+    def _absorbed(self, query: torch.Tensor, attn_metadata: AttentionMetadata) -> torch.Tensor:
+        """query [tokens, heads, latent_width] -> [tokens, heads * v_head_dim]."""
+        cache = attn_metadata.caches[self.layer_idx]
+        view = attn_metadata.groups[cache.group]
+        attended = self._paged_attention(query, cache.k, cache.v, attn_metadata, view, self.scale)
+        return self.kv_b_proj.expand(attended.unflatten(-1, (self.num_heads, -1)))
 
     def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden_size] -> [tokens, heads * qk_head_dim]."""

@@ -224,6 +224,23 @@ def _paged_attention(context: OpContext, generator: torch.Generator) -> Iterator
         yield Case(label, arguments)
 
 
+def _expanded_attention(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    heads, latent_dim, rotary_dim = (
+        context[name] for name in ("num_heads", "latent_dim", "rotary_dim")
+    )
+    block_size, device = context["block_size"], context.info.device
+    width = context["key_dim"] + rotary_dim
+    rows = heads * (context["key_dim"] + context["v_head_dim"])
+    weight = normal(context, generator, rows, latent_dim) * latent_dim**-0.5
+    for label, (requests, num_contexts) in BATCHES.items():
+        if not num_contexts:
+            continue
+        metadata, view, blocks = paged_batch(requests, num_contexts, block_size, generator, device)
+        q = normal(context, generator, metadata.num_context_tokens, heads, width)
+        cache = normal(context, generator, blocks, block_size, 1, latent_dim + rotary_dim)
+        yield Case(label, (q, cache, weight, metadata, view, width**-0.5))
+
+
 def _state_batches(
     context: OpContext, generator: torch.Generator, *shape: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, int, torch.Tensor, AttentionMetadata]]:
@@ -416,6 +433,14 @@ INPUTS: dict[str, OpInputs] = {
             (5, 1, 27, 19, 0, 0, 0, 4, 1),
         ),
         _paged_attention,
+    ),
+    "expanded_attention": OpInputs(
+        shapes(
+            "num_heads latent_dim rotary_dim key_dim v_head_dim block_size",
+            (16, 512, 64, 128, 128, 16),
+            (3, 24, 8, 16, 12, 8),
+        ),
+        _expanded_attention,
     ),
     "causal_conv1d": OpInputs(
         shapes("channels kernel_size", (1, 2), (77, 4), (128, 3)), _causal_conv1d

@@ -46,11 +46,13 @@ class OpContext:
         paged_attention: num_heads, num_kv_heads, head_dim, v_head_dim, window (0: none), softcap
             (0 or 1), sinks (0 or 1), block_size; latent (0 or 1): v_cache is a strided view, the
             first v_head_dim features of k_cache
+        expanded_attention: num_heads, latent_dim, rotary_dim, key_dim (of a head, without
+            rotary_dim), v_head_dim, block_size
         causal_conv1d: channels, kernel_size
         selective_scan: channels, state_size
         ssd_scan: num_heads, head_dim, num_groups, state_size
         embedding: num_embeddings, embedding_dim
-        prepare_decode, copy_blocks: nothing
+        prepare_decode, copy_blocks, penalise: nothing
         argmax, draw_tokens: vocab_size
     code: for ops that say so, a C expression that a kernel may compile in; "" where there is none.
     """
@@ -76,7 +78,8 @@ class Kernel:
         factory: "module:function", imported only when the kernel is chosen. `function(context)`
             gives the callable, with the reference's signature. A callable for `linear` or
             `head_linear` may have `prepare(weight) -> Tensor`, called once after loading, whose
-            result is passed as `weight` from then on.
+            result is passed as `weight` from then on. One for `expanded_attention` must have
+            `pays(metadata) -> bool`: whether it is quicker for a batch than `paged_attention`.
         requires: Device features that must all be there, e.g. ("cuda", "sm_80", "cupy").
         dtypes: Names of the dtypes served.
         supports: Given the context, None when the kernel serves it, else the reason why not.

@@ -248,6 +248,40 @@ def paged_attention(
     return out.flatten(1)
 
 
+def expanded_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weight: torch.Tensor,
+    metadata: AttentionMetadata,
+    view: CacheGroupView,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of the batch's context requests with keys and values made of their latents.
+
+    The other way to attend over a latent cache is `paged_attention` of queries that were brought
+    into the latent's space. Here keys and values of all heads are made anew for every key: that
+    multiplies less where there are many queries. q: [Tc, Hq, N + R], rotated, of the context
+    requests' tokens. cache: [blocks, block_size, 1, L + R]. weight: [Hq * (N + V), L]: each head's
+    rows for the key, then for the value. Returns [Tc, Hq * V].
+    """
+    heads, latent_dim, block_size = q.shape[1], weight.shape[1], cache.shape[1]
+    rotary_dim = cache.shape[-1] - latent_dim
+    key_dim = q.shape[-1] - rotary_dim
+    outs, start = [], 0
+    for request in range(metadata.num_contexts):
+        query_len, kv_len = metadata.query_lens[request], metadata.kv_lens[request]
+        blocks = view.block_tables[request, : -(-kv_len // block_size)].long()
+        rows = cache[blocks].reshape(-1, cache.shape[-1])[:kv_len]
+        latent, shared = rows.split([latent_dim, rotary_dim], dim=-1)
+        made = F.linear(latent, weight).unflatten(-1, (heads, -1))  # [keys, heads, N + V]
+        k = torch.cat((made[..., :key_dim], shared[:, None].expand(-1, heads, -1)), dim=-1)
+        queries = q[start : start + query_len].transpose(0, 1)
+        parts = queries, k.transpose(0, 1), made[..., key_dim:].transpose(0, 1)
+        outs.append(_attend(*parts, kv_len - query_len, scale, None, None, None).transpose(0, 1))
+        start += query_len
+    return torch.cat(outs).flatten(1)
+
+
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -311,6 +345,7 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "rope_and_cache": rope_and_cache,
     "latent_rope_and_cache": latent_rope_and_cache,
     "paged_attention": paged_attention,
+    "expanded_attention": expanded_attention,
     "moe_route": moe_route,
     "moe_experts": moe_experts,
     "causal_conv1d": causal_conv1d,

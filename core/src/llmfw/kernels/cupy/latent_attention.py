@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -113,7 +113,7 @@ class LatentAttention:
     def __init__(self, context: OpContext) -> None:
         self.heads = LatentHeads.of(context)
         self._context = context
-        properties = torch.cuda.get_device_properties(device_index(context.info.device))
+        properties: Any = torch.cuda.get_device_properties(device_index(context.info.device))
         self._sms = properties.multi_processor_count
         self._shared_limit = properties.shared_memory_per_block_optin
         self._launchers: dict[Tile, tuple[Launcher, Launcher]] = {}
