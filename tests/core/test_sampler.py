@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_models import CPU
-from llmfw.engine import sampler
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.sampler import edited, logprobs, sample
 from llmfw.engine.sampling_plan import GREEDY, plan_sampling, uniform
@@ -242,30 +241,3 @@ def test_a_nucleus_of_the_top_k_does_not_depend_on_the_batch_even_with_equal_log
     alone = sample(logits[1:2], plan_for([mine]))[0]
     for other in (SamplingParams(top_k=VOCAB), SamplingParams(top_p=0.5), SamplingParams(top_k=1)):
         assert sample(logits, plan_for([(other, 1), mine, (other, 2)]))[1] == alone
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 10_000),
-    spread=st.sampled_from([0.0, 0.1, 2.0, 8.0]),
-    levels=st.sampled_from([None, 1, 3]),
-    p=st.sampled_from([1e-6, 0.25, 0.5, 0.9, 0.999, 1.0]),
-    ks=st.lists(st.sampled_from([0, 0, 1, 7, 500]), min_size=4, max_size=4),
-)
-def test_a_part_of_a_row_gives_the_limit_of_the_whole(seed, spread, levels, p, ks):
-    """On a CPU top_p looks near the maximum first; what it keeps is bit for bit the same."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, 300, generator=generator) * spread
-    if levels is not None:
-        x = (x * levels).round() / levels  # equal values
-    x -= x.max(dim=-1, keepdim=True).values
-    requests = [
-        (SamplingParams(temperature=1.0, top_p=p, top_k=k or None), index)
-        for index, k in enumerate(ks)
-    ]
-    requests[3] = (SamplingParams(temperature=1.0, top_p=0.7), 3)
-    plan = plan_for(requests)
-    found = sampler._row_thresholds(x, x.exp(), plan)
-    sorted_rows = sampler._sorted_thresholds(x, plan)
-    whole = sorted_rows[0] if len(sorted_rows) == 1 else torch.maximum(*sorted_rows)
-    assert torch.equal(x >= found, x >= whole)

@@ -1,4 +1,4 @@
-"""Cases of `draw_tokens`, in the manner of kernel_cases: every mix of parameters in one batch."""
+"""Cases of draw_tokens, penalise and copy_blocks, in the manner of kernel_cases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gpu.kernel_cases import Arguments, Case
+from gpu.kernel_cases import Arguments, Case, randn
 from llmfw.ops.kernel import DTYPE_NAMES
 from llmfw.ops.reference_step import argmax
 
@@ -73,6 +73,64 @@ def draw_cases() -> Iterator[Case]:
             )
 
 
+def penalise_cases() -> Iterator[Case]:
+    """penalise: tokens that repeat, sequences of one token, rows without penalties."""
+    for count, vocab, longest, wide in [
+        (1, 50, 1, False),
+        (3, 50, 33, False),
+        (2, 999, 700, False),
+        (32, 128256, 5000, True),
+    ]:
+
+        def draw(
+            d: torch.device, t: torch.dtype, g: torch.Generator, n=count, v=vocab, most=longest
+        ) -> Arguments:
+            lens = torch.randint(1, most + 1, (n,), generator=g)
+            lens[0] = most
+            strengths = torch.rand(3, n, generator=g) * 2 + 0.1
+            tensors = (
+                torch.randn(n + 2, v, generator=g),
+                torch.randperm(n + 2, generator=g)[:n],
+                torch.randperm(n + 1, generator=g)[:n],
+                torch.randint(0, v, (n + 1, most + 3), generator=g, dtype=torch.int32),
+                lens,
+                (lens * torch.rand(n, generator=g)).long().clamp_min(1),
+                strengths,
+            )
+            return (*(x.to(d) for x in tensors), most), {}
+
+        label = f"{count}x{vocab}-{longest}"
+        yield Case("penalise", "float32", {}, draw, label, mutated=(0,), wide=wide, tolerance=0)
+
+
+def copy_cases() -> Iterator[Case]:
+    """copy_blocks: caches of several sizes at once, one source for two targets."""
+    for dtype in ("float32", "bfloat16"):
+        for blocks, width, wide in [(9, 64, False), (70, 1024, True)]:
+
+            def draw(
+                d: torch.device, t: torch.dtype, g: torch.Generator, n=blocks, w=width
+            ) -> Arguments:
+                sizes = [(n, 16, 2, w), (n, 16, 1, 40), (n, 16, 3, w)]
+                caches = [randn(*size, device=d, dtype=t, generator=g) for size in sizes]
+                order = torch.randperm(n, generator=g).to(d)
+                sources, targets = order[: n // 3].clone(), order[n // 3 : n // 3 * 2]
+                sources[-1] = sources[0]
+                return (sources, targets, *caches), {}
+
+            label = f"{blocks}x{width}"
+            yield Case(
+                "copy_blocks",
+                dtype,
+                {},
+                draw,
+                label,
+                mutated=(2, 3, 4),
+                wide=wide,
+                tolerance=0,
+            )
+
+
 def sampling_cases() -> list[Case]:
     """Every case of this file."""
-    return [*draw_cases()]
+    return [*draw_cases(), *penalise_cases(), *copy_cases()]

@@ -73,7 +73,7 @@ def test_draws_are_those_of_the_cpu(params):
         order = np.array([table.row_of[i] for i in range(rows)])
         plan = plan_sampling(table, order, np.full(rows, 3))
         drawn.append(sample(logits.to(device), plan).cpu())
-    assert (drawn[0] != drawn[1]).sum() <= 1  # a draw may lie on a border within rounding
+    assert torch.equal(drawn[0], drawn[1])
 
 
 SHAPE = {

@@ -247,6 +247,11 @@ inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x)
   *p += x;
   return old;
 }
+inline int atomicCAS(int* p, int expected, int x) {
+  const int old = *p;
+  if (old == expected) *p = x;
+  return old;
+}
 inline unsigned long long atomicMax(unsigned long long* p, unsigned long long x) {
   const unsigned long long old = *p;
   *p = x > old ? x : old;

@@ -17,7 +17,7 @@ from llmfw.engine import kv_cache
 from llmfw.engine.batch import Batch, BatchBuilder, upload
 from llmfw.engine.graph_runner import GraphRunner, Replayed
 from llmfw.engine.request_table import RequestTable
-from llmfw.engine.sampler import sample
+from llmfw.engine.sampler import Places, sample
 from llmfw.engine.sampling_plan import plan_sampling
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
@@ -213,10 +213,9 @@ class ModelRunner:
         if copies:
             columns = [[fork.source for fork in copies], [fork.target for fork in copies]]
             sources, targets = upload(list(np.array(columns)), torch.int64, self.device)
-            for cache in self.caches.values():
-                copy = self._ops.resolve("copy_blocks", cache.k.dtype)
-                for tensor in cache.tensors:
-                    copy(tensor, sources, targets)
+            tensors = [tensor for cache in self.caches.values() for tensor in cache.tensors]
+            copy = self._ops.resolve("copy_blocks", tensors[0].dtype)
+            copy(sources, targets, *tensors)
         if self.state_specs:
             row_of = self.table.row_of
             pairs = [[row_of[fork.parent], row_of[fork.seq_id]] for fork in forks]
@@ -230,10 +229,12 @@ class ModelRunner:
         extras = NOTHING
         if plan.features:
             logits = replayed.logits
-            tokens = sample(logits, plan)
-            places = rows * self.table.max_model_len + positions
-            (targets,) = upload([places], torch.int64, self.device)
-            self.table.flat_tokens.index_copy_(0, targets, tokens.clamp_min(0).int())
+            if plan.changes_tokens:
+                places = rows * self.table.max_model_len + positions
+                (targets,) = upload([places], torch.int64, self.device)
+                best = None if plan.changes_logits else tokens
+                into = Places(self.table.flat_tokens, targets)
+                tokens = sample(logits, plan, self._ops, into, best)
             extras = gather_extras(self.table, seq_ids, rows, positions, plan, logits, tokens)
         return PendingStep(step.step_id, seq_ids, tokens, extras)
 
@@ -258,8 +259,8 @@ class ModelRunner:
         prompt = gather_prompt(self.table, batch, logits[count:]) if batch.prompt_rows else ()
         if batch.prompt_rows:
             logits = logits[:count]
-        tokens = sample(logits, plan)
-        self.table.flat_tokens.index_copy_(0, batch.sample_targets, tokens.clamp_min(0).int())
+        into = Places(self.table.flat_tokens, batch.sample_targets)
+        tokens = sample(logits, plan, self._ops, into)
         extras = gather_extras(self.table, seq_ids, rows, positions, plan, logits, tokens)
         return PendingStep(step_id, seq_ids, tokens, extras, prompt)
 

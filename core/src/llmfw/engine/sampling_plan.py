@@ -14,21 +14,20 @@ from llmfw.engine.request_table import NUMBERS, Feature, RequestTable, RowExtras
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """History and strengths of the rows that have penalties.
+    """The rows that have penalties: the arguments of the op `penalise` after the logits.
 
-    rows: int64 [p]. history: int64 [p, longest]. lens, prompt_lens: int64 [p, 1].
-    repetition, presence, frequency: float32 [p, 1].
-    counted: whether presence or frequency is set in any row (host).
+    rows: int64 [p], of the batch. sequences: int64 [p], their rows in tokens.
+    tokens: int32 [all sequences, max_model_len]. lens, prompt_lens: int64 [p].
+    strengths: float32 [3, p], repetition, presence, frequency. longest: of the lens (host).
     """
 
     rows: torch.Tensor
-    history: torch.Tensor
+    sequences: torch.Tensor
+    tokens: torch.Tensor
     lens: torch.Tensor
     prompt_lens: torch.Tensor
-    repetition: torch.Tensor
-    presence: torch.Tensor
-    frequency: torch.Tensor
-    counted: bool
+    strengths: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,31 +58,29 @@ class Edits:
 class SamplingPlan:
     """Parameters of a batch's rows; a part that no row needs is None.
 
-    random: bool [rows, 1], False for greedy rows. uniform: float64 [rows, 1] in [0, 1).
-    temperature, top_p, min_p: float32 [rows, 1]. top_k: int64 [rows, 1], 0 for none.
-    max_top_k, top_k_everywhere: the largest, and whether all random rows have one (host).
+    parameters: float64 [5, rows], those of the op `draw_tokens`.
+    cuts: whether top_k or top_p is set in some row (host).
     logprobs: for each row how many best ones are wanted, -1 for none at all, or None when no row
         wants any.
     """
 
     features: Feature
-    random: torch.Tensor | None = None
-    uniform: torch.Tensor | None = None
-    temperature: torch.Tensor | None = None
-    top_k: torch.Tensor | None = None
-    max_top_k: int = 0
-    top_k_everywhere: bool = False
-    top_p: torch.Tensor | None = None
-    min_p: torch.Tensor | None = None
+    parameters: torch.Tensor | None = None
+    cuts: bool = False
     edits: Edits | None = None
     penalties: Penalties | None = None
     bad_words: BadWords | None = None
     logprobs: tuple[int | None, ...] | None = None
 
     @property
-    def filters(self) -> bool:
-        """Whether top_k, top_p or min_p drop tokens of some row."""
-        return not (self.top_k is self.top_p is self.min_p is None)
+    def changes_logits(self) -> bool:
+        """Whether tokens are chosen from other logits than the model's."""
+        return not (self.edits is self.penalties is self.bad_words is None)
+
+    @property
+    def changes_tokens(self) -> bool:
+        """Whether other tokens than the best may be chosen."""
+        return self.changes_logits or self.parameters is not None
 
 
 GREEDY = SamplingPlan(Feature(0))
@@ -137,30 +134,24 @@ def plan_sampling(table: RequestTable, rows: np.ndarray, positions: np.ndarray) 
 def _random_parts(
     table: RequestTable, rows: np.ndarray, positions: np.ndarray, features: Feature
 ) -> dict[str, object]:
-    device = table.tokens.device
-    numbers = table.numbers[rows]  # [rows, len(NUMBERS)]
+    numbers = table.numbers[rows].astype(np.float64)  # [rows, len(NUMBERS)]
     temperature, top_p, min_p = (
         numbers[:, NUMBERS.index(name)] for name in ("temperature", "top_p", "min_p")
     )
     random = temperature > 0
-    top_k = np.where(random, np.maximum(table.top_k[rows], 0), 0)
-    of_random = [
-        np.where(random, column, neutral)
-        for column, neutral in ((temperature, 1), (top_p, 1), (min_p, 0))
-    ]
-    floats = upload(of_random, torch.float32, device)
-    (draws,) = upload([uniform(table.seeds[rows], positions)], torch.float64, device)
-    top_k_, random_ = upload([top_k, random.astype(np.int64)], torch.int64, device)
-    return {
-        "random": random_.bool()[:, None],
-        "uniform": draws[:, None],
-        "temperature": floats[0][:, None],
-        "top_k": top_k_[:, None] if features & Feature.TOP_K else None,
-        "max_top_k": int(top_k.max()),
-        "top_k_everywhere": bool((top_k[random] > 0).all()),
-        "top_p": floats[1][:, None] if features & Feature.TOP_P else None,
-        "min_p": floats[2][:, None] if features & Feature.MIN_P else None,
-    }
+    with np.errstate(divide="ignore"):
+        scale = np.minimum(np.log2(np.e) / temperature, np.finfo(np.float32).max)
+        farthest = -np.log2(min_p)
+    columns = (
+        np.where(random, scale, 0).astype(np.float32),
+        np.where(random, np.maximum(table.top_k[rows], 0), 0),
+        np.where(random, top_p, 1),
+        np.where(random, farthest, np.inf).astype(np.float32),
+        uniform(table.seeds[rows], positions),
+    )
+    staged = [column.astype(np.float64) for column in columns]
+    parameters = torch.stack(upload(staged, torch.float64, table.tokens.device))
+    return {"parameters": parameters, "cuts": bool(features & (Feature.TOP_K | Feature.TOP_P))}
 
 
 def _edits(
@@ -193,22 +184,19 @@ def _penalties(table: RequestTable, rows: np.ndarray, positions: np.ndarray) -> 
     device = table.tokens.device
     which = np.flatnonzero(table.features[rows] & Feature.PENALTIES)
     chosen, lens = rows[which], positions[which]
-    which_, rows_, lens_, prompt_lens = upload(
-        [which, chosen, lens, table.prompt_lens[chosen]], torch.int64, device
-    )
+    integers = upload([which, chosen, lens, table.prompt_lens[chosen]], torch.int64, device)
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    strengths = [table.numbers[chosen, NUMBERS.index(name)] for name in names]
-    repetition, presence, frequency = upload(strengths, torch.float32, device)
-    history = table.tokens[:, : int(lens.max())].index_select(0, rows_).long()
+    strengths = np.concatenate([table.numbers[chosen, NUMBERS.index(name)] for name in names])
+    (strengths_,) = upload([strengths], torch.float32, device)
+    which_, rows_, lens_, prompt_lens = integers
     return Penalties(
         which_,
-        history,
-        lens_[:, None],
-        prompt_lens[:, None],
-        repetition[:, None],
-        presence[:, None],
-        frequency[:, None],
-        counted=bool(np.any(strengths[1]) or np.any(strengths[2])),
+        rows_,
+        table.tokens,
+        lens_,
+        prompt_lens,
+        strengths_.view(3, -1),
+        int(lens.max()),
     )
 
 

@@ -352,7 +352,7 @@ def _penalise(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
         rows = torch.randperm(6, generator=generator)[:count]
         lens = torch.randint(1, width, (count,), generator=generator)
         arguments = (
-            normal(context, generator, 6, vocab),
+            torch.randn(6, vocab, generator=generator).to(device),
             rows.to(device),
             rows.flip(0).to(device),
             torch.randint(0, vocab, (7, width), generator=generator, dtype=torch.int32).to(device),

@@ -91,3 +91,41 @@ def _limit(distance: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> 
     wanted = torch.minimum((every.double() * top_p).ceil_().long().clamp_min_(1), every)
     last = near.gather(1, torch.searchsorted(reached, wanted))
     return torch.minimum(kth, last.masked_fill_(top_p >= 1.0, float("inf")))
+
+
+def penalise(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    sequences: torch.Tensor,
+    tokens: torch.Tensor,
+    lens: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    strengths: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """Make tokens that a sequence has less probable, in place; returns the logits.
+
+    Args:
+        logits: float32 [rows, vocab], written.
+        rows: int64 [n], the rows of logits that have penalties; none twice.
+        sequences: int64 [n], their sequences' rows of tokens.
+        tokens: int32 [all sequences, width].
+        lens, prompt_lens: int64 [n], at least 1: tokens of each, and how many are the prompt's.
+        strengths: float32 [3, n]. repetition: logits of all tokens there are divided (positive) or
+            multiplied by it. presence and frequency: subtracted from those of the output, once and
+            for each time.
+        longest: At least every length.
+    """
+    repetition, presence, frequency = strengths.unsqueeze(-1)  # [n, 1] each
+    history = tokens[:, :longest].index_select(0, sequences).long()
+    index = torch.arange(history.shape[1], device=logits.device)
+    written = index < lens[:, None]
+    # Places past the end name the first token, which is seen anyway.
+    ids = torch.where(written, history, history[:, :1])
+    x = logits.index_select(0, rows)
+    seen = x.gather(1, ids)
+    x.scatter_(1, ids, torch.where(seen > 0, seen / repetition, seen * repetition))
+    output = (written & (index >= prompt_lens[:, None])).to(x.dtype)
+    counts = torch.zeros_like(x).scatter_add_(1, ids, output)
+    x.sub_(frequency * counts).sub_(presence * (counts > 0))
+    return logits.index_copy_(0, rows, x)

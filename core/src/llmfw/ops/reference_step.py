@@ -13,19 +13,36 @@ def argmax(
     -1 where the greatest is not finite, or a value is NaN. With tokens (int32, flat) and places
     (int64 [rows]), max(result, 0) is stored in tokens[places].
     """
-    best, found = logits.max(dim=-1)
+    best, found = _greatest(logits)
     found = found.masked_fill(~best.isfinite(), -1)
     if tokens is not None and places is not None:
         tokens.index_copy_(0, places, found.clamp_min(0).int())
     return found
 
 
-def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Copy blocks of a cache [blocks, ...] in place; returns the cache.
+def _greatest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum of each row and its first position; NaN counts as the greatest.
+
+    On a CPU through numpy, which finds the position 10 times as fast there as torch.
+    """
+    if x.device.type != "cpu":
+        best = x.max(dim=-1)
+        return best.values, best.indices
+    wide = x.float()
+    index = torch.from_numpy(wide.numpy().argmax(axis=-1))
+    return wide.gather(1, index[:, None])[:, 0], index
+
+
+def copy_blocks(
+    sources: torch.Tensor, targets: torch.Tensor, *caches: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Copy blocks within each cache [blocks, ...] in place; returns the caches.
 
     sources, targets: int64 [n], the blocks; no target is named twice, or is a source.
     """
-    return cache.index_copy_(0, targets, cache.index_select(0, sources))
+    for cache in caches:
+        cache.index_copy_(0, targets, cache.index_select(0, sources))
+    return caches
 
 
 def prepare_decode(

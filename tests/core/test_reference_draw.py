@@ -1,0 +1,103 @@
+"""The reference of draw_tokens: masses, the plain definition, and what it does not depend on."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmfw.ops.reference_draw import FULL, draw_tokens, masses
+from llmfw.ops.reference_step import argmax
+
+LOG2E = float(torch.tensor(math.log2(math.e)))
+
+
+def by_definition(logits: torch.Tensor, numbers: list[float]) -> int:
+    """One row's token, token by token with whole numbers."""
+    scale, top_k, top_p, farthest, uniform = numbers
+    distance = (logits.max() - logits) * torch.tensor(scale, dtype=torch.float32)
+    mass = [int(each) for each in masses(distance)]
+    far = distance.tolist()
+    order = sorted(range(len(far)), key=far.__getitem__)
+    first = order[: int(top_k)] if top_k else order
+    limit = min(farthest, far[first[-1]])
+    if top_p < 1.0:
+        wanted = Fraction(float(sum(mass[i] for i in first)) * top_p)
+        reached, index = 0, -1
+        while reached < wanted:
+            index += 1
+            reached += mass[first[index]]
+        limit = min(limit, far[first[index]])
+    kept = [mass[i] if far[i] <= limit else 0 for i in range(len(far))]
+    wanted = int(float(sum(kept)) * uniform)
+    reached = 0
+    for token, each in enumerate(kept):
+        reached += each
+        if reached > wanted:
+            return token
+    raise AssertionError("the mass ended before the draw")
+
+
+def test_masses_are_powers_of_two() -> None:
+    distance = torch.linspace(0, 16, 100_001)
+    exact = torch.exp2(FULL - distance.double())
+    assert (masses(distance) / exact - 1).abs().max() < 5e-7
+    assert masses(torch.tensor([0.0, 1.0, 40.0])).tolist() == [1 << 40, 1 << 39, 1]
+    assert masses(torch.tensor([41.0, 1e30, math.inf])).tolist() == [0, 0, 0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 10_000),
+    spread=st.sampled_from([0.0, 0.1, 2.0, 8.0]),
+    levels=st.sampled_from([None, 1, 3]),
+    scale=st.sampled_from([LOG2E, 0.25, 8.0]),
+    top_k=st.sampled_from([0, 0, 1, 7, 500]),
+    top_p=st.sampled_from([1e-6, 0.25, 0.5, 0.9, 0.999, 1.0]),
+    farthest=st.sampled_from([0.0, 2.5, math.inf]),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_a_token_is_the_one_of_the_definition(
+    seed, spread, levels, scale, top_k, top_p, farthest, uniform
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, 120, generator=generator) * spread
+    if levels is not None:
+        logits = (logits * levels).round() / levels  # equal values
+    numbers = [scale, top_k, top_p, farthest, uniform]
+    parameters = torch.tensor(numbers, dtype=torch.float64)[:, None]
+    token = int(draw_tokens(logits, argmax(logits), parameters, True))
+    assert token == by_definition(logits[0], numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(12, 500, generator=generator)).to(dtype)
+    columns = (
+        torch.tensor([LOG2E, 0.0, 0.5] * 4).double(),
+        torch.tensor([0.0, 5.0, 100.0, 0.0] * 3).double(),
+        torch.linspace(0.3, 1.0, 12).double(),
+        torch.tensor([math.inf, 3.0] * 6).double(),
+        torch.rand(12, generator=generator, dtype=torch.float64),
+    )
+    parameters, best = torch.stack(columns), argmax(logits)
+    together = draw_tokens(logits, best, parameters, True)
+    for row in range(12):
+        one = slice(row, row + 1)
+        alone = draw_tokens(logits[one], best[one], parameters[:, one], True)
+        assert alone[0] == together[row]
+
+
+def test_tokens_are_stored_where_they_belong() -> None:
+    logits = torch.tensor([[0.0, 9.0], [math.nan, 1.0]])
+    table = torch.full((4,), -7, dtype=torch.int32)
+    parameters = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.5]], dtype=torch.float64).T.repeat(1, 2)
+    best = argmax(logits)
+    tokens = draw_tokens(logits, best, parameters, False, table, torch.tensor([3, 0]))
+    assert tokens.tolist() == [1, -1]
+    assert table.tolist() == [0, -7, -7, 1]
