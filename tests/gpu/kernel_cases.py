@@ -39,13 +39,15 @@ class Case:
     wide: bool = False
     tolerance: float | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
+    code: str = ""
 
     def __str__(self) -> str:
         return f"{self.op}-{self.dtype}-{self.label}"
 
     def context(self, device: torch.device) -> OpContext:
         """What the kernel's factory is given."""
-        return OpContext(self.op, DTYPE_NAMES[self.dtype], DeviceInfo(device, FEATURES), self.shape)
+        info = DeviceInfo(device, FEATURES)
+        return OpContext(self.op, DTYPE_NAMES[self.dtype], info, self.shape, self.code)
 
 
 def randn(

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["LLMFW_TUNE"] = "off"
 
+from gpu.expert_cases import expert_cases, route_cases
 from gpu.kernel_cases import Case, all_cases, check, kernel_of, product_variants
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases
@@ -25,7 +26,8 @@ def main() -> None:
     """One case for each op, dtype and static shape, in the order of all_cases."""
     device = torch.device("cuda", 0)
     seen: set[tuple[object, ...]] = set()
-    for case in (*all_cases(), *recurrent_cases(), *sampling_cases()):
+    experts = (*route_cases(), *expert_cases())
+    for case in (*all_cases(), *recurrent_cases(), *sampling_cases(), *experts):
         batch = case.label.split("-")[0] if case.op in ("paged_attention", *RECURRENT) else ""
         rows = case.facts.get("rows") if case.facts.get("rows") in (1, 4, 5) else 0
         key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows)

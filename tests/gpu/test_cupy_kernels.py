@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpu.expert_cases import expert_cases, route_cases
 from gpu.kernel_cases import (
     Batch,
     Case,
@@ -74,6 +75,37 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
 )
 def test_kernel_matches_its_reference(case: Case, device: torch.device) -> None:
     check(case, built(case, device), device)
+
+
+@pytest.mark.parametrize("case", [*route_cases(), *expert_cases()], ids=str)
+def test_experts_match_their_references(case: Case, device: torch.device) -> None:
+    check(case, built(case, device), device)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_experts_in_a_graph_follow_choices_that_change(tokens: int, device: torch.device) -> None:
+    case = next(
+        c for c in expert_cases() if c.label == f"{tokens}t-16x128x192f" and c.dtype == "bfloat16"
+    )
+    call = built(case, device)
+    draws = [
+        case.draw(device, torch.bfloat16, torch.Generator().manual_seed(seed))[0]
+        for seed in range(3)
+    ]
+    held = draws[0]
+    call(*held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*held)
+    for drawn in draws[1:]:
+        for old, new in zip(held[:3], drawn[:3], strict=True):
+            old.copy_(new)
+        out.fill_(float("nan"))
+        graph.replay()
+        first = out.clone()
+        graph.replay()
+        assert torch.equal(out, first)
+        assert relative_error(out, REFERENCES["moe_experts"](*held)) <= 8e-3
 
 
 @pytest.mark.parametrize("case", [*linear_cases(), *gated_linear_cases()], ids=str)

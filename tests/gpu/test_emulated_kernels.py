@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpu.emulated import emulator
+from gpu.expert_cases import expert_cases, route_cases
 from gpu.kernel_cases import (
     Case,
     activation_cases,
@@ -75,6 +76,30 @@ def test_elementwise_kernels_match_their_references(case: Case, device: torch.de
 
 @pytest.mark.parametrize("case", small(list(recurrent_cases()), 5))
 def test_recurrent_kernels_match_their_references(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+@pytest.mark.parametrize("case", small(list(route_cases()), 25))
+def test_routing_matches_its_reference(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+def expert_parameters() -> list[object]:
+    """Small cases of experts; those are quick that build the same kernels."""
+    quick = {"moe_experts-bfloat16-1t-5x64x64f", "moe_experts-bfloat16-40t-5x64x64f"}
+    return [
+        pytest.param(
+            case,
+            id=f"{case}-{case.code}",
+            marks=() if str(case) in quick and "silu" in case.code else pytest.mark.slow,
+        )
+        for case in expert_cases()
+        if not case.wide
+    ]
+
+
+@pytest.mark.parametrize("case", expert_parameters())
+def test_experts_match_their_reference(case: Case, device: torch.device) -> None:
     run(case, device)
 
 
