@@ -75,7 +75,8 @@ class SamplingPlan:
     @property
     def changes_logits(self) -> bool:
         """Whether tokens are chosen from other logits than the model's."""
-        return not (self.edits is self.penalties is self.bad_words is None)
+        parts = (self.edits, self.penalties, self.bad_words)
+        return any(part is not None for part in parts)
 
     @property
     def changes_tokens(self) -> bool:
