@@ -71,6 +71,21 @@ def test_against_hf_fallback(architecture: str):
     assert_same(architecture, SWITCHES[architecture])
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "CohereForCausalLM",  # tied
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Olmo2ForCausalLM", *SWITCHES)),
+        pytest.param("GraniteMoeForCausalLM", marks=pytest.mark.slow),
+    ],
+)
+def test_against_hf_fallback_with_transformers_layers(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LLMFW_REPLACE_LAYERS", "off")
+    assert_same(architecture, {**SWITCHES, **MORE}[architecture])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", MORE)
 def test_against_hf_fallback_more(architecture: str):

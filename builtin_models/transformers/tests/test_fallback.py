@@ -26,6 +26,18 @@ from llmfw_transformers.recognise import gated_mlp_of, norm_of
 from llmfw_transformers.replace import Part, SharedProduct
 
 
+def test_transformers_layers_may_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = checkpoint(tmp_path, "Olmo2ForCausalLM")
+    monkeypatch.setenv("LLMFW_REPLACE_LAYERS", "off")
+    kinds = {type(each).__module__ for each in load_model(folder).model.modules()}
+    assert not any(
+        module.startswith("llmfw.layers") for module in kinds - {"llmfw.layers.attention"}
+    )
+    monkeypatch.setenv("LLMFW_REPLACE_LAYERS", "no")
+    with pytest.raises(UsageError, match="LLMFW_REPLACE_LAYERS is 'no'"):
+        load_model(folder)
+
+
 def checkpoint(folder: Path, architecture: str, **changes: Any) -> Path:
     """A tiny random checkpoint."""
     raw = tiny_raw_config(architecture, {**shrunk_config(architecture), **changes})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 
-#: Those read elsewhere than by an option: by core, and by the set-up of a checkout.
+#: Those read elsewhere than by an option: by core or the fallback, and by a checkout's set-up.
 READ_BY_CORE = (
     "LLMFW_CACHE",
     "LLMFW_DISABLE_PLUGINS",
@@ -16,6 +16,7 @@ READ_BY_CORE = (
     "LLMFW_PLUGINS",
     "LLMFW_PLUGIN_MODULES",
     "LLMFW_PREFER",
+    "LLMFW_REPLACE_LAYERS",
     "LLMFW_TRACE_HOOKS",
     "LLMFW_TUNE",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,12 @@ from llmfw_transformers.architectures import NAME, declared_model, refused
 from llmfw_transformers.attention import CHILD, PAGED, PagedAttention, Step
 from llmfw_transformers.buffers import Table, computed_buffers, freeze_rope
 from llmfw_transformers.probe import PROBE, Findings, Unservable, probe
-from llmfw_transformers.replace import keep_in_float32, replace_layers
+from llmfw_transformers.replace import (
+    keep_in_float32,
+    replace_layers,
+    replaces_layers,
+    tie_parameters,
+)
 
 logger = logging.getLogger("llmfw.fallback")
 
@@ -46,7 +52,11 @@ class TransformersForCausalLM(PretrainedModel[Any]):
         except Unservable as exc:
             cure = "a plugin of its own may: llmfw new --from MODEL"
             raise refused(architecture, str(exc), cure) from exc
-        replaced = replace_layers(model, findings.inputs, config)
+        replaced: Mapping[str, int] = {}
+        if replaces_layers():
+            replaced = replace_layers(model, findings.inputs, config)
+        else:
+            tie_parameters(model)
         for index, (path, call) in enumerate(findings.calls.items()):
             attention = PagedAttention(index, call, self.step, config)
             model.get_submodule(path).add_module(CHILD, attention)

@@ -1,7 +1,11 @@
-"""Putting our layers into transformers' tree: linear layers, norms, embeddings, gated MLPs."""
+"""Putting our layers into transformers' tree: linear layers, norms, embeddings, gated MLPs.
+
+`LLMFW_REPLACE_LAYERS=off` leaves transformers' own, all but attention.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,8 +14,24 @@ import torch
 from torch import nn
 
 from llmfw import ModelConfig
+from llmfw.errors import UsageError
 from llmfw.layers import LMHead
 from llmfw_transformers.recognise import Norm, gated_mlp_of, norm_of
+
+
+VARIABLE = "LLMFW_REPLACE_LAYERS"
+
+
+def replaces_layers() -> bool:
+    """Whether layers of ours take the place of transformers'.
+
+    Raises:
+        UsageError: If `LLMFW_REPLACE_LAYERS` is neither "on" nor "off".
+    """
+    value = os.environ.get(VARIABLE, "on")
+    if value not in ("on", "off"):
+        raise UsageError(f"{VARIABLE} is {value!r}", hint="use on or off")
+    return value == "on"
 
 
 def replace_layers(
@@ -146,6 +166,13 @@ def _replace_head(maker: _Maker) -> None:
             return
         made.tie_weights(embedding)
     maker.put(paths[0], over_rows(made))
+
+
+def tie_parameters(model: Any) -> None:
+    """Make tied parameters one object, where no layers of ours declare what is tied."""
+    for tied, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        owner, _, name = tied.rpartition(".")
+        model.get_submodule(owner)._parameters[name] = model.get_parameter(source)
 
 
 def _sharing(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
