@@ -18,7 +18,6 @@ from llmfw.errors import UsageError
 from llmfw.layers import LMHead
 from llmfw_transformers.recognise import Norm, gated_mlp_of, norm_of
 
-
 VARIABLE = "LLMFW_REPLACE_LAYERS"
 
 
