@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 
+from c_expressions import VALUES, value_of
 from llmfw.models import load_model
 from llmfw.testing import PackedSession
+from llmfw_gptoss.modeling import clamped_swiglu, swiglu_code
 from parity import (
     ATOL,
     assert_same_logits,
@@ -107,3 +109,11 @@ def test_against_hf_gptoss_in_mxfp4(tmp_path: Path):
     for ids in random_prompts(3, 128, 8, 60):
         got = PackedSession(ours).step({"a": ids})["a"]
         torch.testing.assert_close(got, hf_logits(theirs.float(), ids), atol=ATOL, rtol=0)
+
+
+def test_the_activation_in_c_is_the_function():
+    code = swiglu_code(1.702, 7.0)
+    for gate, up in VALUES:
+        both = (torch.tensor(value, dtype=torch.float64) for value in (gate, up))
+        expected = clamped_swiglu(*both, alpha=1.702, limit=7.0).item()
+        assert value_of(code, gate, up) == pytest.approx(expected)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from c_expressions import VALUES, value_of
 from llmfw import ConfigError, DecoderSpec, Mapping, ModelConfig, WeightError, WeightMap
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.layers import (
@@ -20,6 +21,7 @@ from llmfw.layers import (
     MoEParams,
     stock_layer,
 )
+from llmfw.layers.activation import ACTIVATIONS, gated_code
 from llmfw.models import bind_tree
 from llmfw.models.weights import materialize
 from llmfw.ops.reference_moe import grouped_linear, moe_route
@@ -108,6 +110,21 @@ def test_experts_with_biases_and_an_activation_of_gate_and_up():
             total += weight * (down + experts.down_proj_bias[expert])
         rows.append(total)
     torch.testing.assert_close(layer(x), torch.stack(rows), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_says_itself_in_c(name: str):
+    for gate, up in VALUES:
+        expected = ACTIVATIONS[name](torch.tensor(gate, dtype=torch.float64)) * up
+        assert value_of(gated_code(name), gate, up) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_code_belongs_to_what_is_known_to_have_it():
+    assert gated_code(F.silu) == gated_code("silu") == gated_code("swish")
+    assert gated_code(F.gelu) == gated_code("gelu") != gated_code("gelu_pytorch_tanh")
+    assert gated_code(lambda x: x) == ""
+    assert gated_code(GatedActivation(lambda gate, up: gate + up)) == ""
+    assert gated_code(GatedActivation(lambda gate, up: gate + up, "gate + up")) == "gate + up"
 
 
 def test_a_gated_activation_in_other_layers():

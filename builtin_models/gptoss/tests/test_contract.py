@@ -10,7 +10,7 @@ class TestGptOss(ModelContract):
     tiny_config = {
         "vocab_size": 128,
         "hidden_size": 64,
-        "intermediate_size": 48,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

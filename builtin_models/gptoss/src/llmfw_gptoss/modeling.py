@@ -29,8 +29,9 @@ def clamped_swiglu(
 
 def swiglu_code(alpha: float, limit: float) -> str:
     """`clamped_swiglu` of one gate and one up, for kernels to compile in."""
-    gate, up = f"fminf(gate, {limit:f}f)", f"fminf(fmaxf(up, {-limit:f}f), {limit:f}f)"
-    return f"({up} + 1.0f) * {gate} * sigmoid({alpha:f}f * {gate})"
+    gate = f"fminf(gate, {float(limit)}f)"
+    up = f"fminf(fmaxf(up, {-float(limit)}f), {float(limit)}f)"
+    return f"({up} + 1.0f) * {gate} * sigmoid({float(alpha)}f * {gate})"
 
 
 class GptOssForCausalLM(StockDecoderForCausalLM):
