@@ -47,7 +47,11 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F32, "INTERLEAVED": 0},
     ],
     "head_linear.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "IN": 512, "OUT": 128, "SHARERS": 4}],
-    "gather_cache.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "BLOCK_SIZE": 24, "K_PACKS": 10}],
+    "expand_latents.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "HEADS": 3, "V_DIM": 64}],
+    "gather_cache.cu": [
+        {"DTYPE": BF16, "V_PACKS": 0},
+        {"DTYPE": F16, "BLOCK_SIZE": 24, "K_PACKS": 10},
+    ],
     "causal_conv1d.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "CHANNELS": 77, "WIDTH": 1, "TAPS": 2, "TILE": 1},

@@ -463,6 +463,58 @@ def latent_attention_cases() -> Iterator[Case]:
                 yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
 
 
+EXPANDED_LAYOUTS = [
+    # heads, latent, rotated, key, value, block size
+    (16, 512, 64, 128, 128, 16),
+    (3, 64, 16, 48, 32, 24),
+]
+
+
+def expanded_attention_cases() -> Iterator[Case]:
+    """expanded_attention of the batches that have context requests."""
+    for dtype in ("bfloat16", "float16"):
+        for heads, latent, rotary, key_dim, v_dim, block_size in EXPANDED_LAYOUTS:
+            for name, batch, wide in BATCHES:
+                if not batch.contexts:
+                    continue
+                shape = {
+                    "num_heads": heads,
+                    "latent_dim": latent,
+                    "rotary_dim": rotary,
+                    "key_dim": key_dim,
+                    "v_head_dim": v_dim,
+                    "block_size": block_size,
+                }
+
+                def draw(
+                    d: torch.device, t: torch.dtype, g: torch.Generator, s=shape, b=batch
+                ) -> Arguments:
+                    return expanded_arguments(d, t, g, s, b)
+
+                label = f"{name}-{heads}x{latent}+{rotary}b{block_size}"
+                yield Case("expanded_attention", dtype, shape, draw, label, wide=wide)
+
+
+def expanded_arguments(
+    device: torch.device,
+    dtype: torch.dtype,
+    g: torch.Generator,
+    shape: Mapping[str, int],
+    batch: Batch,
+) -> Arguments:
+    """Arguments of expanded_attention: the cache as in attention_arguments."""
+    latent, key_dim = shape["latent_dim"], shape["key_dim"]
+    cached = {"num_kv_heads": 1, "head_dim": latent + shape["rotary_dim"], "v_head_dim": latent}
+    whole = {**shape, **cached, "sinks": 0, "window": 0, "softcap": 0, "latent": 1}
+    (_, cache, _, metadata, view, _), _ = attention_arguments(device, dtype, g, whole, batch)
+    width = key_dim + shape["rotary_dim"]
+    rows = shape["num_heads"] * (key_dim + shape["v_head_dim"])
+    tokens = metadata.num_context_tokens
+    q = randn(tokens, shape["num_heads"], width, device=device, dtype=dtype, generator=g)
+    weight = randn(rows, latent, device=device, dtype=dtype, generator=g, scale=latent**-0.5)
+    return (q, cache, weight, metadata, view, width**-0.5), {}
+
+
 def attention_arguments(
     device: torch.device,
     dtype: torch.dtype,

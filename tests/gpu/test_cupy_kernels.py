@@ -17,6 +17,7 @@ from gpu.kernel_cases import (
     attention_arguments,
     attention_cases,
     check,
+    expanded_attention_cases,
     gated_linear_cases,
     head_linear_cases,
     kernel_of,
@@ -29,7 +30,7 @@ from gpu.kernel_cases import (
     rope_cases,
     step_cases,
 )
-from gpu.recurrent_cases import recurrent_cases
+from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
 from llmfw.kernels.cupy.attention import parts_of, plan_batch
 from llmfw.kernels.cupy.latent_attention import TILES, LatentAttention
@@ -67,7 +68,9 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
         *head_linear_cases(),
         *attention_cases(),
         *latent_attention_cases(),
+        *expanded_attention_cases(),
         *recurrent_cases(),
+        *recurrent_norm_cases(),
         *step_cases(),
         *sampling_cases(),
     ],

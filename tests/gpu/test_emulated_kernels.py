@@ -15,6 +15,7 @@ from gpu.kernel_cases import (
     activation_cases,
     attention_cases,
     check,
+    expanded_attention_cases,
     gated_linear_cases,
     head_linear_cases,
     kernel_of,
@@ -26,9 +27,9 @@ from gpu.kernel_cases import (
     rope_cases,
     step_cases,
 )
-from gpu.recurrent_cases import recurrent_cases
+from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from llmfw.kernels.cupy import prefill
+from llmfw.kernels.cupy import expanded_attention, prefill
 from llmfw.ops import reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -74,7 +75,7 @@ def test_elementwise_kernels_match_their_references(case: Case, device: torch.de
     run(case, device)
 
 
-@pytest.mark.parametrize("case", small(list(recurrent_cases()), 5))
+@pytest.mark.parametrize("case", small([*recurrent_cases(), *recurrent_norm_cases()], 5))
 def test_recurrent_kernels_match_their_references(case: Case, device: torch.device) -> None:
     run(case, device)
 
@@ -129,6 +130,14 @@ def test_contexts_go_through_packed_keys_and_values(
     cases = [case for case in attention_cases() if case.label.startswith("mixed")]
     for case in [case for case in cases if case.dtype == "bfloat16"][:4]:
         run(case, device)
+
+
+@pytest.mark.parametrize("case", small(list(expanded_attention_cases()), 2))
+def test_expanded_attention_makes_keys_and_values(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expanded_attention, "flash_attention", packed_attention)
+    run(case, device)
 
 
 def packed_attention(

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ def plan_batch(metadata: AttentionMetadata, prefill: Prefill) -> Plan:
     """The parts of a batch; flash attention takes the context requests where it pays."""
     parts = parts_of(metadata)
     if metadata.num_contexts:
-        batch = _context_batch(metadata, parts[0].max_q)
+        batch = context_batch(metadata)
         if prefill.serves(batch):
             return Plan(batch, parts[1:])
     return Plan(None, parts)
 
 
-def _context_batch(metadata: AttentionMetadata, max_q: int) -> ContextBatch:
+def context_batch(metadata: AttentionMetadata) -> ContextBatch:
+    """The context requests of a batch that has any, with what flash attention wants to know."""
     contexts, device = metadata.num_contexts, metadata.cu_query_lens.device
     kv_lens = metadata.kv_lens[:contexts]
     starts = torch.tensor([0, *itertools.accumulate(kv_lens)], dtype=torch.int32)
@@ -76,32 +79,33 @@ def _context_batch(metadata: AttentionMetadata, max_q: int) -> ContextBatch:
         requests=contexts,
         tokens=metadata.num_context_tokens,
         keys=sum(kv_lens),
-        max_q=max_q,
+        max_q=max(metadata.query_lens[:contexts]),
         max_kv=max(kv_lens),
         cu_q=metadata.cu_query_lens[: contexts + 1],
         cu_k=starts,
     )
 
 
-class _Plans:
-    """The plan of the last batch, so that the layers of one step make it once."""
+class Once(Generic[T]):
+    """What `make` makes of the last batch, so that the layers of one step make it once."""
 
-    def __init__(self, prefill: Prefill) -> None:
-        self._prefill = prefill
+    def __init__(self, make: Callable[[AttentionMetadata], T]) -> None:
+        self._make = make
         self._batch: Callable[[], AttentionMetadata | None] = lambda: None
-        self._plan = Plan(None, ())
+        self._made: T
 
-    def of(self, metadata: AttentionMetadata) -> Plan:
+    def of(self, metadata: AttentionMetadata) -> T:
+        """For this batch."""
         if self._batch() is not metadata:
-            self._plan = plan_batch(metadata, self._prefill)
+            self._made = self._make(metadata)
             self._batch = weakref.ref(metadata)
-        return self._plan
+        return self._made
 
 
 def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `paged_attention` for one head layout."""
     decode, prefill = PagedDecode(context), Prefill(context)
-    heads, plans = decode.heads, _Plans(prefill)
+    heads, plans = decode.heads, Once(lambda metadata: plan_batch(metadata, prefill))
 
     def call(
         q: torch.Tensor,

@@ -63,6 +63,7 @@ KERNELS: tuple[Kernel, ...] = (
         HALVES,
         name="latent_attention",
     ),
+    _kernel("expanded_attention", "expanded_attention", "expanded_attention", HALVES),
     _kernel("head_linear", "head_linear", "head_linear", HALVES),
     _kernel("linear", "linear", "linear", ALL),
     _kernel("gated_linear", "gated_linear", "gated_linear", ALL),

@@ -2,7 +2,7 @@
 //
 // Shapes: k_cache, v_cache [blocks, BLOCK_SIZE, row of scalars], rows contiguous, K_PACKS and V_PACKS of 16 bytes;
 //   k [keys, K_PACKS], v [keys, V_PACKS] of all requests one after another; starts int32 [requests + 1], the first
-//   key of each; block_tables int32 [requests, table_stride].
+//   key of each; with V_PACKS 0 there is no V; block_tables int32 [requests, table_stride].
 // Launch: block THREADS, grid (ceil(longest / KEYS), requests); a block copies KEYS keys of one request.
 #include "common.cuh"
 
@@ -25,11 +25,13 @@
 template <int PACKS>
 __device__ __forceinline__ void copy_keys(uint4* out, const scalar* cache, const int* table, i64 block_stride,
                                           i64 slot_stride, int first, int count) {
+  if constexpr (PACKS > 0) {
 #pragma unroll 4
-  for (int item = threadIdx.x; item < count * PACKS; item += THREADS) {
-    const int key = first + item / PACKS, pack = item % PACKS;
-    const scalar* row = cache + table[key / BLOCK_SIZE] * block_stride + key % BLOCK_SIZE * slot_stride;
-    out[i64(key) * PACKS + pack] = reinterpret_cast<const uint4*>(row)[pack];
+    for (int item = threadIdx.x; item < count * PACKS; item += THREADS) {
+      const int key = first + item / PACKS, pack = item % PACKS;
+      const scalar* row = cache + table[key / BLOCK_SIZE] * block_stride + key % BLOCK_SIZE * slot_stride;
+      out[i64(key) * PACKS + pack] = reinterpret_cast<const uint4*>(row)[pack];
+    }
   }
 }
 
