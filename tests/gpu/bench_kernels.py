@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpu.bench_attention import attention, latent, prefill
 from gpu.bench_common import RESULTS
 from gpu.bench_products import chain, layers, products
+from gpu.bench_recurrent import recurrent
 from gpu.bench_small import elementwise, launches, limits, step
 
 SECTIONS: dict[str, Callable[[], None]] = {
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[], None]] = {
     "layers": layers,
     "chain": chain,
     "prefill": prefill,
+    "recurrent": recurrent,
 }
 
 

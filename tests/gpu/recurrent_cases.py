@@ -1,4 +1,4 @@
-"""Inputs for the CuPy kernels of recurrent layers: packed batches whose state lies in slots."""
+"""Inputs for the CuPy kernels of recurrent layers: batches whose state lies in slots, and norms."""
 
 from __future__ import annotations
 
@@ -170,3 +170,36 @@ def recurrent_cases() -> Iterator[Case]:
                         mutated=(written,),
                         wide=label in WIDE_BATCHES or size is sizes[-1],
                     )
+
+
+def recurrent_norm_cases() -> Iterator[Case]:
+    """gated_rms_norm by groups, and add_rms_norm to a float32 stream."""
+    for dtype in DTYPE_NAMES:
+        for tokens, hidden, groups, wide in [
+            (3, 64, 2, False),
+            (5, 576, 1, False),
+            (2, 4096, 1, False),
+            (33, 10240, 8, True),
+            (257, 5120, 1, True),
+        ]:
+
+            def gated(
+                d: torch.device, t: torch.dtype, g: torch.Generator, n=tokens, h=hidden, k=groups
+            ) -> Arguments:
+                x = randn(n, h, device=d, dtype=t, generator=g)
+                gate = randn(n, 2 * h + 16, device=d, dtype=t, generator=g)[:, 16 : 16 + h]
+                return (x, gate, randn(h, device=d, dtype=t, generator=g), 1e-5, k), {}
+
+            def add(
+                d: torch.device, t: torch.dtype, g: torch.Generator, n=tokens, h=hidden
+            ) -> Arguments:
+                x = randn(n, h, device=d, dtype=t, generator=g)
+                stream = randn(n, h, device=d, dtype=torch.float32, generator=g)
+                return (x, stream, randn(h, device=d, dtype=t, generator=g), 1e-5), {}
+
+            shape = {"hidden_size": hidden, "num_groups": groups}
+            label = f"{tokens}x{hidden}/{groups}"
+            yield Case("gated_rms_norm", dtype, shape, gated, label, wide=wide)
+            if groups == 1:
+                shape = {"hidden_size": hidden}
+                yield Case("add_rms_norm", dtype, shape, add, f"{label}-stream", wide=wide)

@@ -18,7 +18,7 @@ os.environ["LLMFW_TUNE"] = "off"
 from gpu.expert_cases import expert_cases, route_cases
 from gpu.kernel_cases import Case, all_cases, check, kernel_of, product_variants
 from gpu.recurrent_cases import OPS as RECURRENT
-from gpu.recurrent_cases import recurrent_cases
+from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
 
 
@@ -27,7 +27,13 @@ def main() -> None:
     device = torch.device("cuda", 0)
     seen: set[tuple[object, ...]] = set()
     experts = (*route_cases(), *expert_cases())
-    for case in (*all_cases(), *recurrent_cases(), *sampling_cases(), *experts):
+    for case in (
+        *all_cases(),
+        *recurrent_cases(),
+        *recurrent_norm_cases(),
+        *sampling_cases(),
+        *experts,
+    ):
         batch = case.label.split("-")[0] if case.op in ("paged_attention", *RECURRENT) else ""
         rows = case.facts.get("rows") if case.facts.get("rows") in (1, 4, 5) else 0
         key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows)

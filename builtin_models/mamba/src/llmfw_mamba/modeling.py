@@ -20,6 +20,7 @@ from llmfw import (
     DecoderLayer,
     DecoderModel,
     DecoderModelForCausalLM,
+    GatedRMSNorm,
     Layer,
     ModelConfig,
     RMSNorm,
@@ -158,7 +159,7 @@ class Mamba2Mixer(Mixer):
         self.in_parts = (inner, conv_width, config.num_heads)
         self.conv_parts = (inner, shared, shared)
         self.dt_limit = tuple(config.time_step_limit)
-        self.norm = GatedGroupNorm(inner, config.n_groups, config.layer_norm_epsilon)
+        self.norm = GatedRMSNorm(inner, config.layer_norm_epsilon, groups=config.n_groups)
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
         """Resolve the scan."""
@@ -182,37 +183,8 @@ class Mamba2Mixer(Mixer):
         return self.out_proj(self.norm(y.flatten(1), gate))  # type: ignore[no-any-return]
 
 
-class GatedGroupNorm(Layer):
-    """RMS norm of x silu(gate) within groups of features.
-
-    Args:
-        hidden_size: Width of x.
-        groups: Groups of equal width.
-        eps: Added to the mean square.
-    """
-
-    def __init__(self, hidden_size: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
-
-    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """x, gate [tokens, hidden_size] -> [tokens, hidden_size]."""
-        gated = (x.float() * F.silu(gate.float())).unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(1)
-        return normed.to(x.dtype) * self.weight
-
-
-class StreamNorm(RMSNorm):
-    """RMS norm of a stream that may be wider than the model's dtype."""
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        """As `RMSNorm`, of x in the weight's dtype."""
-        return super().forward(x.to(self.weight.dtype), residual)
-
-
 class MambaLayer(DecoderLayer):
-    """A norm and a mixer, added to a stream that is kept in float32 where the config says so.
+    """A norm and a mixer, beside a stream that is kept in float32 where the config says so.
 
     Args:
         model_config: The model's configuration.
@@ -223,7 +195,7 @@ class MambaLayer(DecoderLayer):
         super().__init__()
         config = model_config.pretrained_config
         self.stream_dtype = torch.float32 if config.residual_in_fp32 else model_config.dtype
-        self.norm = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         mixer = Mamba2Mixer if config.model_type == "mamba2" else MambaMixer
         self.mixer = mixer(model_config, layer_idx)
 
@@ -232,11 +204,16 @@ class MambaLayer(DecoderLayer):
         position_ids: torch.Tensor,
         hidden_states: torch.Tensor,
         attn_metadata: AttentionMetadata,
+        residual: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """One layer over packed tokens: [tokens, hidden_size] -> [tokens, hidden_size]."""
-        mixed = self.mixer(self.norm(hidden_states), attn_metadata)
-        return hidden_states.to(self.stream_dtype) + mixed  # type: ignore[no-any-return]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer over packed tokens: [tokens, hidden_size] -> (hidden states, residual)."""
+        if residual is None:
+            residual = hidden_states.to(self.stream_dtype)
+            hidden = self.norm(hidden_states)
+        else:
+            hidden, residual = self.norm(hidden_states, residual)
+        return self.mixer(hidden, attn_metadata), residual
 
 
 class MambaModel(DecoderModel[Any]):
@@ -258,7 +235,7 @@ class MambaModel(DecoderModel[Any]):
         self.layers = nn.ModuleList(
             MambaLayer(model_config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
 
 class MambaForCausalLM(DecoderModelForCausalLM[MambaModel, Any]):

@@ -10,7 +10,7 @@ from llmfw.layers.linear import ColumnLinear, Linear, RowLinear
 from llmfw.layers.mla import MLA
 from llmfw.layers.mlp import MLP, GatedMLP
 from llmfw.layers.moe import Experts, MoE, MoEParams
-from llmfw.layers.norm import LayerNorm, RMSNorm
+from llmfw.layers.norm import GatedRMSNorm, LayerNorm, RMSNorm
 from llmfw.layers.positional import PositionalEmbeddingParams, PositionEmbeddingType
 from llmfw.layers.rope import RopeParams
 from llmfw.layers.rotary import RotaryEmbedding
@@ -26,6 +26,7 @@ __all__ = [
     "Experts",
     "GatedActivation",
     "GatedMLP",
+    "GatedRMSNorm",
     "LMHead",
     "Layer",
     "LayerNorm",

@@ -55,7 +55,10 @@ class RMSNorm(Layer):
         )
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        """norm(x), or with a residual (norm(x + residual), x + residual): [tokens, hidden_size]."""
+        """norm(x), or with a residual (norm(x + residual), x + residual): [tokens, hidden_size].
+
+        The residual may be float32 in any model.
+        """
         if residual is None:
             return self._norm(x, self.weight, self.eps, self.offset)
         return self._add_norm(x, residual, self.weight, self.eps, self.offset)
@@ -63,6 +66,40 @@ class RMSNorm(Layer):
     def extra_repr(self) -> str:
         """Shape and constants, for print(model)."""
         return f"{self.hidden_size}, eps={self.eps}, offset={self.offset}"
+
+
+class GatedRMSNorm(Layer):
+    """RMS norm of x silu(gate), each of a number of equal groups of features by itself.
+
+    Args:
+        hidden_size: Width of x.
+        eps: Added to the mean square.
+        groups: Groups of features.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, *, groups: int = 1) -> None:
+        super().__init__()
+        self.hidden_size, self.eps, self.groups = hidden_size, eps, groups
+        self.weight: torch.Tensor = nn.Parameter(
+            torch.empty(hidden_size, device="meta"), requires_grad=False
+        )
+
+    def bind(self, name: str, config: ModelConfig[Any]) -> None:
+        """Give the weight the model's dtype and resolve the kernel."""
+        self.weight = nn.Parameter(
+            torch.empty(self.hidden_size, dtype=config.dtype, device="meta"), requires_grad=False
+        )
+        self._norm: Callable[..., torch.Tensor] = config.ops.resolve(
+            "gated_rms_norm", config.dtype, hidden_size=self.hidden_size, num_groups=self.groups
+        )
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """x, gate [tokens, hidden_size] -> [tokens, hidden_size]."""
+        return self._norm(x, gate, self.weight, self.eps, self.groups)
+
+    def extra_repr(self) -> str:
+        """Shape and constants, for print(model)."""
+        return f"{self.hidden_size}, eps={self.eps}, groups={self.groups}"
 
 
 class LayerNorm(Layer):

@@ -61,7 +61,19 @@ def _add_rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Ca
     for case in _rms_norm(context, generator):
         x, *rest = case.arguments
         assert isinstance(x, torch.Tensor)
-        yield Case(case.label, (x, normal(context, generator, *x.shape), *rest))
+        residual = normal(context, generator, *x.shape)
+        yield Case(case.label, (x, residual, *rest))
+        if x.dtype is not torch.float32:
+            yield Case(f"{case.label} wide", (x, residual.float() / 3, *rest))
+
+
+def _gated_rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
+    hidden, groups = context["hidden_size"], context["num_groups"]
+    weight = normal(context, generator, hidden)
+    for tokens in (0, 1, 3, 65):
+        x = normal(context, generator, tokens, hidden)
+        gate = normal(context, generator, tokens, 2 * hidden + 8)[:, 8 : 8 + hidden]
+        yield Case(f"tokens={tokens}", (x, gate, weight, 1e-5, groups))
 
 
 def _layer_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -397,6 +409,9 @@ INPUTS: dict[str, OpInputs] = {
     "rms_norm": OpInputs(_HIDDEN, _rms_norm),
     "add_rms_norm": OpInputs(_HIDDEN, _add_rms_norm),
     "layer_norm": OpInputs(_HIDDEN, _layer_norm),
+    "gated_rms_norm": OpInputs(
+        shapes("hidden_size num_groups", (1, 1), (64, 4), (576, 2), (2048, 1)), _gated_rms_norm
+    ),
     "silu_and_mul": OpInputs(_GATED, _act_and_mul),
     "gelu_and_mul": OpInputs(_GATED, _act_and_mul),
     "gelu_tanh_and_mul": OpInputs(_GATED, _act_and_mul),

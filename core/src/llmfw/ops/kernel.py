@@ -38,6 +38,7 @@ class OpContext:
             the gated activation
         gated_linear: in_features, intermediate_size, bias (0 or 1)
         rms_norm, add_rms_norm, layer_norm: hidden_size
+        gated_rms_norm: hidden_size, num_groups
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size
         rope_and_cache: num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, qk_norm (0 or
             1), block_size

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from llmfw.ops.reference_draw import draw_tokens, penalise
 from llmfw.ops.reference_moe import grouped_linear, moe_experts, moe_route
-from llmfw.ops.reference_state import causal_conv1d, selective_scan, ssd_scan
+from llmfw.ops.reference_state import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan
 from llmfw.ops.reference_step import argmax, copy_blocks, prepare_decode
 
 if TYPE_CHECKING:
@@ -65,9 +65,12 @@ def rms_norm(
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x + residual), x + residual). Kernels may write both results into their inputs."""
+    """(rms_norm(x + residual), x + residual). Kernels may write both results into their inputs.
+
+    The residual may be float32 beside another x: then the sum is, and its norm has x's dtype.
+    """
     total = x + residual
-    return rms_norm(total, weight, eps, offset), total
+    return rms_norm(total.to(x.dtype), weight, eps, offset), total
 
 
 def layer_norm(
@@ -339,6 +342,7 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "layer_norm": layer_norm,
+    "gated_rms_norm": gated_rms_norm,
     "silu_and_mul": silu_and_mul,
     "gelu_and_mul": gelu_and_mul,
     "gelu_tanh_and_mul": gelu_tanh_and_mul,

@@ -1,7 +1,8 @@
-"""The torch references of recurrent layers: a short convolution and two scans, over packed batches.
+"""The torch references of recurrent layers: a short convolution, two scans, the norm behind them.
 
-Each continues the requests' state, found by `metadata.state_slots`, and leaves it after the last
-token. Prompts are cut into pieces that are computed side by side, so there is no loop over tokens.
+Convolution and scans continue the requests' state, found by `metadata.state_slots`, and leave it
+after the last token. Prompts are cut into pieces that are computed side by side, so there is no
+loop over tokens.
 """
 
 from __future__ import annotations
@@ -219,6 +220,19 @@ def _ssd_scan(
     y += (outs @ begin.transpose(2, 3)) * decay.exp().float().unsqueeze(-1)
     state.index_copy_(0, slots, end)
     return (pieces.join(y.transpose(1, 2)) + d[:, None] * inputs).to(x.dtype)
+
+
+def gated_rms_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, groups: int = 1
+) -> torch.Tensor:
+    """RMS norm of x silu(gate), each of `groups` equal parts of the features by itself.
+
+    x, gate: [T, hidden]. weight: [hidden]. Computed in float32; the normalised value is rounded to
+    x's dtype before the product with weight.
+    """
+    gated = (x.float() * F.silu(gate.float())).unflatten(-1, (groups, -1))
+    normed = F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(1)
+    return normed.to(x.dtype) * weight
 
 
 class _Pieces:

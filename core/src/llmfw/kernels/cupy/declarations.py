@@ -49,6 +49,7 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("rms_norm", "norm", "rms_norm", ALL),
     _kernel("add_rms_norm", "norm", "add_rms_norm", ALL),
     _kernel("layer_norm", "norm", "layer_norm", ALL),
+    _kernel("gated_rms_norm", "norm", "gated_rms_norm", ALL),
     _kernel("silu_and_mul", "activation", "gated_activation", ALL),
     _kernel("gelu_and_mul", "activation", "gated_activation", ALL),
     _kernel("gelu_tanh_and_mul", "activation", "gated_activation", ALL),

@@ -1,7 +1,9 @@
-// rms_norm, add_rms_norm and layer_norm over rows of HIDDEN values (references of the same names).
+// rms_norm, add_rms_norm, layer_norm and gated_rms_norm over rows of HIDDEN values (references of the same names).
 //
 // Shapes: x, residual, out [rows, HIDDEN] contiguous, weight, bias [HIDDEN]; 16-byte aligned, HIDDEN a multiple
-//   of a 16-byte pack. add_rms_norm writes the normalised sum over x and the sum over residual.
+//   of a 16-byte pack. add_rms_norm writes the normalised sum over x and the sum over residual, add_rms_norm_wide to a
+//   residual in float32. gated_rms_norm: x, out [tokens, groups, HIDDEN], gate the same with tokens gate_stride apart,
+//   weight [groups, HIDDEN]; a row is one group of one token.
 // Launch: block (THREADS, ROWS), grid ceil(rows / ROWS). THREADS lanes hold one row in registers; ROWS > 1 only
 //   with THREADS == 32, where a warp needs no shared memory.
 // Numbers: statistics in float32; roundings where the reference rounds.
@@ -86,8 +88,21 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
   write_rms(out, values, weights, row, eps, offset);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
-    add_rms_norm(scalar* x, scalar* residual, const scalar* weight, int rows, float eps, float offset) {
+// Numbers of a residual of the kernel's own dtype, or in float32.
+template <class T>
+struct alignas(16) Several {
+  T at[VEC];
+};
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ void narrow(float& to, float from) { to = from; }
+#if DTYPE != F32
+__device__ __forceinline__ float widened(scalar x) { return to_float(x); }
+__device__ __forceinline__ void narrow(scalar& to, float from) { to = from_float(from); }
+#endif
+
+template <class T>
+__device__ __forceinline__ void add_norm(scalar* x, T* residual, const scalar* weight, int rows, float eps,
+                                         float offset) {
   Pack<VEC> weights[PER_LANE];
   read_weight(weights, weight);
   follow();
@@ -99,16 +114,49 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     const int pack = threadIdx.x + i * THREADS;
     if (pack >= PACKS) continue;
     const Pack<VEC> a = load<VEC>(x + row * HIDDEN + pack * VEC);
-    const Pack<VEC> b = load<VEC>(residual + row * HIDDEN + pack * VEC);
-    Pack<VEC> total;
+    Several<T>& sum = *reinterpret_cast<Several<T>*>(residual + row * HIDDEN + pack * VEC);
+    Several<T> total = sum;
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-      total.at[j] = from_float(to_float(a.at[j]) + to_float(b.at[j]));
-      values[i][j] = to_float(total.at[j]);
+      narrow(total.at[j], to_float(a.at[j]) + widened(total.at[j]));
+      values[i][j] = rounded(widened(total.at[j]));
     }
-    store<VEC>(residual + row * HIDDEN + pack * VEC, total);
+    sum = total;
   }
   write_rms(x, values, weights, row, eps, offset);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
+    add_rms_norm(scalar* x, scalar* residual, const scalar* weight, int rows, float eps, float offset) {
+  add_norm(x, residual, weight, rows, eps, offset);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
+    add_rms_norm_wide(scalar* x, float* residual, const scalar* weight, int rows, float eps, float offset) {
+  add_norm(x, residual, weight, rows, eps, offset);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
+    gated_rms_norm(scalar* out, const scalar* x, const scalar* gate, const scalar* weight, int rows, float eps,
+                   i64 gate_stride, int groups) {
+  const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
+  const i64 token = row / groups;
+  const int group = int(row - token * groups);
+  Pack<VEC> weights[PER_LANE];
+  read_weight(weights, weight + i64(group) * HIDDEN);
+  follow();
+  if (row >= rows) return;
+  float values[PER_LANE][VEC] = {};
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const int pack = threadIdx.x + i * THREADS;
+    if (pack >= PACKS) continue;
+    const Pack<VEC> a = load<VEC>(x + row * HIDDEN + pack * VEC);
+    const Pack<VEC> b = load<VEC>(gate + token * gate_stride + group * HIDDEN + pack * VEC);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) values[i][j] = to_float(a.at[j]) * silu(to_float(b.at[j]));
+  }
+  write_rms(out, values, weights, row, eps, 0.0f);
 }
 
 // weight and bias may be null.

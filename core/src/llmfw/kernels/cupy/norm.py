@@ -1,4 +1,4 @@
-"""Launchers of norm.cu: rms_norm, add_rms_norm, layer_norm."""
+"""Launchers of norm.cu: rms_norm, add_rms_norm, layer_norm, gated_rms_norm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from llmfw.kernels.cupy.compile import Module, load
 from llmfw.kernels.cupy.launch import Grid, dense, pointer
-from llmfw.ops import reference
+from llmfw.ops import reference, reference_state
 from llmfw.ops.kernel import OpContext
 
 MAX_THREADS = 1024
@@ -17,12 +17,17 @@ MAX_PACKS_PER_LANE = 4
 
 def supports(context: OpContext) -> str | None:
     """Rows must be whole 16-byte packs that fit one block's registers."""
-    hidden, pack = context["hidden_size"], 16 // context.dtype.itemsize
+    hidden, pack = _width(context), 16 // context.dtype.itemsize
     if hidden % pack:
-        return f"hidden size {hidden} is not a multiple of {pack}"
+        return f"rows of {hidden} values are no multiple of {pack}"
     if hidden > pack * MAX_THREADS * MAX_PACKS_PER_LANE:
-        return f"hidden size {hidden} is too large for one block"
+        return f"rows of {hidden} values are too large for one block"
     return None
+
+
+def _width(context: OpContext) -> int:
+    """Values that one normalisation takes."""
+    return context["hidden_size"] // context.shape.get("num_groups", 1)
 
 
 def launch_shape(hidden: int, itemsize: int) -> tuple[int, int]:
@@ -35,7 +40,7 @@ def launch_shape(hidden: int, itemsize: int) -> tuple[int, int]:
 
 
 def _module(context: OpContext) -> tuple[Module, int, int]:
-    hidden = context["hidden_size"]
+    hidden = _width(context)
     threads, rows = launch_shape(hidden, context.dtype.itemsize)
     return (
         load(
@@ -71,6 +76,7 @@ def add_rms_norm(context: OpContext) -> Callable[..., tuple[torch.Tensor, torch.
     """The op `add_rms_norm` for one hidden size; it overwrites both inputs and returns them."""
     module, threads, block_rows = _module(context)
     launch = module.launcher("add_rms_norm", "PPPiff")
+    launch_wide = module.launcher("add_rms_norm_wide", "PPPiff")
     hidden, block = context["hidden_size"], (threads, block_rows, 1)
 
     def call(
@@ -80,14 +86,14 @@ def add_rms_norm(context: OpContext) -> Callable[..., tuple[torch.Tensor, torch.
         eps: float,
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if weight.dtype is not x.dtype or residual.dtype is not x.dtype:
+        if weight.dtype is not x.dtype or residual.dtype not in (x.dtype, torch.float32):
             return reference.add_rms_norm(x, residual, weight, eps, offset)
         x, residual = dense(x), dense(residual)
         if rows := x.numel() // hidden:
             grid: Grid = (-(-rows // block_rows), 1, 1)
-            launch(
-                grid, block, x.data_ptr(), residual.data_ptr(), weight.data_ptr(), rows, eps, offset
-            )
+            addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+            add = launch if residual.dtype is x.dtype else launch_wide
+            add(grid, block, *addresses, rows, eps, offset)
         return x, residual
 
     return call
@@ -110,6 +116,39 @@ def layer_norm(context: OpContext) -> Callable[..., torch.Tensor]:
             grid = (-(-rows // block_rows), 1, 1)
             launch(
                 grid, block, out.data_ptr(), x.data_ptr(), pointer(weight), pointer(bias), rows, eps
+            )
+        return out
+
+    return call
+
+
+def gated_rms_norm(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The op `gated_rms_norm` for one hidden size and number of groups."""
+    module, threads, block_rows = _module(context)
+    launch = module.launcher("gated_rms_norm", "PPPPifqi")
+    hidden, groups, block = context["hidden_size"], context["num_groups"], (threads, block_rows, 1)
+
+    def call(
+        x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, groups: int = groups
+    ) -> torch.Tensor:
+        if weight.dtype is not x.dtype or gate.dtype is not x.dtype:
+            return reference_state.gated_rms_norm(x, gate, weight, eps, groups)
+        x = dense(x)
+        if gate.stride(-1) != 1 or (gate.stride(0) * gate.itemsize | gate.data_ptr()) % 16:
+            gate = dense(gate)
+        out = torch.empty_like(x)
+        if rows := x.numel() // hidden * groups:
+            launch(
+                (-(-rows // block_rows), 1, 1),
+                block,
+                out.data_ptr(),
+                x.data_ptr(),
+                gate.data_ptr(),
+                weight.data_ptr(),
+                rows,
+                eps,
+                gate.stride(0),
+                groups,
             )
         return out
 
