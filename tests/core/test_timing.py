@@ -43,6 +43,12 @@ def test_products():
     assert cost == Cost(4 * (2 * 4 + 2 * 12 + 2 * 3), 2 * 2 * 12)
 
 
+def test_experts_that_no_token_chose_are_not_read():
+    cost = cost_of("moe_experts", 2, num_experts=20, hidden_size=4, intermediate_size=3, bias=0)
+    used = 15  # tokens 0 and 1 go through 0 to 7 and 7 to 14
+    assert cost == Cost(4 * (2 * 2 * 4 + used * 3 * 4 * 3), 2 * 16 * 3 * 4 * 3)
+
+
 def test_rows():
     assert cost_of("rms_norm", 3, hidden_size=16).nbytes == 4 * (2 * 3 * 16 + 16)
     assert cost_of("add_rms_norm", 3, hidden_size=16).nbytes == 4 * (4 * 3 * 16 + 16)

@@ -51,7 +51,7 @@ def time_pairs(pairs: Sequence[Pair], tokens: Sequence[int], kv_len: int) -> Ite
 
 def _key(pair: Pair) -> tuple[Any, ...]:
     context = pair[1]
-    return context.op, str(context.dtype), tuple(sorted(context.shape.items()))
+    return context.op, str(context.dtype), context.code, tuple(sorted(context.shape.items()))
 
 
 def row_of(time: KernelTime, bandwidth: float, rate: float) -> dict[str, Any]:

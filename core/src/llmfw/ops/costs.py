@@ -14,6 +14,7 @@ import torch
 
 from llmfw.ops.inputs import paged_batch
 from llmfw.ops.kernel import OpContext
+from llmfw.ops.reference import silu_and_mul
 
 Arguments = Sequence[Any]
 MOST_REQUESTS = 64  # a timed batch of up to so many tokens has one of each request
@@ -70,6 +71,17 @@ def _grouped_cost(
     return Cost(nbytes, 2.0 * x.shape[0] * weight[0].numel())
 
 
+def _experts_cost(
+    context: OpContext, arguments: Arguments, results: Sequence[torch.Tensor]
+) -> Cost:
+    """Only experts that a token goes through are read."""
+    x, _, experts, *weights = arguments[:7]
+    used = experts.unique().numel()
+    each = sum(weight[0].nbytes for weight in weights if weight is not None)
+    values = 3 * context["hidden_size"] * context["intermediate_size"]
+    return Cost(2 * x.nbytes + used * each, 2.0 * experts.numel() * values)
+
+
 def _embedding_cost(
     context: OpContext, arguments: Arguments, results: Sequence[torch.Tensor]
 ) -> Cost:
@@ -115,6 +127,24 @@ def _grouped_linear(context: OpContext, tokens: int, kv_len: int) -> Arguments:
     ends = torch.bincount(chosen, minlength=groups).cumsum(0).to(torch.int32)
     weight = _normal(context, groups, context["out_features"], context["in_features"])
     return _normal(context, tokens, context["in_features"]), weight, ends.to(weight.device)
+
+
+def _moe_experts(context: OpContext, tokens: int, kv_len: int) -> Arguments:
+    """Each token goes through 8 experts, the next token through the next."""
+    count, bias = context["num_experts"], context["bias"]
+    hidden, inner = context["hidden_size"], context["intermediate_size"]
+    top_k, device = min(8, count), context.info.device
+    first = torch.arange(tokens, device=device)[:, None] * 7
+    return (
+        _normal(context, tokens, hidden),
+        torch.full((tokens, top_k), 1 / top_k, device=device),
+        (first + torch.arange(top_k, device=device)) % count,
+        _normal(context, count, 2 * inner, hidden),
+        _normal(context, count, hidden, inner),
+        _normal(context, count, 2 * inner) if bias else None,
+        _normal(context, count, hidden) if bias else None,
+        silu_and_mul,
+    )
 
 
 def _rms_norm(context: OpContext, tokens: int, kv_len: int) -> Arguments:
@@ -230,6 +260,11 @@ BENCHES: dict[str, OpBench] = {
         _shapes("num_groups in_features out_features", (64, 1024, 512)),
         _grouped_linear,
         _grouped_cost,
+    ),
+    "moe_experts": OpBench(
+        _shapes("num_experts hidden_size intermediate_size bias", (64, 1024, 512, 0)),
+        _moe_experts,
+        _experts_cost,
     ),
     "rms_norm": OpBench(_HIDDEN, _rms_norm, moved),
     "add_rms_norm": OpBench(_HIDDEN, _add_rms_norm, _add_rms_cost),
