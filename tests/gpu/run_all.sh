@@ -18,7 +18,7 @@ if [ ${#works[@]} -gt 0 ]; then
 fi
 if [[ " ${stages[*]} " == *" models "* ]]; then # several processes at once: each takes little of the cache
   export PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
-  timeout "${LIMIT:-240}" python3 -m pytest tests/gpu/test_models.py tests/gpu/test_engine.py tests/gpu/test_many_requests.py tests/gpu/test_families.py \
+  timeout "${LIMIT:-240}" python3 -m pytest tests/gpu/test_models.py tests/gpu/test_engine.py tests/gpu/test_many_requests.py tests/gpu/test_recurrent.py tests/gpu/test_families.py \
     -q -n 6 -p no:cacheprovider -o addopts="--import-mode=importlib" -o filterwarnings=default --tb=short \
     >"$OUT/models.log" 2>&1
   tail -30 "$OUT/models.log"
