@@ -1,8 +1,9 @@
-"""The reference of draw_tokens: masses, the plain definition, and what it does not depend on."""
+"""draw_tokens: masses, the plain definition, what it does not depend on, and the CPU kernel."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmfw.kernels.cpu.declare import kernels
+from llmfw.ops.device import device_info
+from llmfw.ops.kernel import OpContext
 from llmfw.ops.reference_draw import FULL, draw_tokens, masses
 from llmfw.ops.reference_step import argmax
 
@@ -42,6 +46,14 @@ def by_definition(logits: torch.Tensor, numbers: list[float]) -> int:
     raise AssertionError("the mass ended before the draw")
 
 
+def own_kernels(vocab: int, dtype: torch.dtype) -> list[Callable[..., torch.Tensor]]:
+    """The CPU kernel, where it can be built."""
+    info = device_info(torch.device("cpu"))
+    context = OpContext("draw_tokens", dtype, info, {"vocab_size": vocab})
+    found = [kernel for kernel in kernels() if kernel.op == "draw_tokens"]
+    return [kernel.build(context) for kernel in found if kernel.refusal(context) is None]
+
+
 def test_masses_are_powers_of_two() -> None:
     distance = torch.linspace(0, 16, 100_001)
     exact = torch.exp2(FULL - distance.double())
@@ -70,8 +82,31 @@ def test_a_token_is_the_one_of_the_definition(
         logits = (logits * levels).round() / levels  # equal values
     numbers = [scale, top_k, top_p, farthest, uniform]
     parameters = torch.tensor(numbers, dtype=torch.float64)[:, None]
-    token = int(draw_tokens(logits, argmax(logits), parameters, True))
-    assert token == by_definition(logits[0], numbers)
+    wanted = by_definition(logits[0], numbers)
+    for draw in (draw_tokens, *own_kernels(120, torch.float32)):
+        assert int(draw(logits, argmax(logits), parameters, True)) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cuts", [False, True])
+def test_the_cpu_kernel_draws_the_same_from_many_rows(dtype: torch.dtype, cuts: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows, vocab = 40, 3001
+    logits = (4 * torch.randn(rows, vocab + 7, generator=generator)).to(dtype)[:, :vocab]
+    logits[::3] = logits[::3].round()
+    logits[5] = math.nan
+    logits[7, 1:] = -math.inf
+    columns = (
+        torch.tensor([LOG2E, 0.0, 0.5, 30.0] * 10).double(),
+        torch.tensor([0.0, 5.0, 100.0, 10_000.0, 0.0] * 8).double() * cuts,
+        torch.linspace(0.3, 1.0, rows).double() if cuts else torch.ones(rows).double(),
+        torch.tensor([math.inf, 3.0] * 20).double(),
+        torch.rand(rows, generator=generator, dtype=torch.float64),
+    )
+    parameters, best = torch.stack(columns), argmax(logits)
+    wanted = draw_tokens(logits, best, parameters, cuts)
+    for draw in own_kernels(vocab, dtype):
+        assert torch.equal(draw(logits, best, parameters, cuts), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -120,12 +120,13 @@ def penalise(
     history = tokens[:, :longest].index_select(0, sequences).long()
     index = torch.arange(history.shape[1], device=logits.device)
     written = index < lens[:, None]
-    # Places past the end name the first token, which is seen anyway.
+    # Places past the end name the first token: what is written there is the same every time.
     ids = torch.where(written, history, history[:, :1])
-    x = logits.index_select(0, rows)
-    seen = x.gather(1, ids)
-    x.scatter_(1, ids, torch.where(seen > 0, seen / repetition, seen * repetition))
-    output = (written & (index >= prompt_lens[:, None])).to(x.dtype)
-    counts = torch.zeros_like(x).scatter_add_(1, ids, output)
-    x.sub_(frequency * counts).sub_(presence * (counts > 0))
-    return logits.index_copy_(0, rows, x)
+    output = (written & (index >= prompt_lens[:, None])).to(logits.dtype)
+    counts = (
+        logits.new_zeros(len(rows), logits.shape[1]).scatter_add_(1, ids, output).gather(1, ids)
+    )
+    x = logits[rows[:, None], ids]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    x = x.sub_(frequency * counts).sub_(presence * (counts > 0))
+    return logits.index_put_((rows[:, None], ids), x)

@@ -10,7 +10,8 @@ MAX_HEAD_DIM = 1024  # rope.h keeps one head on the stack
 MAX_TAPS, MAX_STATE = 8, 256  # recurrent.h keeps windows and rows of the state on the stack
 
 _LAUNCH = "llmfw.kernels.cpu.launch"
-_RECURRENT = ("causal_conv1d", "selective_scan", "ssd_scan")
+_FILES = dict.fromkeys(("causal_conv1d", "selective_scan", "ssd_scan"), "_recurrent")
+_FILES["draw_tokens"] = "_draw"
 
 
 def kernels() -> list[Kernel]:
@@ -19,7 +20,7 @@ def kernels() -> list[Kernel]:
         Kernel(
             op=op,
             name=f"cpu.{op}",
-            factory=f"{_LAUNCH}{'_recurrent' if op in _RECURRENT else ''}:{op}",
+            factory=f"{_LAUNCH}{_FILES.get(op, '')}:{op}",
             requires=("cpu", "avx2"),
             supports=supports,
             priority=10,
@@ -39,6 +40,7 @@ def kernels() -> list[Kernel]:
             "causal_conv1d": _taps,
             "selective_scan": _state,
             "ssd_scan": _state,
+            "draw_tokens": _if_built,
         }.items()
     ]
 

@@ -3,6 +3,7 @@
 #include "activation.h"
 #include "attention.h"
 #include "binding.h"
+#include "draw.h"
 #include "linear.h"
 #include "norm.h"
 #include "recurrent.h"
@@ -25,7 +26,8 @@ using namespace llmfw;
       LLMFW_KERNEL("paged_attention_" #T, &paged_attention<T>),               \
       LLMFW_KERNEL("causal_conv1d_" #T, &causal_conv1d<T>),                   \
       LLMFW_KERNEL("selective_scan_" #T, &selective_scan<T>),                 \
-      LLMFW_KERNEL("ssd_scan_" #T, &ssd_scan<T>)
+      LLMFW_KERNEL("ssd_scan_" #T, &ssd_scan<T>),                             \
+      LLMFW_KERNEL("draw_tokens_" #T, &draw_tokens<T>)
 
 extern "C" {
 extern MethodDef llmfw_methods[];
