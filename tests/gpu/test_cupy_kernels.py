@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,12 +16,8 @@ from gpu.kernel_cases import (
     attention_arguments,
     attention_cases,
     check,
-    expanded_attention_cases,
     gated_linear_cases,
-    head_linear_cases,
     kernel_of,
-    latent_attention_cases,
-    latent_rope_cases,
     linear_cases,
     norm_cases,
     product_variants,
@@ -32,8 +27,7 @@ from gpu.kernel_cases import (
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from llmfw.kernels.cupy.attention import parts_of, plan_batch
-from llmfw.kernels.cupy.latent_attention import TILES, LatentAttention
+from llmfw.kernels.cupy.attention import plan_batch
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.ops.reference import REFERENCES
 
@@ -64,11 +58,7 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
         *norm_cases(),
         *activation_cases(),
         *rope_cases(),
-        *latent_rope_cases(),
-        *head_linear_cases(),
         *attention_cases(),
-        *latent_attention_cases(),
-        *expanded_attention_cases(),
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *step_cases(),
@@ -119,9 +109,13 @@ def test_every_product_variant_matches_cublas(case: Case, device: torch.device) 
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_flash_attention_serves_contexts(window: int | None, device: torch.device) -> None:
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_flash_attention_serves_contexts(
+    sinks: int, window: int | None, device: torch.device
+) -> None:
     case = next(c for c in attention_cases() if "prompts-8/2x128" in c.label)
-    prefill, shape = Prefill(case.context(device)), {**case.shape, "window": window or 0}
+    prefill = Prefill(case.context(device))
+    shape = {**case.shape, "window": window or 0, "sinks": sinks}
     batch = Batch(((700, 700), (300, 1500), (1, 33), (512, 513)), contexts=4)
     args, kwargs = attention_arguments(
         device, torch.bfloat16, torch.Generator().manual_seed(7), shape, batch
@@ -130,7 +124,8 @@ def test_flash_attention_serves_contexts(window: int | None, device: torch.devic
     plan = plan_batch(metadata, prefill)
     assert plan.contexts is not None
     assert not plan.parts
-    out = prefill(q, k, v, view.block_tables, plan.contexts, scale, window)
+    logits = kwargs.get("sinks")
+    out = prefill(q, k, v, view.block_tables, plan.contexts, scale, window, logits)
     expected = REFERENCES["paged_attention"](*args, **kwargs)
     assert relative_error(out.flatten(1), expected) <= 8e-3
 
@@ -210,46 +205,3 @@ def test_splits_do_not_change_the_result_and_repeats_are_equal(device: torch.dev
         assert relative_error(outs[0], expected) <= 8e-3, splits
         assert torch.equal(outs[0], outs[1])
         assert torch.equal(outs[0], outs[2])
-
-
-def test_latent_attention_in_a_graph_follows_lengths_that_change(device: torch.device) -> None:
-    case = next(c for c in latent_attention_cases() if "few-latent16x512" in c.label)
-    call = built(case, device)
-    long = Batch(((1, 900), (1, 640), (1, 33), (1, 1500)))
-    args, _ = attention_arguments(
-        device, torch.bfloat16, torch.Generator().manual_seed(3), case.shape, long
-    )
-    q, cache, values, metadata, view, scale = args
-    call(*args)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call(*args)
-    for lengths in ((900, 640, 33, 1500), (1, 640, 2, 1499), (65, 64, 17, 3)):
-        metadata.kv_lens_device.copy_(torch.tensor(lengths, dtype=torch.int32))
-        out.fill_(float("nan"))
-        graph.replay()
-        now = type(metadata)(**{**vars(metadata), "kv_lens": lengths})
-        expected = REFERENCES["paged_attention"](q, cache, values, now, view, scale)
-        assert relative_error(out, expected) <= 8e-3
-
-
-@pytest.mark.parametrize("heads", [16, 128])
-def test_latent_tiles_and_splits_do_not_change_the_result(heads: int, device: torch.device) -> None:
-    case = next(c for c in latent_attention_cases() if "few-latent16x512" in c.label)
-    case = replace(case, shape={**case.shape, "num_heads": heads})
-    attend = LatentAttention(case.context(device))
-    batch = Batch(((1, 4000), (1, 100), (1, 2049)))
-    args, _ = attention_arguments(
-        device, torch.bfloat16, torch.Generator().manual_seed(5), case.shape, batch
-    )
-    q, cache, _, metadata, view, scale = args
-    expected = REFERENCES["paged_attention"](*args)
-    (part,) = parts_of(metadata)
-    lengths = view.block_tables, metadata.cu_query_lens, metadata.kv_lens_device
-    for tile in (*TILES[16], *TILES[64]):
-        for splits in (1, 2, 7, 16, 64):
-            outs = [torch.full_like(expected, float("nan")) for _ in range(2)]
-            for out in outs:
-                attend(out, q, cache, *lengths, part, scale, splits=splits, tile=tile)
-            assert relative_error(outs[0], expected) <= 8e-3, (tile, splits)
-            assert torch.equal(*outs)

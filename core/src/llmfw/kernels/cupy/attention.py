@@ -125,12 +125,14 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
             )
         if q.stride(-1) != 1 or q.stride(1) != heads.head_dim or q.data_ptr() % 16:
             q = q.contiguous()
+        if sinks is not None and sinks.dtype is not torch.float32:
+            sinks = sinks.float()
         plan = plans.of(metadata)
         out: torch.Tensor | None = None
         if plan.contexts is not None:
             first = plan.contexts.tokens
             attended = prefill(
-                q[:first], k_cache, v_cache, view.block_tables, plan.contexts, scale, window
+                q[:first], k_cache, v_cache, view.block_tables, plan.contexts, scale, window, sinks
             ).flatten(1)
             if not plan.parts:
                 return attended
@@ -139,8 +141,6 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         if out is None:
             width = heads.num_heads * heads.v_dim
             out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
-        if sinks is not None and sinks.dtype is not torch.float32:
-            sinks = sinks.float()
         for part in plan.parts:
             decode(
                 out,

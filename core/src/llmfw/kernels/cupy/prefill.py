@@ -50,13 +50,16 @@ def flash_attention(
     batch: ContextBatch,
     scale: float,
     window: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed q [tokens, heads, dim] over packed k, v [keys, kv_heads, dim].
 
     What `torch.nn.attention.varlen.varlen_attn` calls, without its 50 us a call on the host. The
-    last query of each request sees its last key (FlashAttention 2.1 and newer).
+    last query of each request sees its last key (FlashAttention 2.1 and newer). sinks: float32
+    [heads], a logit of each head that stands for no key: the softmax without it, of which torch
+    gives the logarithm of the sum, loses the share sigmoid(sink - that).
     """
-    return torch.ops.aten._flash_attention_forward(  # type: ignore[no-any-return]
+    out, log_sum, *_ = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
@@ -70,7 +73,11 @@ def flash_attention(
         scale=scale,
         window_size_left=-1 if window is None else window - 1,
         window_size_right=-1 if window is None else 0,
-    )[0]
+    )
+    if sinks is not None:
+        kept = torch.sigmoid(log_sum - sinks[:, None])  # [heads, tokens]
+        out *= kept.t()[..., None]
+    return out  # type: ignore[no-any-return]
 
 
 class Prefill:
@@ -79,13 +86,12 @@ class Prefill:
     def __init__(self, context: OpContext) -> None:
         self.heads = Heads.of(context)
         self._context = context
-        self._sinks = bool(context.shape.get("sinks", 0))
         self._gather: Launcher | None = None
 
     def serves(self, batch: ContextBatch) -> bool:
         """Whether flash attention can do it, and is worth its launches."""
         heads = self.heads
-        plain = heads.head_dim == heads.v_dim and not heads.softcap and not self._sinks
+        plain = heads.head_dim == heads.v_dim and not heads.softcap
         work = 4.0 * batch.requests * batch.max_q * batch.max_kv * heads.num_heads * heads.head_dim
         return plain and work >= LEAST_WORK
 
@@ -98,10 +104,11 @@ class Prefill:
         batch: ContextBatch,
         scale: float,
         window: int | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """q [tokens, heads, dim] of the context requests -> [tokens, heads, dim]."""
         k, v = self.gather(k_cache, v_cache, block_tables, batch)
-        return flash_attention(q, k, v, batch, scale, window)
+        return flash_attention(q, k, v, batch, scale, window, sinks)
 
     def gather(
         self,
