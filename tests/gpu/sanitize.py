@@ -17,6 +17,7 @@ os.environ["LLMFW_TUNE"] = "off"
 
 from gpu.expert_cases import expert_cases, route_cases
 from gpu.kernel_cases import Case, all_cases, check, kernel_of, product_variants
+from gpu.latent_cases import latent_cases
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
@@ -29,6 +30,7 @@ def main() -> None:
     experts = (*route_cases(), *expert_cases())
     for case in (
         *all_cases(),
+        *latent_cases(),
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *sampling_cases(),
