@@ -16,7 +16,8 @@ for stage in $stages; do
     tests)
       # Several processes compile at once; the GPU serves them in turn.
       timeout 240 python3 -m pytest tests/gpu/test_cupy_kernels.py tests/gpu/test_latent_kernels.py \
-        -q -p no:cacheprovider -o filterwarnings=default -o addopts="--import-mode=importlib" --maxfail=40 --tb=line -n 8 --durations=8 2>&1 | tee "$OUT/tests.log" | tail -60
+        -q -p no:cacheprovider -o filterwarnings=default -o addopts="--import-mode=importlib" \
+        --maxfail=40 --tb=line -n 8 --durations=8 2>&1 | tee "$OUT/tests.log" | tail -60
       ;;
     bench)
       timeout 300 python3 tests/gpu/bench_kernels.py "$OUT/kernels.json" 2>&1 | tee "$OUT/bench.log" |

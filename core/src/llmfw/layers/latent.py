@@ -113,8 +113,8 @@ class LatentProjection(Layer):
         self._keys = _prepared(self._to_latent, keys.transpose(1, 2))  # [heads, rank, nope]
         self._values = _prepared(self._from_latent, values)  # [heads, v_head_dim, rank]
 
-    def absorb(self, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """q [tokens, heads, qk_nope_head_dim] -> out [tokens, heads, kv_lora_rank]."""
+    def absorb(self, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """q [tokens, heads, qk_nope_head_dim] -> [tokens, heads, kv_lora_rank], in `out` if given."""
         return self._to_latent(q, self._keys, out)
 
     def expand(self, latent: torch.Tensor) -> torch.Tensor:
