@@ -114,7 +114,7 @@ class LatentProjection(Layer):
         self._values = _prepared(self._from_latent, values)  # [heads, v_head_dim, rank]
 
     def absorb(self, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """q [tokens, heads, qk_nope_head_dim] -> [tokens, heads, kv_lora_rank], in `out` if given."""
+        """q [tokens, heads, qk_nope_head_dim] -> [tokens, heads, kv_lora_rank], in `out` if any."""
         return self._to_latent(q, self._keys, out)
 
     def expand(self, latent: torch.Tensor) -> torch.Tensor:
