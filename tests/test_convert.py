@@ -218,7 +218,7 @@ def test_what_does_not_travel_is_told(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--quantize", "fp8"), "--quantize fp8: quantised weights are not served yet"),
+        (("--quantize", "fp8"), "--quantize fp8: weights are not quantised here yet"),
         (("--pp", "2"), "2 pipeline stages: models are not cut into stages yet"),
         (("--tp", "3"), "do not divide"),
         (("--dtype", "int7"), "dtype 'int7' is not one that models run in"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,53 @@ def test_only_what_is_left_is_read_by_the_next_run(tmp_path: Path, monkeypatch: 
     assert report.resumed == len(first) == 7
     assert len(read) == whole.tensors - 7
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_what_is_done_stays_done_where_it_is_stopped(tmp_path: Path):
+    source = written(LLAMA, tmp_path / "source")
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "out", progress=stop)
+    report = convert_checkpoint(source, tmp_path / "out")
+    assert 0 < report.resumed < report.tensors
+    convert_checkpoint(source, tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_ctrl_c_tells_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = written(LLAMA, tmp_path / "source")
+    real, read = convert.read_parameter, []
+
+    def stopped(filled: Any, *rest: Any) -> torch.Tensor:
+        if len(read) == 7:
+            raise KeyboardInterrupt
+        read.append(filled.slot.path)
+        return real(filled, *rest)
+
+    monkeypatch.setattr(convert, "read_parameter", stopped)
+    done = run("convert", str(source), str(tmp_path / "out"))
+    assert done.exit_code == 130
+    assert f"the same command goes on from what is in {tmp_path / '.out.part'}" in done.stderr
+    monkeypatch.undo()
+    done = run("convert", str(source), str(tmp_path / "out"))
+    assert "7 of them by an earlier run" in done.stderr
+
+
+def test_nothing_is_left_where_nothing_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = written(LLAMA, tmp_path / "source")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5000))
+    with pytest.raises(CheckpointError, match="5000 are free there"):
+        convert_checkpoint(source, tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="cannot be written") as caught:
+        convert_checkpoint(source, source / "config.json" / "out")
+    assert caught.value.hint == "choose a directory where you may write"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_a_changed_source_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -84,23 +84,31 @@ def convert(
     from llmfw.config import Mapping
     from llmfw.errors import UsageError
     from llmfw.models.convert import convert_checkpoint
+    from llmfw.weights.staging import staging_path
 
     if quantize not in (None, "none"):
         raise UsageError(
-            f"--quantize {quantize}: quantised weights are not served yet", hint="leave it out"
+            f"--quantize {quantize}: weights are not quantised here yet",
+            hint="leave it out: what the model brings packed (MXFP4, float8) stays packed, and "
+            "--dtype bfloat16 halves float32",
         )
     mapping = Mapping(world_size=tp * pp, tp_size=tp, pp_size=pp)
     note(f"converting {model} into {out}")
-    with progress("converting") as advance:
-        report = convert_checkpoint(
-            model,
-            out,
-            dtype=dtype,
-            mapping=mapping,
-            keep_ignored=keep_ignored,
-            progress=advance,
-            **plugin_arguments(plugin, plugin_module, extension),
-        )
+    try:
+        with progress("converting") as advance:
+            report = convert_checkpoint(
+                model,
+                out,
+                dtype=dtype,
+                mapping=mapping,
+                keep_ignored=keep_ignored,
+                progress=advance,
+                **plugin_arguments(plugin, plugin_module, extension),
+            )
+    except KeyboardInterrupt:
+        if staging_path(out).is_dir():
+            note(f"stopped; the same command goes on from what is in {staging_path(out)}")
+        raise
     _tell(report)
     if json:
         write_json(_facts(report))

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from llmfw import cache
+from llmfw.config import Mapping
 from llmfw.engine.estimate import graph_plan
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.settings import EngineSettings
-from llmfw.errors import CheckpointError, UsageError
+from llmfw.errors import UsageError
 from llmfw.models.convert import convert_checkpoint, state_of
-from llmfw.models.converted import identity_of
+from llmfw.models.converted import converted_config, identity_of
 from llmfw.models.engine_dir import CACHE
 from llmfw.models.load import LoadedModel, load_model
 from llmfw.models.machine import machine_facts
@@ -28,7 +29,7 @@ from llmfw.weights import ModelSource, open_checkpoint, resolve_model
 from llmfw.weights.converted_config import HF_FOLDER, is_converted
 from llmfw.weights.source_record import digest_of
 from llmfw.weights.sources import ENGINE_CHECKPOINT, ENGINE_MANIFEST
-from llmfw.weights.staging import Staging, refuse_existing
+from llmfw.weights.staging import Staging, refuse_existing, unwritable
 from llmfw.weights.streaming import Progress
 
 _SERVING = ("plugin", "plugin_modules", "fallback", "extensions")
@@ -91,6 +92,7 @@ def build_engine(
             f"{model}: is an engine already", hint=f"build from {source.checkpoint_path}"
         )
     refuse_existing(out)
+    converted_config(source, Mapping())  # refuses what is for several ranks, by its own name
     asked = EngineSettings(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -121,9 +123,7 @@ def build_engine(
                 file.write_text(manifest.to_json(), encoding="utf-8")
                 staging.commit()
     except OSError as exc:
-        raise CheckpointError(
-            f"{out}: cannot be written: {exc.strerror or exc}", file=str(out)
-        ) from exc
+        raise unwritable(out, exc) from exc
     return BuildReport(out, manifest, seconds)
 
 

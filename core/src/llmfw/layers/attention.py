@@ -87,7 +87,9 @@ class Attention(Layer):
         if num_attention_heads % kv_heads or num_attention_heads % tp or kv_heads % tp:
             raise ConfigError(
                 f"{num_attention_heads} query heads, {kv_heads} key/value heads and {tp} ranks "
-                "do not divide"
+                "do not divide",
+                hint="choose a number of ranks that divides both, and query heads that are a "
+                "multiple of the others",
             )
         self.layer_idx = layer_idx
         self.head_dim = head_dim or hidden_size // num_attention_heads

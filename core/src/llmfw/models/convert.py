@@ -36,7 +36,7 @@ from llmfw.weights.plan import FilledSlot, dtype_text, stored_as
 from llmfw.weights.safetensors_reader import INDEX_NAME
 from llmfw.weights.source_record import NAME as SOURCE_NAME
 from llmfw.weights.source_record import files_of, record_source
-from llmfw.weights.staging import Staging, refuse_existing, write_json
+from llmfw.weights.staging import Staging, refuse_existing, unwritable, write_json
 from llmfw.weights.streaming import SYNC_BYTES, PendingTensor, Progress, stream_tensors
 from llmfw.weights.travel import carry_over
 
@@ -130,11 +130,7 @@ def convert_checkpoint(
             (staging.folder / "config.json").write_text(config.to_json(), encoding="utf-8")
             staging.commit()
     except OSError as exc:
-        raise CheckpointError(
-            f"{out}: cannot be written: {exc.strerror or exc}",
-            hint="make room and run it again: what is done is kept",
-            file=str(out),
-        ) from exc
+        raise unwritable(out, exc) from exc
     tensors = sum(len(rank.plan.filled) for rank in ranks)
     nbytes = sum(tensor.nbytes for each in files.values() for tensor in each)
     return ConvertReport(out, config, tensors, nbytes, resumed, time.perf_counter() - begin)

@@ -33,8 +33,8 @@ def converted_config(source: ModelSource, mapping: Mapping) -> ConvertedConfig |
     wanted, here = (config.tp_size, config.pp_size), (mapping.tp_size, mapping.pp_size)
     if wanted != here:
         raise ConfigError(
-            f"{source.checkpoint_path}: was converted for {_ranks(*wanted)}, "
-            f"this process runs as one of {_ranks(*here)}",
+            f"{source.checkpoint_path}: was converted for {_ranks(*wanted)}, this run has "
+            f"{_ranks(*here)}",
             hint="convert the model again for one rank: llmfw convert MODEL OUT\n"
             "runs of several ranks come with a later version",
         )
@@ -42,4 +42,6 @@ def converted_config(source: ModelSource, mapping: Mapping) -> ConvertedConfig |
 
 
 def _ranks(tp_size: int, pp_size: int) -> str:
+    if tp_size == pp_size == 1:
+        return "one rank"
     return f"{tp_size} tensor-parallel x {pp_size} pipeline ranks"

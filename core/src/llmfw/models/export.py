@@ -41,7 +41,7 @@ from llmfw.weights.packed import sources_of
 from llmfw.weights.safetensors_reader import INDEX_NAME, SINGLE_NAME, open_safetensors
 from llmfw.weights.safetensors_writer import SafetensorsWriter, header_text
 from llmfw.weights.source_record import SourceRecord, digest_of, read_source
-from llmfw.weights.staging import Staging
+from llmfw.weights.staging import Staging, unwritable
 from llmfw.weights.streaming import Progress
 from llmfw.weights.travel import carry_over
 from llmfw.weights.writer import scatter
@@ -117,9 +117,7 @@ def export_checkpoint(
                 _require_identical(staging.folder, record)
             staging.commit()
     except OSError as exc:
-        raise CheckpointError(
-            f"{out}: cannot be written: {exc.strerror or exc}", file=str(out)
-        ) from exc
+        raise unwritable(out, exc) from exc
     seconds = time.perf_counter() - begin
     return ExportReport(out, files, len(targets), exact, config.lossy, seconds)
 

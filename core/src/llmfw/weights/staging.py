@@ -6,6 +6,7 @@ is done; another process that wants the very same goes on from there. The last s
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -80,6 +81,9 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         self._journal.close()
+        left = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if exc is not None and left <= {JOURNAL, LOCK}:
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing has been made
         os.close(self._lock)
 
     def _append(self, entries: list[dict[str, Any]]) -> None:
@@ -116,6 +120,17 @@ def refuse_existing(target: Path) -> None:
         raise CheckpointError(
             f"{target}: is there already", hint="choose another directory, or remove it first"
         )
+
+
+def unwritable(target: Path, exc: OSError) -> CheckpointError:
+    """What to say where the system refuses to write, with the cure that fits its reason."""
+    full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    room = "make room and run it again: what is done is kept"
+    return CheckpointError(
+        f"{target}: cannot be written: {exc.strerror or exc}",
+        hint=room if full else "choose a directory where you may write",
+        file=str(target),
+    )
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -65,39 +66,42 @@ def stream_tensors(
     done, checksums = 0, {}
     for file, tensors in files.items():
         found: dict[str, str] = {}
-        for tensor, value in _write_file(staging, file, tensors, sync_bytes):
-            found[tensor.name] = value
-            done += tensor.nbytes
-            if progress is not None:
-                progress(done, total, tensor.name)
+        with closing(_write_file(staging, file, tensors, sync_bytes)) as written:
+            for tensor, value in written:
+                found[tensor.name] = value
+                done += tensor.nbytes
+                if progress is not None:
+                    progress(done, total, tensor.name)
         checksums[file] = found
     return checksums
 
 
 def _write_file(
     staging: Staging, file: str, tensors: Sequence[PendingTensor], sync_bytes: int
-) -> Iterator[tuple[PendingTensor, str]]:
+) -> Generator[tuple[PendingTensor, str]]:
     declared = by_alignment({each.name: (each.shape, each.dtype) for each in tensors})
     with SafetensorsWriter(staging.folder / file, header_text(declared)) as writer:
         pending: dict[str, str] = {}
         size = 0
-        for tensor in tensors:
-            key = f"{file}:{tensor.name}"
-            if key in staging.done and not writer.is_new:
-                yield tensor, staging.done[key]
-                continue
-            value = tensor.read()
-            writer.write(tensor.name, value)
-            pending[key] = checksum(value)
-            size += value.nbytes
-            del value
-            if size >= sync_bytes:
-                writer.sync()
-                staging.mark(pending)
-                pending, size = {}, 0
-            yield tensor, pending.get(key) or staging.done[key]
-        writer.sync()
-        staging.mark(pending)
+        try:
+            for tensor in tensors:
+                key = f"{file}:{tensor.name}"
+                if key in staging.done and not writer.is_new:
+                    yield tensor, staging.done[key]
+                    continue
+                value = tensor.read()
+                writer.write(tensor.name, value)
+                pending[key] = checksum(value)
+                size += value.nbytes
+                del value
+                if size >= sync_bytes:
+                    writer.sync()
+                    staging.mark(pending)
+                    pending, size = {}, 0
+                yield tensor, pending.get(key) or staging.done[key]
+        finally:  # also where it is stopped: what is done stays done
+            writer.sync()
+            staging.mark(pending)
 
 
 def _require_room(staging: Staging, total: int) -> None:
