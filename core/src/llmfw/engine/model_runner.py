@@ -18,7 +18,7 @@ from llmfw.engine.batch import Batch, BatchBuilder, upload
 from llmfw.engine.graph_runner import GraphRunner, Replayed
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.sampler import Places, sample
-from llmfw.engine.sampling_plan import plan_sampling
+from llmfw.engine.sampling_plan import plan_sampling, rehearsal
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
 from llmfw.engine.step_results import NOTHING, PendingStep, gather_extras, gather_prompt
@@ -333,4 +333,5 @@ class ModelRunner:
         batch = builder.build(step)
         inputs = batch.metadata, batch.input_ids, batch.position_ids
         with torch.inference_mode():
-            return peak_bytes(lambda: self.model(*inputs), self.device)
+            drawn = rehearsal(count, self.device)
+            return peak_bytes(lambda: sample(self.model(*inputs), drawn, self._ops), self.device)

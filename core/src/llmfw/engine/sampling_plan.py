@@ -87,6 +87,12 @@ class SamplingPlan:
 GREEDY = SamplingPlan(Feature(0))
 
 
+def rehearsal(rows: int, device: torch.device) -> SamplingPlan:
+    """A plan that runs the kernels of every draw, to compile them, and takes the best tokens."""
+    parameters = torch.zeros(5, rows, dtype=torch.float64, device=device)
+    return SamplingPlan(Feature.RANDOM, parameters, cuts=True)
+
+
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One number in [0, 1) for each (seed, position), the same in any batch.
 
