@@ -183,6 +183,18 @@ def _argmax(context: OpContext, tokens: int, kv_len: int) -> Arguments:
     return (_normal(context, tokens, context["vocab_size"]),)
 
 
+def _draw_tokens(context: OpContext, tokens: int, kv_len: int) -> Arguments:
+    logits = 2.5 * _argmax(context, tokens, kv_len)[0]
+    one = torch.ones(tokens, dtype=torch.float64, device=logits.device)
+    columns = (1.25 * one, 0 * one, 0.9 * one, torch.inf * one, 0.5 * one)  # top_p
+    return logits, logits.argmax(-1), torch.stack(columns), True
+
+
+def _draw_cost(context: OpContext, arguments: Arguments, results: Sequence[torch.Tensor]) -> Cost:
+    """The logits are read twice: to find the cut, and to draw."""
+    return Cost(2 * arguments[0].nbytes)
+
+
 def _batch(context: OpContext, tokens: int, kv_len: int) -> tuple[Any, Any, int]:
     """Generation requests of one token each, or one prompt where there are many tokens."""
     one_each = tokens <= MOST_REQUESTS
@@ -276,6 +288,7 @@ BENCHES: dict[str, OpBench] = {
         _shapes("num_embeddings embedding_dim", (32_000, 1024)), _embedding, _embedding_cost
     ),
     "argmax": OpBench(_shapes("vocab_size", (32_000,), (128_256,)), _argmax, moved),
+    "draw_tokens": OpBench(_shapes("vocab_size", (32_000,), (128_256,)), _draw_tokens, _draw_cost),
     "rope_and_cache": OpBench(
         _shapes(
             f"{_HEADS} rotary_dim interleaved qk_norm block_size",
