@@ -19,7 +19,7 @@ from llmfw_cli.summarize.measure import Task, run_engines
 from llmfw_cli.summarize.prompts import PLAIN, Prompts
 from llmfw_cli.summarize.report import LOSS, Threshold, compare
 from llmfw_cli.summarize.scores import KINDS, Rouge
-from llmfw_cli.summarize.statistics import Verdict, equivalence
+from llmfw_cli.summarize.statistics import Verdict, equivalence, means
 from parity import tiny_hf
 from tiny_tokenizer import tiny_backend, write_tokenizer
 
@@ -138,6 +138,18 @@ def test_long_articles_are_cut_and_the_question_stays(chat: bool) -> None:
     assert tokenizer.decode(long).endswith(end)
 
 
+def test_shorter_beginnings_of_an_article() -> None:
+    tokenizer = Tokenizer(tiny_backend())
+    prompts = Prompts(tokenizer, 30, PLAIN, chat=False)
+    for article in ("abcdefghijkl", "abcdefgh " * 10):
+        whole = len(prompts.ids(article)) - len(prompts.ids(""))
+        for share in (1.0, 0.75, 0.5):
+            text = tokenizer.decode(prompts.ids(article, share))
+            kept = text.removesuffix("\nTL;DR:")
+            assert article.startswith(kept)
+            assert len(tokenizer.encode(kept)) == pytest.approx(whole * share, abs=1)
+
+
 def test_prompts_that_cannot_be() -> None:
     tokenizer = Tokenizer(tiny_backend())
     with pytest.raises(UsageError, match=r"has no \{article\}"):
@@ -177,6 +189,21 @@ def test_engines_that_differ_by_the_margin_pass_at_most_alpha_of_the_time() -> N
         found = equivalence(differences, margin=2.0, alpha=0.05)
         passed += found.verdict is Verdict.EQUIVALENT
     assert 60 <= passed <= 140  # 100 are expected; the standard deviation is 9.7
+
+
+def test_prompts_of_one_article_are_one_sample() -> None:
+    assert means([1.0, 3.0, 5.0, -1.0], [0, 0, 1, 1]) == [2.0, 2.0]
+    generator = random.Random(3)
+    passed = 0
+    for _ in range(2000):
+        # The articles' own differences are 2 in the mean, each prompt adds something of its own.
+        articles = [generator.gauss(2.0, 1.0) for _ in range(16)]
+        values = [generator.gauss(article, 3.0) for article in articles for _ in range(4)]
+        groups = [number for number in range(16) for _ in range(4)]
+        found = equivalence(means(values, groups), margin=2.0, alpha=0.05)
+        assert found.count == 16
+        passed += found.verdict is Verdict.EQUIVALENT
+    assert 60 <= passed <= 140
 
 
 def test_equal_and_infinite_differences() -> None:
@@ -299,6 +326,18 @@ def test_one_engine_alone(engine: str, llama: Path) -> None:
     done = run("summarize", "--model", str(llama), *SMALL, f"--test_{engine}", "--json")
     assert done.exit_code == 0, done.output
     assert list(json.loads(done.stdout)["engines"]) == [engine]
+
+
+def test_several_prompts_of_each_article(llama: Path, tmp_path: Path) -> None:
+    options = ("--prompts-per-article", "2", "--check-accuracy", "--json")
+    done = run("summarize", "--model", str(llama), *SMALL, *options, "--output-dir", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["articles"], report["samples"], report["same_summaries"]) == (3, 6, 6)
+    assert report["differences"]["rouge1"]["count"] == 3
+    lines = (tmp_path / "summaries.jsonl").read_text("utf-8").splitlines()
+    articles = [json.loads(line)["article"] for line in lines]
+    assert (len(articles), len(set(articles))) == (6, 3)
 
 
 def test_beams(llama: Path) -> None:

@@ -63,24 +63,31 @@ def summarize(
             perplexity=run.eval_ppl,
             progress=bar,
         )
-    about = {**opened.about, "data": data.data, "samples": len(samples)}
+    about = {
+        **opened.about,
+        "data": data.data,
+        "articles": len(samples),
+        "samples": len(tasks),
+    }
     tests = {}
     if len(runs) == 2 and (check.check_accuracy or len(samples) > 1):
         threshold = Threshold(check.alpha, check.rouge_margin, check.ppl_margin)
-        tests = compare(runs[0], runs[1], threshold)
+        tests = compare(runs[0], runs[1], threshold, [task.article for task in tasks])
     report = as_json(about, runs, tests)
     if run.output_dir is not None:
-        write_files(run.output_dir, samples, runs, report)
+        write_files(run.output_dir, [samples[task.article] for task in tasks], runs, report)
     if json:
         write_json(report)
     else:
-        show(about, runs, len(samples))
+        show(about, runs, len(tasks))
         if tests:
             show_tests(tests)
     if check.check_accuracy and any(
         test.verdict is not Verdict.EQUIVALENT for test in tests.values()
     ):
         note("llmfw is not shown to be as good as transformers: see the verdicts")
+        if not any(test.verdict is Verdict.DIFFERENT for test in tests.values()):
+            note("to tell, give more articles, or raise --prompts-per-article (8 suit bfloat16)")
         raise typer.Exit(DIFFERENCE)
 
 

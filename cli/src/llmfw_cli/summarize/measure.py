@@ -22,11 +22,13 @@ class Task:
         prompt: Token ids.
         reference: The summary that a person wrote.
         scored: The prompt and that summary, as token ids, for perplexity.
+        article: The number of the article that it is made of.
     """
 
     prompt: list[int]
     reference: str
     scored: list[int]
+    article: int = 0
 
 
 @dataclass(frozen=True)

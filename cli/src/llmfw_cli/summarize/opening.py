@@ -87,7 +87,7 @@ def _transformers_dir(named: str | None, source: ModelSource) -> Path:
 def tasks_of(
     samples: list[Sample], opened: Opened, run: RunOptions, data: DataOptions
 ) -> Iterator[Task]:
-    """The samples as token ids.
+    """The samples as token ids, each as often as the options ask for.
 
     Raises:
         UsageError: If prompts and summaries do not fit into the model.
@@ -102,10 +102,13 @@ def tasks_of(
             )
     template = data.prompt_template or (CHAT if data.chat else PLAIN)
     prompts = Prompts(opened.tokenizer, longest, template, chat=data.chat)
-    for sample in samples:
-        prompt = prompts.ids(sample.article)
+    count = data.prompts_per_article
+    for number, sample in enumerate(samples):
         summary = opened.tokenizer.encode(f" {sample.summary}", add_special_tokens=False)
-        yield Task(prompt, sample.summary, [*prompt, *summary][: _most_scored(opened.longest)])
+        for cut in range(count):
+            prompt = prompts.ids(sample.article, 1 - cut / (2 * count))
+            scored = [*prompt, *summary][: _most_scored(opened.longest)]
+            yield Task(prompt, sample.summary, scored, number)
 
 
 def _most_scored(longest: int | None) -> int | None:

@@ -139,6 +139,15 @@ class DataOptions(OptionGroup):
             rich_help_panel=DATA,
         ),
     ] = None
+    prompts_per_article: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Prompts made of each article: it, and ever shorter beginnings down to half. "
+            "Differences are averaged article by article before they are tested.",
+            rich_help_panel=DATA,
+        ),
+    ] = 1
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Put the prompt into the chat template.", rich_help_panel=DATA),

@@ -39,16 +39,22 @@ class Prompts:
                 hint="raise --max-input-length",
             )
 
-    def ids(self, article: str) -> list[int]:
-        """The prompt's tokens."""
+    def ids(self, article: str, share: float = 1.0) -> list[int]:
+        """The prompt's tokens.
+
+        Args:
+            article: The text.
+            share: How much of what fits of it is taken, from its beginning on.
+        """
         ids = self._whole(article)
-        if len(ids) <= self._longest:
+        if len(ids) <= self._longest and share >= 1:
             return ids
         tokens = self._tokenizer.encode(article, add_special_tokens=False)
-        kept = len(tokens) - (len(ids) - self._longest)
-        while len(ids) > self._longest:  # cut text may take a token or two more than it had
+        fitting = len(tokens) - max(0, len(ids) - self._longest)
+        for kept in range(int(fitting * share), -1, -1):
             ids = self._whole(self._tokenizer.decode(tokens[:kept]))
-            kept -= 1
+            if len(ids) <= self._longest:  # cut text may take a token or two more than it had
+                break
         return ids
 
     def _whole(self, article: str) -> list[int]:

@@ -14,7 +14,7 @@ from llmfw_cli.output import note, write, write_facts, write_table
 from llmfw_cli.summarize.data import Sample
 from llmfw_cli.summarize.measure import EngineRun
 from llmfw_cli.summarize.scores import KINDS
-from llmfw_cli.summarize.statistics import Equivalence, Verdict, equivalence
+from llmfw_cli.summarize.statistics import Equivalence, Verdict, equivalence, means
 
 LOSS = "log perplexity"
 
@@ -34,19 +34,29 @@ class Threshold:
     perplexity: float
 
 
-def compare(ours: EngineRun, theirs: EngineRun, threshold: Threshold) -> dict[str, Equivalence]:
+def compare(
+    ours: EngineRun, theirs: EngineRun, threshold: Threshold, articles: Sequence[int] | None = None
+) -> dict[str, Equivalence]:
     """The test of every kind of ROUGE, and of the perplexity where it was measured.
 
-    Perplexity is tested as its logarithm, sample by sample: nats a token.
+    Perplexity is tested as its logarithm, sample by sample: nats a token. Prompts of one article
+    are no independent samples: their differences are averaged first, so that articles count.
+
+    Args:
+        ours: Our run.
+        theirs: The other's, of the same samples.
+        threshold: What counts as no difference.
+        articles: The article that each sample was made of; None: each has its own.
 
     Raises:
         UsageError: For fewer than two samples, or a threshold out of range.
     """
     pairs = list(zip(ours.summaries, theirs.summaries, strict=True))
     alpha = threshold.alpha
+    groups = range(len(pairs)) if articles is None else articles
     tests = {
         kind: equivalence(
-            [mine.rouge[kind] - other.rouge[kind] for mine, other in pairs],
+            means([mine.rouge[kind] - other.rouge[kind] for mine, other in pairs], groups),
             margin=threshold.rouge,
             alpha=alpha,
         )
@@ -55,7 +65,7 @@ def compare(ours: EngineRun, theirs: EngineRun, threshold: Threshold) -> dict[st
     if ours.log_likelihoods:
         differences = [a - b for a, b in zip(ours.losses, theirs.losses, strict=True)]
         margin = math.log1p(threshold.perplexity)
-        tests[LOSS] = equivalence(differences, margin=margin, alpha=alpha)
+        tests[LOSS] = equivalence(means(differences, groups), margin=margin, alpha=alpha)
     return tests
 
 
@@ -117,7 +127,7 @@ def show_tests(tests: Mapping[str, Equivalence]) -> None:
 
 def _verdict(test: Equivalence) -> str:
     if test.verdict is Verdict.NOT_SHOWN and test.enough is not None:
-        return f"not shown with {test.count} samples; about {test.enough} would tell"
+        return f"not shown with {test.count} articles; about {test.enough} would tell"
     return str(test.verdict)
 
 

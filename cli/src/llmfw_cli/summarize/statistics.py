@@ -90,6 +90,19 @@ def equivalence(differences: Sequence[float], *, margin: float, alpha: float) ->
     return Equivalence(count, mean, low, high, margin, alpha, verdict, enough)
 
 
+def means(values: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """The mean of each group's values.
+
+    Args:
+        values: One a sample.
+        groups: The group of each.
+    """
+    members: dict[int, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        members.setdefault(group, []).append(value)
+    return [statistics.fmean(each) for each in members.values()]
+
+
 def _enough(spread: float, room: float, alpha: float) -> int | None:
     """About how many samples make half the interval as narrow as `room`."""
     if room <= 0:
