@@ -31,7 +31,7 @@ from gpu.latent_cases import (
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from llmfw.kernels.cupy import expanded_attention, prefill
+from llmfw.kernels.cupy import draw, expanded_attention, prefill
 from llmfw.ops import reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -58,6 +58,16 @@ def small(cases: list[Case], every: int) -> list[object]:
     ]
 
 
+def few(cases: list[Case], quick: set[str]) -> list[object]:
+    """Small cases that are named, and those of their ops in no other test, marked slow."""
+    assert quick <= {str(case) for case in cases}
+    return [
+        pytest.param(case, id=str(case), marks=() if str(case) in quick else pytest.mark.slow)
+        for case in cases
+        if not case.wide and (str(case) in quick or case.op != "paged_attention")
+    ]
+
+
 @pytest.mark.parametrize(
     "case",
     small(
@@ -68,13 +78,35 @@ def small(cases: list[Case], every: int) -> list[object]:
             *latent_rope_cases(),
             *head_linear_cases(),
             *step_cases(),
-            *sampling_cases(),
         ],
         7,
     ),
 )
 def test_elementwise_kernels_match_their_references(case: Case, device: torch.device) -> None:
     run(case, device)
+
+
+SAMPLING = {
+    "draw_tokens-bfloat16-73x77-cuts",
+    "draw_tokens-bfloat16-9x5000",
+    "draw_tokens-float32-2x4096-cuts",
+    "penalise-float32-3x50-33",
+    "copy_blocks-bfloat16-9x64",
+    "paged_attention-float32-split-4/2x64b16",
+    "paged_attention-float32-drafts-8/2x64b16w17cs",
+}
+
+
+@pytest.mark.parametrize("case", few([*sampling_cases(), *attention_cases()], SAMPLING))
+def test_sampling_and_float32_match_their_references(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+def test_a_draw_reads_the_row_again_where_its_list_is_full(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw, "ROOM", 32)
+    run(next(case for case in sampling_cases() if "bfloat16-2x4096-cuts" in str(case)), device)
 
 
 @pytest.mark.parametrize("case", small([*recurrent_cases(), *recurrent_norm_cases()], 5))
