@@ -1,7 +1,7 @@
 """Run every kernel's smallest shapes once, for compute-sanitizer:
 
 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
-compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py [OP ...]
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
 
 
-def main() -> None:
-    """One case for each op, dtype and static shape, in the order of all_cases."""
+def main(ops: list[str]) -> None:
+    """One case for each op (or those named), dtype and static shape, in the order of all_cases."""
     device = torch.device("cuda", 0)
     seen: set[tuple[object, ...]] = set()
     experts = (*route_cases(), *expert_cases())
@@ -39,6 +39,8 @@ def main() -> None:
         batch = case.label.split("-")[0] if case.op in ("paged_attention", *RECURRENT) else ""
         rows = case.facts.get("rows") if case.facts.get("rows") in (1, 4, 5) else 0
         key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows)
+        if ops and case.op not in ops:
+            continue
         if case.wide or key in seen or (case.dtype == "float16" and case.op != "paged_attention"):
             continue
         seen.add(key)
@@ -57,4 +59,4 @@ def products(case: Case, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
