@@ -62,6 +62,7 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "CHANNELS": 33, "STATE": 256},
         {"DTYPE": F32, "STATE": 4},
     ],
+    "ssd_chunks.cu": [{"DTYPE": BF16}, {"DTYPE": BF16, "GROUPS": 8, "STATE": 48}],
     "ssd_scan.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "HEAD_DIM": 9, "STATE": 16, "ROWS": 1, "WARPS": 1},

@@ -18,10 +18,13 @@ from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata
+    from llmfw.kernels.cupy.launch import Launcher
 
 WARP = 32
 SELECTIVE_THREADS = 128
 SSD_ROWS, SSD_WARPS = 8, 4
+CHUNK, CHUNK_THREADS = 64, 128
+FEWEST = 9  # tokens from which products within chunks pay
 MAX_STATE = 512
 
 
@@ -102,6 +105,7 @@ def ssd_scan(context: OpContext) -> Callable[..., torch.Tensor]:
     )
     one = module.launcher("ssd_update", "PPPPPPPPPPqqqqqffii")
     many = module.launcher("ssd_scan", "PPPPPPPPPPPqqqqqffi")
+    chunks = _chunk_launcher(context)
     blocks = heads * -(-head_dim // (rows * warps * (WARP // lanes_for(size))))
     spans, block = Spans(), (WARP * warps, 1, 1)
 
@@ -135,12 +139,27 @@ def ssd_scan(context: OpContext) -> Callable[..., torch.Tensor]:
             arguments = (*addresses, slots_address(metadata))
             if span.longest == 1:
                 one(grid, block, *arguments, *strides, *dt_limit, span.first, span.first_token)
+                continue
+            rest = metadata.cu_query_lens.data_ptr(), *strides, *dt_limit, span.first
+            if chunks is not None and span.longest >= FEWEST and in_rows(8, dtype, x, b, c):
+                chunks((heads, span.requests, 1), (CHUNK_THREADS, 1, 1), *arguments, *rest)
             else:
-                ends = metadata.cu_query_lens.data_ptr()
-                many(grid, block, *arguments, ends, *strides, *dt_limit, span.first)
+                many(grid, block, *arguments, *rest)
         return out
 
     return call
+
+
+def _chunk_launcher(context: OpContext) -> Launcher | None:
+    """Prompts by products within chunks, for the layouts that ssd_chunks.cu serves."""
+    head_dim, size = context["head_dim"], context["state_size"]
+    if context.dtype is not torch.bfloat16 or head_dim != 64 or size % 16 or size > 128:
+        return None
+    names = {"num_heads": "HEADS", "head_dim": "HEAD_DIM", "num_groups": "GROUPS"}
+    constants = {name: context[key] for key, name in names.items()}
+    module = load("ssd_chunks.cu", context.info.device, context.dtype, **constants, STATE=size)
+    tiles = 2 * CHUNK * (2 * (size + 8) + head_dim + 8) + head_dim * (size + 8)
+    return module.launcher("ssd_chunks", "PPPPPPPPPPPqqqqqffi", shared_bytes=2 * tiles)
 
 
 def lanes_for(size: int) -> int:
