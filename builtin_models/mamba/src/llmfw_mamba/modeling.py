@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llmfw import (
@@ -116,18 +115,26 @@ class MambaMixer(Mixer):
         self._scan: Callable[..., torch.Tensor] = config.ops.resolve(
             "selective_scan", config.dtype, channels=channels, state_size=size
         )
+        if self.eps is not None:  # norms without weights
+            self._norms = [
+                config.ops.resolve("rms_norm", config.dtype, hidden_size=n) for n in self.parts
+            ]
+
+    def post_load(self) -> None:
+        """The decay rates, and weights of one for the norms that have none."""
+        super().post_load()
+        if self.eps is not None:
+            self._ones = [self.D.new_ones(n, dtype=self.dtype) for n in self.parts]
 
     def forward(self, x: torch.Tensor, attn_metadata: AttentionMetadata) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]."""
         state = attn_metadata.states[self.layer_idx]
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # [tokens, inner] each
         x = self.conv1d(x, state, attn_metadata)
-        parts = self.x_proj(x).split(self.parts, dim=-1)
+        dt, b, c = self.x_proj(x).split(self.parts, dim=-1)
         if self.eps is not None:
-            parts = tuple(
-                F.rms_norm(p.float(), p.shape[-1:], eps=self.eps).to(p.dtype) for p in parts
-            )
-        dt, b, c = parts
+            normed = zip(self._norms, (dt, b, c), self._ones, strict=True)
+            dt, b, c = (norm(part, ones, self.eps) for norm, part, ones in normed)
         y = self._scan(
             x, self.dt_proj(dt), self._a, b, c, self.D, gate, self.dt_bias, state["hidden"],
             attn_metadata,
