@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from cli_helpers import run
 from converting import LLAMA, changed_config, files_of, logits_of, written
 from llmfw import DecoderModelForCausalLM
-from llmfw.errors import CheckpointError, UsageError, WeightError
+from llmfw.errors import CheckpointError, ConfigError, UsageError, WeightError
 from llmfw.models import convert, load_model
 from llmfw.models.convert import convert_checkpoint
 from llmfw.models.export import export_checkpoint
@@ -81,6 +81,17 @@ def test_what_others_write_needs_no_more_than_config_and_weights(
     assert "was made with a-tool 1" in caplog.text
     with pytest.raises(CheckpointError, match=r"keeps no headers .* \(source\.json\)"):
         export_checkpoint(tmp_path / "converted", tmp_path / "back")
+
+
+@pytest.mark.parametrize("lost", ["hf/config.json", "rank0.safetensors"])
+def test_a_lost_file_is_named(lost: str, tmp_path: Path):
+    convert_checkpoint(written(LLAMA, tmp_path / "source"), tmp_path / "converted")
+    (tmp_path / "converted" / lost).unlink()
+    done = run("run", "--model", str(tmp_path / "converted"), "hi")
+    assert done.exit_code in (ConfigError.exit_code, CheckpointError.exit_code)
+    assert f"{lost}" in done.stderr
+    assert "is missing" in done.stderr
+    assert "or convert the model again" in done.stderr
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):

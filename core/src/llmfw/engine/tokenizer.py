@@ -142,7 +142,7 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     except Exception as exc:  # tokenizers raises plain Exception
         raise TokenizerError(
             f"{path} cannot be read: {exc}",
-            hint="fetch the file again, or give tokenizer=DIRECTORY",
+            hint="fetch the file again, or give tokenizer=DIRECTORY (--tokenizer)",
         ) from exc
     return Tokenizer(backend, config, templates)
 
@@ -154,7 +154,8 @@ def _from_transformers(
     if not any((folder / name).is_file() for name in OLDER_FILES):
         raise TokenizerError(
             f"{folder} has no tokenizer.json",
-            hint="give tokenizer=DIRECTORY, or skip_tokenizer_init=True and prompts as token ids",
+            hint="give tokenizer=DIRECTORY (--tokenizer), or skip_tokenizer_init=True and prompts "
+            "as token ids",
         )
     logger.warning(
         "%s has no tokenizer.json; transformers converts what is there, which takes a while", folder
@@ -169,7 +170,8 @@ def _from_transformers(
     except Exception as exc:
         raise TokenizerError(
             f"the tokenizer in {folder} cannot be converted: {exc}",
-            hint="save it once with transformers as tokenizer.json, or give tokenizer=DIRECTORY",
+            hint="save it once with transformers as tokenizer.json, or give tokenizer=DIRECTORY "
+            "(--tokenizer)",
         ) from exc
     found = {name: str(token) for name in _SPECIAL_NAMES if (token := getattr(made, name, None))}
     return Tokenizer(backend, {**found, **config}, templates)

@@ -107,7 +107,7 @@ def _of_model(name: str, distribution: str | None, common: dict[str, Any]) -> Su
     try:
         raw = read_config_json(resolve_model(name).model_dir)
     except ConfigError as exc:
-        known = Catalog.scan().models
+        known = set(Catalog.scan().models) - {FALLBACK}
         raise UsageError(
             f"{name!r} is no architecture or plugin that is installed, and no model: {exc.message}",
             hint=nearest_hint(name, known, "architectures"),

@@ -28,6 +28,12 @@ class CheckedCheckpoint(SafetensorsCheckpoint):
     """
 
     def __init__(self, file: Path, checksums: Mapping[str, str], in_parts: bool = False) -> None:
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file}: is missing",
+                hint="copy the whole directory again, or convert the model again",
+                file=str(file),
+            )
         super().__init__(file, [file])
         self._file = file
         self._checksums = checksums

@@ -116,6 +116,11 @@ def _converted(name: str, path: Path) -> ModelSource:
             f"{path}: the converted checkpoint of this engine is not there",
             hint="was the checkpoint moved? Build the engine again: llmfw build CHECKPOINT ENGINE",
         )
+    if not (path / HF_FOLDER / "config.json").is_file():
+        raise ConfigError(
+            f"{path}: {HF_FOLDER}/config.json is missing: what was converted is described there",
+            hint="copy the whole directory again, or convert the model again",
+        )
     return ModelSource(name, path / HF_FOLDER, path, "checkpoint")
 
 
