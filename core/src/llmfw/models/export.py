@@ -34,19 +34,18 @@ from llmfw.weights.converted_config import (
     LossyStep,
     read_converted_config,
 )
+from llmfw.weights.export_files import headers_of, index_text
 from llmfw.weights.expressions import Source
 from llmfw.weights.gather import Gather
 from llmfw.weights.layout import layout_digest
 from llmfw.weights.packed import sources_of
-from llmfw.weights.safetensors_reader import INDEX_NAME, SINGLE_NAME, open_safetensors
-from llmfw.weights.safetensors_writer import SafetensorsWriter, header_text
+from llmfw.weights.safetensors_reader import INDEX_NAME, open_safetensors
+from llmfw.weights.safetensors_writer import SafetensorsWriter
 from llmfw.weights.source_record import SourceRecord, digest_of, read_source
 from llmfw.weights.staging import Staging, unwritable
 from llmfw.weights.streaming import Progress
 from llmfw.weights.travel import carry_over
 from llmfw.weights.writer import scatter
-
-_MAX_SHARD = 5 << 30
 
 
 @dataclass(frozen=True)
@@ -186,9 +185,8 @@ def _write(
     progress: Progress | None,
 ) -> tuple[str, ...]:
     """Writes the files of weights and, where there are several, their index; gives their names."""
-    exact = not config.lossy
     with ExitStack() as stack:
-        headers = _exact_headers(record) if exact else _new_headers(record, targets, config)
+        headers = headers_of(record, targets, config)
         writers: dict[str, SafetensorsWriter] = {}
         for name, header in headers.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +204,9 @@ def _write(
                 progress(done, total, source.name)
 
         _scatter_all(folder, plans, targets, Gather(on_whole))
-    _write_index(out, record, writers, exact)
+    index = index_text(record, {name: writer.infos for name, writer in writers.items()}, config)
+    if index is not None:
+        (out / INDEX_NAME).write_text(index, encoding="utf-8")
     return tuple(writers)
 
 
@@ -235,58 +235,6 @@ def _scatter_all(
     missing = sink.incomplete()
     if missing:
         raise WeightError(f"{folder}: holds only a part of {', '.join(missing)}")
-
-
-def _exact_headers(record: SourceRecord) -> dict[str, bytes]:
-    return {file.name: file.header.encode() for file in record.files}
-
-
-def _new_headers(
-    record: SourceRecord, targets: MappingType[str, TensorInfo], config: ConvertedConfig
-) -> dict[str, bytes]:
-    """Headers of files that hold the same tensors as the source's did, or of new shards."""
-    shards: dict[str, list[str]] = {}
-    if not any(step.step in ("packed", "gguf") for step in config.lossy):
-        of = {Path(file.name).name: file.name for file in record.files}
-        for name, info in targets.items():
-            shards.setdefault(of[info.file], []).append(name)
-    else:
-        shards = _new_shards(targets)
-    return {
-        file: header_text({name: (targets[name].shape, targets[name].dtype) for name in names})
-        for file, names in shards.items()
-    }
-
-
-def _new_shards(targets: MappingType[str, TensorInfo]) -> dict[str, list[str]]:
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, info in targets.items():
-        nbytes = torch.Size(info.shape).numel() * info.dtype.itemsize
-        if groups[-1] and size + nbytes > _MAX_SHARD:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes
-    if len(groups) == 1:
-        return {SINGLE_NAME: groups[0]}
-    count = len(groups)
-    return {
-        f"model-{number:05d}-of-{count:05d}.safetensors": group
-        for number, group in enumerate(groups, 1)
-    }
-
-
-def _write_index(
-    out: Path, record: SourceRecord, writers: MappingType[str, SafetensorsWriter], exact: bool
-) -> None:
-    if exact and record.index is not None:
-        (out / INDEX_NAME).write_text(record.index, encoding="utf-8")
-    elif not exact and (record.index is not None or len(writers) > 1):
-        names = {tensor: file for file, writer in writers.items() for tensor in writer.infos}
-        total = sum(info.nbytes for writer in writers.values() for info in writer.infos.values())
-        index = {"metadata": {"total_size": total}, "weight_map": names}
-        (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _tell_changes(path: Path, config: ConvertedConfig) -> None:
