@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llmfw.ops import costs_state
 from llmfw.ops.inputs import paged_batch
 from llmfw.ops.kernel import OpContext
 from llmfw.ops.reference import silu_and_mul
@@ -108,6 +109,11 @@ def _attention_cost(
     nbytes = keys * context["num_kv_heads"] * width * k.itemsize
     operations = 2.0 * pairs * context["num_heads"] * (head_dim + v_head_dim)
     return Cost(nbytes + q.nbytes + sum(each.nbytes for each in results), operations)
+
+
+def _state_cost(context: OpContext, arguments: Arguments, results: Sequence[torch.Tensor]) -> Cost:
+    """The state is read and written."""
+    return Cost(costs_state.state_bytes(context.op, arguments, results))
 
 
 def _normal(context: OpContext, *size: int) -> torch.Tensor:
@@ -284,6 +290,22 @@ BENCHES: dict[str, OpBench] = {
     "silu_and_mul": OpBench(_GATED, _act_and_mul, moved),
     "gelu_and_mul": OpBench(_GATED, _act_and_mul, moved),
     "gelu_tanh_and_mul": OpBench(_GATED, _act_and_mul, moved),
+    "gated_rms_norm": OpBench(
+        _shapes("hidden_size num_groups", (5120, 1), (8192, 8)), costs_state.gated_rms_norm, moved
+    ),
+    "causal_conv1d": OpBench(
+        _shapes("channels kernel_size", (5376, 4), (8192, 4)),
+        costs_state.causal_conv1d,
+        _state_cost,
+    ),
+    "selective_scan": OpBench(
+        _shapes("channels state_size", (8192, 16)), costs_state.selective_scan, _state_cost
+    ),
+    "ssd_scan": OpBench(
+        _shapes("num_heads head_dim num_groups state_size", (80, 64, 1, 128), (128, 64, 8, 128)),
+        costs_state.ssd_scan,
+        _state_cost,
+    ),
     "embedding": OpBench(
         _shapes("num_embeddings embedding_dim", (32_000, 1024)), _embedding, _embedding_cost
     ),
