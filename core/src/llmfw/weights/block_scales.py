@@ -130,6 +130,10 @@ class BlockScaledCheckpoint:
     ) -> torch.Tensor:
         """A weight's part, where it lies in the whole, times the scales of its blocks."""
         scales = self._stored.tensor(f"{name}{SCALES}").float()
-        row_blocks = torch.arange(*rows) // self.block[0]
-        column_blocks = torch.arange(*columns) // self.block[1]
-        return part.float().mul_(scales[row_blocks][:, column_blocks])
+        of_columns = scales[:, torch.arange(*columns) // self.block[1]]  # [row blocks, columns]
+        height, (first, stop) = self.block[0], rows
+        value = part.float()
+        for block in range(first // height, -(-stop // height)):
+            start, end = max(block * height, first), min((block + 1) * height, stop)
+            value[start - first : end - first].mul_(of_columns[block])
+        return value

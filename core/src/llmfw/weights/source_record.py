@@ -24,7 +24,6 @@ from llmfw.weights.safetensors_header import infos_of, read_header_text
 from llmfw.weights.safetensors_reader import INDEX_NAME, SafetensorsCheckpoint
 
 NAME = "source.json"
-_CHUNK = 1 << 22
 _READERS = 4  # of files at once: a digest takes longer than reading does
 
 
@@ -184,16 +183,13 @@ def digest_of(file: Path) -> str:
     Raises:
         CheckpointError: If it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as exc:
         raise CheckpointError(
             f"{file}: cannot be read: {exc.strerror or exc}", file=str(file)
         ) from exc
-    return digest.hexdigest()
 
 
 def read_source(folder: Path) -> SourceRecord | None:
