@@ -124,8 +124,8 @@ def _tell(report: BuildReport) -> None:
     files = sum(name.startswith("cache/kernels/") for name in manifest.files)
     note(
         f"{memory.weights / 1e6:.1f} MB of weights, {memory.kv_cache / 1e6:.1f} MB of cache "
-        f"({memory.num_blocks * memory.block_size} tokens), {manifest.graphs.count} graphs, "
-        f"{files} files of kernels and timings"
+        f"({memory.num_blocks * memory.block_size} tokens); graphs: {manifest.graphs.count}; "
+        f"files of kernels and timings: {files}"
     )
     note(", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items()))
 
