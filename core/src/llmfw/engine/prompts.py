@@ -28,7 +28,7 @@ def as_batch(prompts: Any) -> tuple[list[Any], bool]:
     listed = _listed(prompts)
     if listed is None:
         raise RequestError(f"a prompt is a {type(prompts).__name__}", hint=_HINT)
-    if not listed or any(_is_whole_prompt(item) for item in listed):
+    if not listed or (not _all_int(listed) and any(_is_whole_prompt(item) for item in listed)):
         return listed, False
     return [listed], True
 
@@ -48,7 +48,7 @@ def token_ids_of(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, 
         raise RequestError(f"a prompt is a {type(prompt).__name__}", hint=_HINT)
     if not listed:
         raise RequestError("the prompt is empty", hint="give at least one token id")
-    return None, tuple(_token_id(item) for item in listed)
+    return None, tuple(listed if _all_int(listed) else map(_token_id, listed))
 
 
 def failed_output(request_id: str, prompt: Any, error: LlmfwError) -> RequestOutput:
@@ -107,6 +107,11 @@ def _listed(value: Any) -> list[Any] | None:
 def _is_whole_prompt(item: Any) -> bool:
     """Whether an item is text, a mapping or list-like, and not a number."""
     return isinstance(item, (str, bytes, Mapping, list, tuple)) or bool(getattr(item, "shape", ()))
+
+
+def _all_int(items: list[Any]) -> bool:
+    """Whether all are Python's own whole numbers; without a step of Python for each."""
+    return set(map(type, items)) == {int}
 
 
 def _token_id(item: Any) -> int:

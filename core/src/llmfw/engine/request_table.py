@@ -102,7 +102,8 @@ class RequestTable:
         row = self._free.pop()
         self.row_of[new.seq_id] = row
         prompt = new.prompt_token_ids
-        staged = torch.tensor(prompt, dtype=torch.int32, pin_memory=self.tokens.is_cuda)
+        staged = torch.empty(len(prompt), dtype=torch.int32, pin_memory=self.tokens.is_cuda)
+        staged.numpy()[:] = np.array(prompt, dtype=np.int32)
         self.tokens[row, : len(prompt)].copy_(staged, non_blocking=True)
         sampling = new.sampling
         self.prompt_lens[row] = len(prompt)
