@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmfw.weights import resolve_model
 from llmfw_cli.bench.page_cache import evict, read_rate, resident
 from llmfw_cli.bench.startup import weight_files
 
@@ -47,7 +48,7 @@ def command(*arguments: str) -> float:
 
 def one_start(model: str, settings: dict[str, Any], cache: Path) -> dict[str, float]:
     """The phases of one start up to its first token, and the seconds of its process up to there."""
-    has_tokenizer = not Path(model).is_dir() or any(Path(model).rglob("tokenizer*"))
+    has_tokenizer = (resolve_model(model).model_dir / "tokenizer.json").is_file()
     asked = {
         "model": model,
         "arguments": {**settings, "skip_tokenizer_init": not has_tokenizer},
