@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpu.kernel_names import names_of
 from llmfw.kernels.cupy.compile import FOLDER, options_for
 
 BF16, F16, F32 = 0, 1, 2
@@ -100,6 +101,10 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "UP": 0, "GATED": 0, "WIDE": 128, "ROWS": 64},
         {"DTYPE": BF16, "IN": 2880, "ACTIVATION": "fminf(gate, 7.0f) * (up + 1.0f)"},
     ],
+    "moe_activation.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "WIDTH": 2880, "ACTIVATION": "gate + up"},
+    ],
     "moe_combine.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "HIDDEN": 2880}],
 }
 QUICK = ("sm_80", "sm_90")
@@ -109,6 +114,12 @@ Compiler = Callable[[str, str, dict[str, int | str]], None]
 
 def test_every_source_is_listed() -> None:
     assert {path.name for path in FOLDER.glob("*.cu")} == set(USES)
+
+
+def test_every_kernel_is_known_to_the_sanitizer() -> None:
+    for path in FOLDER.glob("*.cu"):
+        source = path.read_text()
+        assert len(names_of(source)) == source.count("__global__") > 0, path.name
 
 
 @pytest.fixture

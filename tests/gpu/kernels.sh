@@ -24,12 +24,18 @@ for stage in $stages; do
         cut -c1-190 | grep -v "^products.*M=\(3\|4\) "
       ;;
     sanitize)
+      # Own kernels only: cuDNN's attention alone gives a hundred reports of races.
+      ours=$(python3 tests/gpu/kernel_names.py)
+      found=0
       for tool in memcheck racecheck; do
-        timeout 150 compute-sanitizer --tool $tool --error-exitcode 9 python3 tests/gpu/sanitize.py \
-          >"$OUT/$tool.log" 2>&1
-        echo "$tool: exit $?"
+        timeout 150 compute-sanitizer --tool $tool --kernel-name "$ours" --error-exitcode 9 \
+          python3 tests/gpu/sanitize.py >"$OUT/$tool.log" 2>&1
+        code=$?
+        echo "$tool: exit $code"
+        [ $code -eq 0 ] || found=$code
         tail -5 "$OUT/$tool.log"
       done
+      (exit $found)
       ;;
   esac
   code=$?
