@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import gc
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from engine_models import CPU, HistoryModel
 from llmfw.engine.executor import InProcessExecutor, LazyFuture
@@ -68,3 +72,14 @@ def test_call_and_shutdown():
     made.shutdown()
     made.shutdown()
     assert made.runner is None
+
+
+def test_collections_spare_what_lives_before_the_first_step_on_a_gpu():
+    runner = SimpleNamespace(device=torch.device("cuda"))
+    before = gc.get_freeze_count()
+    made = InProcessExecutor(runner)
+    assert gc.get_freeze_count() > before + 10_000
+    made.shutdown()
+    assert gc.get_freeze_count() == 0
+    executor(HistoryModel())
+    assert gc.get_freeze_count() == 0

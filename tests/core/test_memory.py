@@ -117,7 +117,7 @@ def test_caches_get_what_steps_and_graphs_leave(monkeypatch):
 def test_what_graphs_keep():
     few = graph_bytes(8_000_000, 8_000, 4, 512, logits_row=100)
     # sizes 1, 2, 4; one limit; prefills of 16, 32, 64, 128, 256 share the room of the longest
-    assert few == 8_000_000 * 256 // 8_000 + 100 * (7 + 5) + GRAPH_BYTES * (3 + 5)
+    assert few == 8_000_000 * 256 // 8_000 + 100 * 4 + GRAPH_BYTES * (3 + 5)
     assert graph_bytes(8_000_000, 8_000, 256, 512, 100) > few
     assert peak_bytes(lambda: None, CPU) == 0
 

@@ -119,6 +119,33 @@ def test_launching_a_step_never_waits_for_the_gpu(tmp_path, monkeypatch, cuda_gr
     assert all(len(output.outputs[0].token_ids) == 8 for output in outputs)
 
 
+def test_graphs_share_the_memory_of_their_logits(tmp_path):
+    """All lie where those of the largest do, and tokens are those without graphs."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    prompts = [[(i * j) % 1000 for j in range(3 + i)] for i in range(16)]
+    drawn = SamplingParams(seed=1, max_tokens=8, ignore_eos=True, return_generation_logits=True)
+    sampling = [drawn.replace(temperature=0.0) if i % 2 else drawn for i in range(16)]
+    found = []
+    for cuda_graphs in (True, False):
+        with LLM(
+            tmp_path, device="cuda", load_format="dummy", skip_tokenizer_init=True, dtype="float32",
+            max_num_seqs=64, max_model_len=256, cuda_graphs=cuda_graphs,
+        ) as llm:  # fmt: skip
+            found.append([output.outputs[0] for output in llm.generate(prompts, sampling)])
+            graphs = llm._engine._executor.runner.graphs
+            if graphs is None:
+                continue
+            captured = [*graphs._graphs._decode.values(), *graphs._graphs._context.values()]
+            logits = [each.output.logits for each in captured]
+            begin = min(each.data_ptr() for each in logits)
+            end = max(each.data_ptr() + each.nbytes for each in logits)
+            assert len(logits) > 10
+            assert end - begin < sum(each.nbytes for each in logits) / 2
+    for ours, eager in zip(*found, strict=True):
+        assert np.allclose(ours.generation_logits[0], eager.generation_logits[0], atol=1e-4)
+        assert ours.token_ids == eager.token_ids
+
+
 def test_weights_reach_the_gpu_as_they_are(tmp_path):
     """Through page-locked buffers, several readers, fused and converted."""
     torch.manual_seed(0)

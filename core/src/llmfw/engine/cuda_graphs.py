@@ -121,4 +121,25 @@ class StepGraphs:
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool):
             output = step.compute()
         self._pool = self._pool or graph.pool()
-        return _Captured(step, graph, output)
+        # Not owned, so that the next graph's logits take the place of these: graphs run one at a
+        # time, and what a step leaves is read before the next one is replayed.
+        return _Captured(step, graph, DecodeOutput(unowned(output.logits), unowned(output.tokens)))
+
+
+class _Bytes:
+    """Memory of a device, by the interface that torch and CuPy know each other's arrays by."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def unowned(x: torch.Tensor) -> torch.Tensor:
+    """The same values at the same place on a GPU; their memory may be given to somebody else."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.as_tensor(_Bytes(x.data_ptr(), (last + 1) * x.element_size()), device=x.device)
+    return memory.view(x.dtype).as_strided(x.shape, x.stride())

@@ -20,6 +20,8 @@ from llmfw.engine.step import StepInput
 
 logger = logging.getLogger("llmfw.engine")
 
+_FEW = 128  # requests; docs/design/kernels-cupy.md has the measurements
+
 
 @dataclass(frozen=True)
 class Replayed:
@@ -112,11 +114,12 @@ class GraphRunner:
 def longest_first(
     seq_ids: tuple[int, ...], rows: np.ndarray, positions: np.ndarray
 ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
-    """The same sequences, those with the most tokens first.
+    """The same sequences, those with the most tokens first unless they are many.
 
-    A device takes up requests in their order: were a long one the last, most of it would wait.
+    A device takes up requests in their order: were a long one the last, most of it would wait. Of
+    many requests the last one hardly counts, and short ones hide better among long ones.
     """
-    if (positions[1:] <= positions[:-1]).all():
+    if len(rows) > _FEW or (positions[1:] <= positions[:-1]).all():
         return seq_ids, rows, positions
     order = np.argsort(-positions, kind="stable")
     return tuple(seq_ids[index] for index in order), rows[order], positions[order]

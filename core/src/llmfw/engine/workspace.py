@@ -38,8 +38,7 @@ def graph_bytes(
 ) -> int:
     """Bytes to leave for the graphs of all batch sizes.
 
-    Graphs share one pool, in which activations of the largest step serve all; but each keeps its
-    own logits.
+    Graphs share one pool, in which activations and logits of the largest step serve all.
 
     Args:
         step_bytes: Workspace of an eager step of `step_tokens` tokens.
@@ -53,6 +52,6 @@ def graph_bytes(
     prefills = [length for length in LENGTHS if length < max_model_len]
     largest = max(max_num_seqs, *prefills) if prefills else max_num_seqs
     activations = step_bytes * min(largest, step_tokens) // max(step_tokens, 1)
-    logits = logits_row * (sum(sizes) * len(limits) + len(prefills))
+    logits = logits_row * max_num_seqs
     count = len(sizes) * len(limits) + len(prefills)
     return activations + logits + GRAPH_BYTES * count
