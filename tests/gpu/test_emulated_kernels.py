@@ -31,8 +31,9 @@ from gpu.latent_cases import (
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from llmfw.kernels.cupy import draw, expanded_attention, prefill
+from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, prefill
 from llmfw.ops import reference
+from llmfw.ops.reference_moe import grouped_linear
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -136,6 +137,28 @@ def expert_parameters() -> list[object]:
 @pytest.mark.parametrize("case", expert_parameters())
 def test_experts_match_their_reference(case: Case, device: torch.device) -> None:
     run(case, device)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "40t-5x64x64f",
+        pytest.param("40t-16x128x192f", marks=pytest.mark.slow),
+        pytest.param("5t-16x128x192", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_with_many_rows_go_through_the_library(
+    label: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Order, gathering, activation with bias and sum around torch's product, here a loop."""
+
+    def product(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        return grouped_linear(x, weight.transpose(1, 2), offs)
+
+    monkeypatch.setattr(moe_experts, "MANY_ROWS", 0)
+    monkeypatch.setattr(moe_experts.vendor, "grouped_product", lambda: product)
+    wanted = f"moe_experts-bfloat16-{label}"
+    run(next(case for case in expert_cases() if str(case) == wanted), device)
 
 
 @pytest.mark.parametrize("case", small(list(attention_cases()), 7))

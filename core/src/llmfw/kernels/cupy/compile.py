@@ -7,7 +7,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,20 @@ def load(source: str, device: torch.device, dtype: torch.dtype, **defines: Const
     """`source` compiled for this device, dtype and constants; the same module on every call."""
     constants = constants_of(device, dtype, defines)
     return _load(source, device_index(device), tuple(sorted(constants.items())))
+
+
+def compile_ahead(
+    device: torch.device, dtype: torch.dtype, uses: Iterable[tuple[str, Mapping[str, Constant]]]
+) -> None:
+    """Fill the cache of machine code for sources and their constants, several at once."""
+    arch = arch_of(device_index(device))
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        started = [
+            pool.submit(compile_cubin, source, arch, constants_of(device, dtype, constants))
+            for source, constants in uses
+        ]
+        for job in started:
+            job.result()
 
 
 def constants_of(

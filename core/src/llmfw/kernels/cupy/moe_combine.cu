@@ -3,7 +3,7 @@
 // Shapes: x [pairs, HIDDEN], weights float32 [pairs], experts int64 [pairs], bias [experts, HIDDEN] or null, place
 //   int32 [pairs] or null (each pair at its own number), out [tokens, HIDDEN]; contiguous, 16-byte aligned, HIDDEN a
 //   multiple of a 16-byte pack.
-// Launch: block THREADS, grid (ceil(packs of a row / THREADS), tokens); a pack of the result a thread.
+// Launch: block THREADS, grid (tokens, ceil(packs of a row / THREADS)); a pack of the result a thread.
 // Numbers: float32, always in the order of the token's pairs.
 #include "common.cuh"
 
@@ -17,8 +17,8 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
     moe_combine(scalar* out, const scalar* x, const float* weights, const i64* experts, const scalar* bias,
                 const int* place, int top_k) {
-  const int column = (blockIdx.x * THREADS + threadIdx.x) * VEC;
-  const i64 token = blockIdx.y;
+  const int column = (blockIdx.y * THREADS + threadIdx.x) * VEC;
+  const i64 token = blockIdx.x;
   follow();
   if (column >= HIDDEN) return;
   float sum[VEC] = {};

@@ -1,36 +1,48 @@
 """The op `moe_experts`: own kernels while weights are what is waited for, the library above.
 
-A few tokens go pair by pair through moe_gemv.cu, more in tiles of rows through moe_grouped.cu, many
-(a prompt) through torch's grouped product, between the same order and sum.
+One token, or as few as leave an expert no more than a row on average, go pair by pair through
+moe_gemv.cu, more in tiles of rows through moe_grouped.cu, many (a prompt) through torch's grouped
+product, between the same order and sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from llmfw.kernels import vendor
+from llmfw.kernels.cupy.compile import compile_ahead
 from llmfw.kernels.cupy.launch import dense
 from llmfw.kernels.cupy.moe_parts import (
     Combine,
-    Gemv,
     GemvDown,
     GemvUp,
-    Grouped,
+    GroupedActivation,
     GroupedProduct,
     Order,
+)
+from llmfw.kernels.cupy.moe_uses import (
+    Gemv,
+    Grouped,
+    Shape,
+    Use,
+    activation_use,
+    combine_use,
+    gemv_use,
+    grouped_use,
+    order_use,
 )
 from llmfw.ops.kernel import OpContext
 
 SLICE = 64  # values of the summed dimension that moe_grouped.cu takes at a time
 LANES = 32
-FEW_TOKENS = 4  # that go pair by pair
-UP = Gemv(1, 4, 2)
-DOWN = Gemv(1, 4, 2)
-TILES = (Grouped(64, 16, 4), Grouped(64, 32, 4), Grouped(128, 64, 3))
-MANY_ROWS = 128  # of an expert on average, from which the library serves
+MANY_ROWS = 48  # of an expert on average, from which the library serves
+# The best of eight ways for the shapes of docs/design/kernels-cupy.md, within 4 %.
+UP_ONE, UP_FEW = Gemv(1, 4, 2), Gemv(1, 1, 2)  # of one token, of more
+DOWN_SHORT, DOWN_LONG = Gemv(4, 4, 2), Gemv(2, 8, 2)
+LONG = 2048  # values of a row
+TILES = ((8, Grouped(64, 16, 6)), (MANY_ROWS, Grouped(128, 32, 3)))  # up to so many rows on average
 
 Act = Callable[[torch.Tensor], torch.Tensor]
 
@@ -44,7 +56,7 @@ def supports(context: OpContext) -> str | None:
 
 
 class TileProducts:
-    """Order, both products and the sum, for tiles of one size."""
+    """Order and both products for tiles of one size."""
 
     def __init__(self, context: OpContext, how: Grouped) -> None:
         self.order = Order(context, how.rows)
@@ -52,20 +64,44 @@ class TileProducts:
         self.down = GroupedProduct(context, how, up=False)
 
 
+def ways_of(shape: Shape) -> tuple[Gemv, Gemv, Gemv]:
+    """How pairs are multiplied: up for one token, up for more, down."""
+    return UP_ONE, UP_FEW, DOWN_LONG if shape.width >= LONG else DOWN_SHORT
+
+
+def uses_of(shape: Shape) -> list[Use]:
+    """Every source that the op may launch, with its constants."""
+    one, few, down = ways_of(shape)
+    gemv = [gemv_use(shape, how, up=True) for how in (one, few)]
+    tiles = [
+        use
+        for _, how in TILES
+        for use in (
+            order_use(shape, how.rows),
+            grouped_use(shape, how, up=True),
+            grouped_use(shape, how, up=False),
+        )
+    ]
+    ends = [combine_use(shape), *([activation_use(shape)] if shape.code else [])]
+    return [*gemv, gemv_use(shape, down, up=False), *tiles, *ends]
+
+
 class CupyExperts:
     """The op for one shape and activation; called as the reference is."""
 
     def __init__(self, context: OpContext) -> None:
-        self._experts = context["num_experts"]
-        self._fused = bool(context.code)
+        shape = Shape.of(context)
+        if context.info.device.type == "cuda":
+            compile_ahead(context.info.device, context.dtype, uses_of(shape))
+        self._experts = shape.experts
         product = vendor.grouped_product()
         self._library = product if context.dtype == torch.bfloat16 else None
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            tiles = [pool.submit(TileProducts, context, how) for how in TILES]
-            up, down = pool.submit(GemvUp, context, UP), pool.submit(GemvDown, context, DOWN)
-            self._tiles = {how.rows: job.result() for how, job in zip(TILES, tiles, strict=True)}
-            self._gemv_up, self._gemv_down = up.result(), down.result()
+        one, few, down = ways_of(shape)
+        self._up_one, self._up_few = GemvUp(context, one), GemvUp(context, few)
+        self._down = GemvDown(context, down)
+        self._tiles = [(most, TileProducts(context, how)) for most, how in TILES]
         self._combine = Combine(context)
+        self._activation = GroupedActivation(context) if shape.code else None
 
     def __call__(
         self,
@@ -83,16 +119,17 @@ class CupyExperts:
         if not tokens:
             return torch.empty_like(x)
         weights, experts = weights.contiguous(), experts.contiguous()
-        act = _nothing if self._fused else act_and_mul
-        if tokens <= FEW_TOKENS and top_k <= LANES:
-            inner = act(self._gemv_up(x, experts, gate_up, gate_up_bias))
-            return self._gemv_down(inner, weights, experts, down, down_bias)
-        mean = tokens * top_k / self._experts
+        act = act_and_mul if self._activation is None else _nothing
+        mean = tokens * top_k / self._experts  # rows of an expert
+        if (mean <= 1 or tokens == 1) and top_k <= LANES:
+            up = self._up_one if tokens == 1 else self._up_few
+            inner = act(up(x, experts, gate_up, gate_up_bias))
+            return self._down(inner, weights, experts, down, down_bias)
         if mean >= MANY_ROWS and self._library is not None:
             return self._by_library(
                 x, weights, experts, gate_up, down, gate_up_bias, down_bias, act_and_mul
             )
-        tiles = self._tiles[rows_of_tile(mean)]
+        tiles = next((each for most, each in self._tiles if mean <= most), self._tiles[-1][1])
         ordered = tiles.order(experts)
         inner = act(tiles.up(x, ordered, top_k, gate_up, gate_up_bias))
         out = tiles.down(inner, ordered, top_k, down)
@@ -110,18 +147,17 @@ class CupyExperts:
         act_and_mul: Act,
     ) -> torch.Tensor:
         assert self._library is not None
-        ordered = self._tiles[TILES[-1].rows].order(experts)
+        ordered = self._tiles[-1][1].order(experts)
         rows = x.index_select(0, ordered.order // experts.shape[1])  # [pairs, hidden]
         inner = self._library(rows, gate_up.transpose(1, 2), offs=ordered.ends)
-        if gate_up_bias is not None:
-            inner += gate_up_bias[experts.flatten().index_select(0, ordered.order)]
-        out = self._library(act_and_mul(inner), down.transpose(1, 2), offs=ordered.ends)
+        if self._activation is not None:
+            inner = self._activation(inner, ordered, experts, gate_up_bias)
+        else:
+            if gate_up_bias is not None:
+                inner += gate_up_bias[experts.flatten().index_select(0, ordered.order)]
+            inner = act_and_mul(inner)
+        out = self._library(inner, down.transpose(1, 2), offs=ordered.ends)
         return self._combine(out, weights, experts, down_bias, ordered.place)
-
-
-def rows_of_tile(mean: float) -> int:
-    """The tile for so many rows of an expert on average: most experts need one."""
-    return next((how.rows for how in TILES if how.rows >= 2 * mean), TILES[-1].rows)
 
 
 def _nothing(x: torch.Tensor) -> torch.Tensor:

@@ -6,86 +6,31 @@ from dataclasses import dataclass
 
 import torch
 
-from llmfw.kernels.cupy.compile import Constant, load
+from llmfw.kernels.cupy.compile import Module, load
 from llmfw.kernels.cupy.launch import Launcher, pointer
+from llmfw.kernels.cupy.moe_uses import (
+    GROUPED_THREADS,
+    ORDER_THREADS,
+    ROW_THREADS,
+    TILE_INTS,
+    WARPS,
+    Gemv,
+    Grouped,
+    Shape,
+    Use,
+    activation_use,
+    combine_use,
+    gemv_use,
+    grouped_use,
+    order_use,
+)
 from llmfw.ops.kernel import OpContext
 
-WARPS = 8
-ORDER_THREADS = 512
-COMBINE_THREADS = 128
-GROUPED_THREADS = 128
-SLICE_BYTES = 128  # of a row, in one stage of moe_grouped.cu
-TILE_INTS = 4
 
-
-@dataclass(frozen=True)
-class Gemv:
-    """How moe_gemv.cu shares its work: outputs a warp, warps that share them, packs in flight."""
-
-    outputs: int
-    sharers: int
-    in_flight: int
-
-    @property
-    def made(self) -> int:
-        """Outputs of a block."""
-        return self.outputs * WARPS // self.sharers
-
-    def constants(self) -> dict[str, Constant]:
-        """The source's constants."""
-        return {"OUTPUTS": self.outputs, "SHARERS": self.sharers, "IN_FLIGHT": self.in_flight}
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """The tile of moe_grouped.cu: rows of the weight, rows of x, stages of the copies."""
-
-    wide: int
-    rows: int
-    stages: int
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        return self.stages * (self.wide + self.rows) * SLICE_BYTES
-
-    def constants(self) -> dict[str, Constant]:
-        """The source's constants."""
-        return {"WIDE": self.wide, "ROWS": self.rows, "STAGES": self.stages}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The experts' sizes, and what their first product ends with."""
-
-    experts: int
-    hidden: int
-    width: int
-    code: str
-
-    @classmethod
-    def of(cls, context: OpContext) -> Shape:
-        """From the op's context."""
-        return cls(
-            context["num_experts"],
-            context["hidden_size"],
-            context["intermediate_size"],
-            context.code,
-        )
-
-    @property
-    def up_outputs(self) -> int:
-        """Values of a row that the first product leaves: gate and up where nothing is fused."""
-        return self.width if self.code else 2 * self.width
-
-    def up_constants(self) -> dict[str, Constant]:
-        """Constants of the first product."""
-        fused: dict[str, Constant] = {"ACTIVATION": self.code} if self.code else {}
-        return {"IN": self.hidden, "GATED": int(bool(self.code)), **fused}
-
-    def down_constants(self) -> dict[str, Constant]:
-        """Constants of the second product."""
-        return {"IN": self.width, "GATED": 0}
+def loaded(context: OpContext, use: Use) -> Module:
+    """The source on the context's device."""
+    source, constants = use
+    return load(source, context.info.device, context.dtype, **constants)
 
 
 class GemvUp:
@@ -94,8 +39,7 @@ class GemvUp:
     def __init__(self, context: OpContext, how: Gemv) -> None:
         shape = Shape.of(context)
         self._outputs = shape.up_outputs
-        constants = {**shape.up_constants(), **how.constants()}
-        module = load("moe_gemv.cu", context.info.device, context.dtype, **constants)
+        module = loaded(context, gemv_use(shape, how, up=True))
         self._launch = module.launcher("moe_up", "PPPPPii")
         self._blocks = -(-self._outputs // how.made)
 
@@ -129,8 +73,7 @@ class GemvDown:
     def __init__(self, context: OpContext, how: Gemv) -> None:
         shape = Shape.of(context)
         self._outputs = shape.hidden
-        constants = {**shape.down_constants(), **how.constants()}
-        module = load("moe_gemv.cu", context.info.device, context.dtype, **constants)
+        module = loaded(context, gemv_use(shape, how, up=False))
         self._launch = module.launcher("moe_down", "PPPPPPii")
         self._blocks = -(-self._outputs // how.made)
 
@@ -187,8 +130,7 @@ class Order:
 
     def __init__(self, context: OpContext, rows: int) -> None:
         self._experts, self._rows = context["num_experts"], rows
-        constants = {"EXPERTS": self._experts, "ROWS": rows, "THREADS": ORDER_THREADS}
-        module = load("moe_order.cu", context.info.device, context.dtype, **constants)
+        module = loaded(context, order_use(Shape.of(context), rows))
         self._launch = module.launcher("moe_order", "PPPPPi")
 
     def __call__(self, experts: torch.Tensor) -> Ordered:
@@ -217,11 +159,9 @@ class GroupedProduct:
     def __init__(self, context: OpContext, how: Grouped, *, up: bool) -> None:
         shape = Shape.of(context)
         self._outputs = shape.up_outputs if up else shape.hidden
-        own = shape.up_constants() if up else shape.down_constants()
-        constants = {**own, **how.constants(), "UP": int(up)}
-        module = load("moe_grouped.cu", context.info.device, context.dtype, **constants)
+        module = loaded(context, grouped_use(shape, how, up=up))
         self._launch: Launcher = module.launcher("moe_grouped", "PPPPPPii", how.shared_bytes)
-        made = how.wide // 2 if own["GATED"] else how.wide
+        made = how.wide // 2 if up and shape.code else how.wide
         self._blocks = -(-self._outputs // made)
 
     def __call__(
@@ -255,15 +195,9 @@ class Combine:
     def __init__(self, context: OpContext) -> None:
         self._hidden = context["hidden_size"]
         packs = self._hidden * context.dtype.itemsize // 16
-        module = load(
-            "moe_combine.cu",
-            context.info.device,
-            context.dtype,
-            HIDDEN=self._hidden,
-            THREADS=COMBINE_THREADS,
-        )
+        module = loaded(context, combine_use(Shape.of(context)))
         self._launch = module.launcher("moe_combine", "PPPPPPi")
-        self._blocks = -(-packs // COMBINE_THREADS)
+        self._blocks = -(-packs // ROW_THREADS)
 
     def __call__(
         self,
@@ -277,8 +211,8 @@ class Combine:
         tokens, top_k = experts.shape
         out = torch.empty((tokens, self._hidden), dtype=x.dtype, device=x.device)
         self._launch(
-            (self._blocks, tokens, 1),
-            (COMBINE_THREADS, 1, 1),
+            (tokens, self._blocks, 1),
+            (ROW_THREADS, 1, 1),
             out.data_ptr(),
             x.data_ptr(),
             weights.data_ptr(),
@@ -286,5 +220,37 @@ class Combine:
             pointer(bias),
             pointer(place),
             top_k,
+        )
+        return out
+
+
+class GroupedActivation:
+    """moe_activation: the activation that has code, and the bias before it, over ordered rows."""
+
+    def __init__(self, context: OpContext) -> None:
+        shape = Shape.of(context)
+        self._width = shape.width
+        self._launch = loaded(context, activation_use(shape)).launcher("moe_activation", "PPPPP")
+        packs = shape.width * context.dtype.itemsize // 16
+        self._blocks = -(-packs // ROW_THREADS)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        ordered: Ordered,
+        experts: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x [pairs, 2 * width] by place, experts [tokens, top_k] -> [pairs, width] by place."""
+        pairs = x.shape[0]
+        out = torch.empty((pairs, self._width), dtype=x.dtype, device=x.device)
+        self._launch(
+            (pairs, self._blocks, 1),
+            (ROW_THREADS, 1, 1),
+            out.data_ptr(),
+            x.data_ptr(),
+            pointer(bias),
+            ordered.order.data_ptr(),
+            experts.data_ptr(),
         )
         return out
