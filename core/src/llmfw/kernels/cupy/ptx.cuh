@@ -70,6 +70,15 @@ __device__ __forceinline__ float2 load_l2(const float2* p) {
   return x;
 }
 
+// Brings 128 bytes into L2; harmless before `follow`, for L2 is where writes meet.
+__device__ __forceinline__ void fetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Writes what is not read again soon.
+__device__ __forceinline__ void store_once(float4* p, const float4& x) {
+  asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 // Adds to a counter; what the block wrote before a barrier is seen by who reads after the count that he gets.
 __device__ __forceinline__ int add_release_acquire(int* p, int x) {
   int old;

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WARP = 32
 SELECTIVE_THREADS = 128
-SSD_ROWS, SSD_WARPS = 8, 4
+SSD_ROWS, SSD_WARPS = 4, 4
 CHUNK, CHUNK_THREADS = 64, 128
 FEWEST = 9  # tokens from which products within chunks pay
 MAX_STATE = 512
@@ -44,7 +44,7 @@ def selective_scan(context: OpContext) -> Callable[..., torch.Tensor]:
     channels, size, dtype = context["channels"], context["state_size"], context.dtype
     constants = {"CHANNELS": channels, "STATE": size, "THREADS": SELECTIVE_THREADS}
     module = load("selective_scan.cu", context.info.device, dtype, **constants)
-    one = module.launcher("selective_update", "PPPPPPPPPPPqqqqqqiii")
+    one = module.launcher("selective_update", "PPPPPPPPPPPqqqqqqii")
     many = module.launcher("selective_scan", "PPPPPPPPPPPPqqqqqqi")
     blocks = -(-channels * lanes_for(size) // SELECTIVE_THREADS)
     spans, block = Spans(), (SELECTIVE_THREADS, 1, 1)
@@ -77,8 +77,7 @@ def selective_scan(context: OpContext) -> Callable[..., torch.Tensor]:
             grid = (blocks, span.requests, 1)
             arguments = (*addresses, slots_address(metadata))
             if span.longest == 1:
-                rest = span.first, span.first_token, span.requests
-                one(grid, block, *arguments, *strides, *rest)
+                one(grid, block, *arguments, *strides, span.first, span.first_token)
             else:
                 ends = metadata.cu_query_lens.data_ptr()
                 many(grid, block, *arguments, ends, *strides, span.first)

@@ -5,9 +5,9 @@
 //   scalars; a float32 [CHANNELS, STATE]; d, dt_bias float32 [CHANNELS]; state float32 [slots, CHANNELS, STATE], slots
 //   slot_stride apart, 16-byte aligned; slots int64 [requests]; ends int32 [requests + 1], cumulative; out [tokens,
 //   CHANNELS] contiguous.
-// Launch: block THREADS, LANES lanes a channel. selective_update: grid (blocks of channels, requests / BATCH), one
-//   token a request, the first of them at first_token. selective_scan: grid (blocks of channels, requests), any number
-//   of tokens, one after another with h in registers.
+// Launch: block THREADS, grid (blocks of channels, requests from `first` on); LANES lanes share a channel.
+//   selective_update takes one token a request, the first of them at first_token; selective_scan any number, one after
+//   another with h in registers, while the next piece of them is read.
 #include "common.cuh"
 
 #ifndef CHANNELS
@@ -19,22 +19,22 @@
 #ifndef THREADS
 #define THREADS 128
 #endif
-#ifndef BATCH
-#define BATCH 1
-#endif
 
 constexpr int QUADS = STATE / 4;
 constexpr int LANES = lanes_for(QUADS);
 constexpr int PER = QUADS / LANES;             // float4s of a channel that a lane holds
 constexpr int BLOCK_CHANNELS = THREADS / LANES;
-constexpr int STEPS = STATE <= 128 ? 32 : STATE <= 256 ? 16 : 8;  // tokens that shared memory holds
+constexpr int STEPS = LANES < 4 ? 8 * LANES : STATE <= 128 ? 32 : STATE <= 256 ? 16 : 8;  // tokens in shared memory
+constexpr int SHARE = (STEPS * BLOCK_CHANNELS + THREADS - 1) / THREADS;  // of their channels that a thread prepares
+constexpr int PACKS = (STEPS * QUADS + THREADS - 1) / THREADS;           // of their b and c that a thread copies
 constexpr int TOKENS = LANES < 8 ? LANES : 8;  // tokens a round, whose sums are dealt out to the lanes
 static_assert(STATE % 4 == 0 && STATE <= 512, "rows of whole float4s");
 
-__device__ __forceinline__ float4 load4(const scalar* p) {
-  const Pack<4> x = load<4>(p);
+__device__ __forceinline__ float4 widened(const Pack<4>& x) {
   return {to_float(x.at[0]), to_float(x.at[1]), to_float(x.at[2]), to_float(x.at[3])};
 }
+
+__device__ __forceinline__ float4 load4(const scalar* p) { return widened(load<4>(p)); }
 
 // h = exp(step a) h + value b, a in units of log 2; gives this lane's part of h c.
 __device__ __forceinline__ float advance(float4& h, const float4& rate, float step, float value, const float4& b,
@@ -59,45 +59,42 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                      const float* __restrict__ a, const scalar* __restrict__ b, const scalar* __restrict__ c,
                      const float* __restrict__ d, const scalar* __restrict__ z, const float* __restrict__ dt_bias,
                      float* __restrict__ state, const i64* __restrict__ slots, i64 x_stride, i64 dt_stride,
-                     i64 b_stride, i64 c_stride, i64 z_stride, i64 slot_stride, int first, int first_token,
-                     int requests) {
+                     i64 b_stride, i64 c_stride, i64 z_stride, i64 slot_stride, int first, int first_token) {
   const int channel = blockIdx.x * BLOCK_CHANNELS + threadIdx.x / LANES, column = threadIdx.x % LANES * 4;
   const bool mine = channel < CHANNELS;
-  const i64 place = i64(mine ? channel : 0) * STATE + column;  // lanes without a channel read channel 0, write nothing
-  const int own = mine ? channel : 0;
-  float4 rates[PER];
+  const int own = mine ? channel : 0;  // lanes without a channel read channel 0 and write nothing
+  const i64 place = i64(own) * STATE + column;
+  float4* row = reinterpret_cast<float4*>(state + slots[first + blockIdx.y] * slot_stride + place);
+  float4 rates[PER], h[PER];
+#pragma unroll
+  for (int j = 0; j < PER; ++j)
+    if (place % 32 == 0) fetch_l2(row + j * LANES);
   read_rates(rates, a + place);
   const float skip = d[own], bias = dt_bias[own];
   follow();
-  float4* rows[BATCH];
-  float4 h[BATCH][PER];
 #pragma unroll
-  for (int i = 0; i < BATCH; ++i) {
-    const int request = min(int(blockIdx.y) * BATCH + i, requests - 1);
-    rows[i] = reinterpret_cast<float4*>(state + slots[first + request] * slot_stride + place);
+  for (int j = 0; j < PER; ++j) h[j] = row[j * LANES];
+  const i64 token = first_token + int(blockIdx.y);
+  const float input = to_float(x[token * x_stride + own]);
+  const float gate = to_float(z[token * z_stride + own]);
+  const float step = softplus(to_float(dt[token * dt_stride + own]) + bias);
+  float sum = 0;
 #pragma unroll
-    for (int j = 0; j < PER; ++j) h[i][j] = rows[i][j * LANES];
+  for (int j = 0; j < PER; ++j) {
+    const float4 in = load4(b + token * b_stride + column + j * 4 * LANES);
+    const float4 weight = load4(c + token * c_stride + column + j * 4 * LANES);
+    sum += advance(h[j], rates[j], step, step * input, in, weight);
+    if (mine) store_once(row + j * LANES, h[j]);
   }
-#pragma unroll
-  for (int i = 0; i < BATCH; ++i) {
-    const int request = int(blockIdx.y) * BATCH + i;
-    const i64 token = first_token + min(request, requests - 1);
-    const float input = to_float(x[token * x_stride + own]);
-    const float gate = to_float(z[token * z_stride + own]);
-    const float step = softplus(to_float(dt[token * dt_stride + own]) + bias);
-    const bool writes = mine && request < requests;
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < PER; ++j) {
-      const float4 in = load4(b + token * b_stride + column + j * 4 * LANES);
-      const float4 weight = load4(c + token * c_stride + column + j * 4 * LANES);
-      sum += advance(h[i][j], rates[j], step, step * input, in, weight);
-      if (writes) rows[i][j * LANES] = h[i][j];
-    }
-    sum = group_sum<LANES>(sum);
-    if (writes && column == 0) out[token * CHANNELS + channel] = from_float((sum + skip * input) * silu(gate));
-  }
+  sum = group_sum<LANES>(sum);
+  if (mine && column == 0) out[token * CHANNELS + channel] = from_float((sum + skip * input) * silu(gate));
 }
+
+// What a thread prepares of a piece of tokens: numbers on their way from memory.
+struct Piece {
+  scalar x[SHARE], dt[SHARE], z[SHARE];
+  Pack<4> b[PACKS], c[PACKS];
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     selective_scan(scalar* __restrict__ out, const scalar* __restrict__ x, const scalar* __restrict__ dt,
@@ -112,30 +109,57 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const i64 place = i64(mine ? first_channel + local : 0) * STATE + lane * 4;
   float4 rates[PER], h[PER];
   read_rates(rates, a + place);
+  // A thread prepares one channel's share of tokens, and finishes them.
+  const int own = threadIdx.x % BLOCK_CHANNELS, own_token = threadIdx.x / BLOCK_CHANNELS;
+  const int channel = min(first_channel + own, CHANNELS - 1);
+  const float bias = dt_bias[channel], skip = d[channel];
   follow();
   const int request = first + blockIdx.y, begin = ends[request], end = ends[request + 1];
+  if (begin >= end) return;
   float4* row = reinterpret_cast<float4*>(state + slots[request] * slot_stride + place);
 #pragma unroll
   for (int j = 0; j < PER; ++j) h[j] = row[j * LANES];
 
+  Piece next;
+  const auto read = [&](int from) {  // tokens behind the last are read as the last
+#pragma unroll
+    for (int i = 0; i < SHARE; ++i) {
+      const i64 t = min(from + own_token + i * LANES, end - 1);
+      next.x[i] = x[t * x_stride + channel];
+      next.dt[i] = dt[t * dt_stride + channel];
+      next.z[i] = z[t * z_stride + channel];
+    }
+#pragma unroll
+    for (int i = 0; i < PACKS; ++i) {
+      const int at = threadIdx.x + i * THREADS;
+      const i64 t = min(from + at / QUADS, end - 1);
+      next.b[i] = load<4>(b + t * b_stride + at % QUADS * 4);
+      next.c[i] = load<4>(c + t * c_stride + at % QUADS * 4);
+    }
+  };
+  read(begin);
   for (int from = begin; from < end; from += STEPS) {
     const int count = min(STEPS, end - from);
-    for (int i = threadIdx.x; i < STEPS * BLOCK_CHANNELS; i += THREADS) {
-      const int t = i / BLOCK_CHANNELS, channel = first_channel + i % BLOCK_CHANNELS;
-      float step = 0, value = 0;  // what leaves h as it is
-      if (t < count && channel < CHANNELS) {
-        step = softplus(to_float(dt[(from + t) * dt_stride + channel]) + dt_bias[channel]);
-        value = step * to_float(x[(from + t) * x_stride + channel]);
-      }
-      steps[t][i % BLOCK_CHANNELS] = step;
-      values[t][i % BLOCK_CHANNELS] = value;
+    scalar inputs[SHARE], gates[SHARE];
+#pragma unroll
+    for (int i = 0; i < SHARE; ++i) {
+      const int t = own_token + i * LANES;
+      inputs[i] = next.x[i];
+      gates[i] = next.z[i];
+      if (t >= STEPS) continue;
+      const float step = t < count ? softplus(to_float(next.dt[i]) + bias) : 0.0f;  // 0 leaves h as it is
+      steps[t][own] = step;
+      values[t][own] = step * to_float(inputs[i]);
     }
-    for (int i = threadIdx.x; i < STEPS * QUADS; i += THREADS) {
-      const int t = i / QUADS, quad = i % QUADS;
-      ins[t][quad] = t < count ? load4(b + (from + t) * b_stride + quad * 4) : float4{0, 0, 0, 0};
-      outs[t][quad] = t < count ? load4(c + (from + t) * c_stride + quad * 4) : float4{0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < PACKS; ++i) {
+      const int at = threadIdx.x + i * THREADS;
+      if (at >= STEPS * QUADS) continue;
+      ins[at / QUADS][at % QUADS] = widened(next.b[i]);
+      outs[at / QUADS][at % QUADS] = widened(next.c[i]);
     }
     __syncthreads();
+    if (from + STEPS < end) read(from + STEPS);
     for (int t = 0; t < count; t += TOKENS) {
       float parts[TOKENS] = {};
 #pragma unroll
@@ -147,13 +171,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       Summed<TOKENS, LANES>(parts).each([&](int i, float sum) { sums[t + i][local] = sum; });
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count * BLOCK_CHANNELS; i += THREADS) {
-      const int t = i / BLOCK_CHANNELS, channel = first_channel + i % BLOCK_CHANNELS;
-      if (channel >= CHANNELS) continue;
-      const float input = to_float(x[(from + t) * x_stride + channel]);
-      const float gate = to_float(z[(from + t) * z_stride + channel]);
-      out[i64(from + t) * CHANNELS + channel] =
-          from_float((sums[t][i % BLOCK_CHANNELS] + d[channel] * input) * silu(gate));
+#pragma unroll
+    for (int i = 0; i < SHARE; ++i) {
+      const int t = own_token + i * LANES;
+      if (t < count && first_channel + own < CHANNELS)
+        out[i64(from + t) * CHANNELS + channel] =
+            from_float((sums[t][own] + skip * to_float(inputs[i])) * silu(to_float(gates[i])));
     }
   }
 #pragma unroll

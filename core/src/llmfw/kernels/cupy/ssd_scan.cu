@@ -26,7 +26,7 @@
 #define WARPS 4
 #endif
 #ifndef ROWS
-#define ROWS 8
+#define ROWS 4
 #endif
 
 constexpr int QUADS = STATE / 4;
@@ -83,6 +83,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   const int request = first + blockIdx.y;
   const float rate = a[at.head], skip = d[at.head], bias = dt_bias[at.head];
   float* slot = state + slots[request] * slot_stride;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < PER; ++j)
+      if (at.has(i) && at.column % 32 == 0) fetch_l2(at.in(slot, i, j));
   follow();
   float4 h[ROWS][PER], bs[PER], cs[PER];
 #pragma unroll
@@ -108,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     for (int j = 0; j < PER; ++j) {
       if (!at.has(i)) continue;
       sums[i] += advance(h[i][j], decay, step * inputs[i], bs[j], cs[j]);
-      *at.in(slot, i, j) = h[i][j];
+      store_once(at.in(slot, i, j), h[i][j]);
     }
   Summed<ROWS, LANES>(sums).each([&](int i, float sum) {
     if (!at.has(i)) return;
