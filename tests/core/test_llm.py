@@ -136,6 +136,12 @@ def test_bad_prompts_fail_alone(make, case):
     assert [len(output.outputs[0].token_ids) for output in (good, other)] == [8, 8]
 
 
+def test_the_prompts_of_a_call_start_together(make, model):
+    llm = make()
+    llm.generate([[1, 2, 3], "", [4], [5, 6]], GREEDY)
+    assert model.steps[0].query_lens == (3, 2, 1)
+
+
 def test_a_prompt_that_is_nothing(make):
     llm = make()
     for wrong in (None, 5, b"abc", {1, 2}):

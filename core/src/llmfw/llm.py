@@ -15,6 +15,7 @@ from llmfw.config import text_config
 from llmfw.engine.engine import LLMEngine
 from llmfw.engine.executor import InProcessExecutor
 from llmfw.engine.generation import Generation
+from llmfw.engine.intake import Arrival
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.prompts import Prompt, as_batch, failed_output, token_ids_of
 from llmfw.engine.settings import EngineSettings, completed_by
@@ -348,12 +349,27 @@ class LLM:
     def _submit_all(
         self, batch: Sequence[Any], params: Sequence[SamplingParams | None]
     ) -> list[Generation | RequestOutput]:
+        """Queue all; those that fill a step at once, for the engine's thread takes turns with this.
+
+        Started one by one, the first would be computed alone and slowly.
+        """
         handles: list[Generation | RequestOutput] = []
+        ready: list[Arrival] = []
+        tokens, most = 0, self._engine.settings.max_num_batched_tokens or 0
         for prompt, each in zip(batch, params, strict=True):
             try:
-                handles.append(self._submit(prompt, each))
+                arrival = self._engine.take(self._request(prompt, each))
             except RequestError as exc:
                 handles.append(failed_output(self._engine.new_request_id(), prompt, exc))
+                continue
+            handles.append(arrival.generation)
+            ready.append(arrival)
+            tokens += len(arrival.generation.request.prompt_token_ids)
+            if tokens >= most:
+                self._engine.start(ready)
+                ready, tokens = [], 0
+        if ready:
+            self._engine.start(ready)
         return handles
 
     def _submit(
@@ -364,6 +380,12 @@ class LLM:
         *,
         streaming: bool = False,
     ) -> Generation:
+        request = self._request(prompt, params, request_id)
+        return self._engine.add_request(request, streaming=streaming)
+
+    def _request(
+        self, prompt: Any, params: SamplingParams | None, request_id: str | None = None
+    ) -> Request:
         arrival = time.perf_counter()
         if params is not None and not isinstance(params, SamplingParams):
             raise _not_sampling(params)
@@ -372,8 +394,7 @@ class LLM:
         )
         text, ids = token_ids_of(prompt, self.tokenizer)
         name = request_id if request_id is not None else self._engine.new_request_id()
-        request = Request(name, ids, sampling, prompt=text, arrival=arrival)
-        return self._engine.add_request(request, streaming=streaming)
+        return Request(name, ids, sampling, prompt=text, arrival=arrival)
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from llmfw.engine.beam_search import BeamSearch
@@ -84,24 +85,43 @@ class LLMEngine:
             RequestError: If it cannot be served; nothing is queued then.
             EngineError: If the engine has stopped.
         """
-        arrival = self._intake.take(request, self.abort, streaming=streaming)
-        generation = arrival.generation
+        arrival = self.take(request, streaming=streaming)
+        self.start([arrival])
+        return arrival.generation
+
+    def take(self, request: Request, *, streaming: bool = False) -> Arrival:
+        """Check a request and make it ready for `start`.
+
+        Raises:
+            RequestError: If it cannot be served.
+        """
+        return self._intake.take(request, self.abort, streaming=streaming)
+
+    def start(self, arrivals: Sequence[Arrival]) -> None:
+        """Queue requests that `take` made ready; the next step sees all of them.
+
+        Raises:
+            RequestError: If a request of the same id is under way; none is queued then.
+            EngineError: If the engine has stopped.
+        """
+        names = [arrival.generation.request_id for arrival in arrivals]
         with self._wake:
             if self._closing:
                 raise self._stopped_error()
-            if request.request_id in self._names:
-                raise RequestError(
-                    f"a request {request.request_id!r} is already under way",
-                    hint="choose another request_id",
-                )
-            self._names.add(request.request_id)
-            self._inbox.append(lambda: self._start(arrival))
+            for name in names:
+                if name in self._names:
+                    raise RequestError(
+                        f"a request {name!r} is already under way", hint="choose another request_id"
+                    )
+            self._names.update(names)
+            self._inbox += [functools.partial(self._start, arrival) for arrival in arrivals]
             self._wake.notify()
-        return generation
 
     def new_request_id(self) -> str:
         """An id that no other request of this engine has had from here."""
-        return str(next(self._name_numbers))
+        while (name := str(next(self._name_numbers))) in self._names:
+            pass
+        return name
 
     def abort(self, request_id: str) -> None:
         """End a request as it stands; one that is finished or unknown is left alone."""
