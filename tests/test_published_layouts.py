@@ -164,3 +164,20 @@ def test_mxfp4_experts_are_dequantised(tmp_path: Path):
     done = run("inspect", str(tmp_path / "lone"), "--weights")
     assert done.exit_code == CheckpointError.exit_code
     assert f"down_proj_blocks has no {scales} beside it" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "convert"])
+def test_weights_of_another_quantisation_are_refused_by_its_name(command: str, tmp_path: Path):
+    architecture, source = "LlamaForCausalLM", tmp_path / "source"
+    tensors = tensors_of(architecture).items()
+    renamed = {name.replace("_proj.weight", "_proj.qweight"): value for name, value in tensors}
+    write(architecture, source, renamed)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (source / "config.json").write_text(json.dumps(config))
+    rest = {"run": ("--model", source, "hi"), "inspect": (source, "--weights")}
+    done = run(command, *map(str, rest.get(command, (source, tmp_path / "out"))))
+    assert done.exit_code == WeightError.exit_code
+    assert "its weights are quantised by gptq; of quantised weights, MXFP4" in done.stderr
+    assert "or as a GGUF file" in done.stderr
+    assert "qweight" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmfw.weights.converted import ConvertedCheckpoint
 from llmfw.weights.converted_config import is_converted
 from llmfw.weights.converted_plan import plan_converted
 from llmfw.weights.layout import layout_digest
+from llmfw.weights.safetensors_reader import SafetensorsCheckpoint
 from llmfw.weights.source_record import read_source
 
 logger = logging.getLogger("llmfw.models")
@@ -47,7 +49,26 @@ def plan_of(
         source_plan = checked_layout(prepared, model, checkpoint)
         return plan_converted(model, checkpoint, config.mapping, source_plan)
     weight_map = prepared.host.hook.llmfw_weight_map(model_config=config, checkpoint=checkpoint)
-    return plan_weights(model, checkpoint, weight_map, config.mapping)
+    try:
+        return plan_weights(model, checkpoint, weight_map, config.mapping)
+    except WeightError as exc:
+        method = quantised_by(prepared.raw_config)
+        if method is None or checkpoint.format != SafetensorsCheckpoint.format:
+            raise
+        raise WeightError(
+            f"{checkpoint.path}: its weights are quantised by {method}; "
+            "of quantised weights, MXFP4, float8 with scales by blocks, and GGUF files are read",
+            hint="take the model in bfloat16 or float16, or as a GGUF file",
+        ) from exc
+
+
+def quantised_by(raw: Mapping[str, Any]) -> str | None:
+    """The method that a raw config.json says its weights are quantised by; None: it says none."""
+    for part in (raw, raw.get("text_config")):
+        quantised = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(quantised, Mapping) and quantised.get("quant_method"):
+            return str(quantised["quant_method"])
+    return None
 
 
 def checked_layout(
