@@ -35,6 +35,7 @@ USES: dict[str, list[dict[str, int | str]]] = {
     "paged_simt.cu": [
         {"DTYPE": F32},
         {"DTYPE": F32, "HEAD_DIM": 256, "MIN_BLOCKS": 1, "SOFTCAP": 1},
+        {"DTYPE": F32, "HEAD_DIM": 576, "V_DIM": 512, "ROWS": 2, "GROUP": 16, "MIN_BLOCKS": 1},
         {"DTYPE": F32, "HEAD_DIM": 80, "ROWS": 8, "MIN_BLOCKS": 1, "BLOCK_SIZE": 24},
     ],
     "latent_attention.cu": [
@@ -63,7 +64,7 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "CHANNELS": 33, "STATE": 256},
         {"DTYPE": F32, "STATE": 4},
     ],
-    "ssd_chunks.cu": [{"DTYPE": BF16}, {"DTYPE": BF16, "GROUPS": 8, "STATE": 48}],
+    "ssd_chunks.cu": [{"DTYPE": BF16}, {"DTYPE": BF16, "GROUPS": 8, "STATE": 32}],
     "ssd_scan.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "HEAD_DIM": 9, "STATE": 16, "ROWS": 1, "WARPS": 1},

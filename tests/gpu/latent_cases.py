@@ -118,7 +118,7 @@ LATENT_LAYOUTS = [
 
 def latent_attention_cases() -> Iterator[Case]:
     """paged_attention over a latent cache: sizes, rows of one tile and of several, batches."""
-    for dtype in ("bfloat16", "float16"):
+    for dtype in DTYPE_NAMES:
         for heads, latent, rotary, block_size in LATENT_LAYOUTS:
             for name, batch, wide in BATCHES:
                 shape = {

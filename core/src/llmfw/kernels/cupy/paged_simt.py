@@ -26,12 +26,13 @@ COUNTERS = 1 << 16
 
 
 def supports(context: OpContext) -> str | None:
-    """Head sizes of whole packs of 4 up to 256."""
+    """Head sizes of whole packs of 4 up to 576 and 512, which latent caches have."""
     heads = Heads.of(context)
-    if context.shape.get("latent"):
-        return "reads V from a tensor of its own, not from a latent cache"
-    if heads.head_dim % 4 or heads.v_dim % 4 or max(heads.head_dim, heads.v_dim) > 256:
-        return f"head sizes {heads.head_dim} and {heads.v_dim} are not multiples of 4 up to 256"
+    if heads.head_dim % 4 or heads.v_dim % 4 or heads.head_dim > 576 or heads.v_dim > 512:
+        return (
+            f"head sizes {heads.head_dim} and {heads.v_dim} are not multiples of 4 up to 576 and "
+            "512"
+        )
     if heads.num_heads % heads.num_kv_heads:
         return f"{heads.num_heads} heads do not share {heads.num_kv_heads} KV heads evenly"
     return None
@@ -43,12 +44,14 @@ class Plan:
 
     Args:
         rows: Query rows of a block, a power of two.
+        warps: Warps of a block.
         resident: Blocks of one multiprocessor at once, for which registers are left.
         columns: Blocks a request and split.
         splits: Most parts that a request's keys are divided into.
     """
 
     rows: int
+    warps: int
     resident: int
     columns: int
     splits: int
@@ -56,14 +59,15 @@ class Plan:
 
 def plan_launch(heads: Heads, requests: int, max_q: int, max_kv: int, sms: int) -> Plan:
     """Divide a batch of at most these lengths over the device; splits fill it once."""
-    wide = max(heads.head_dim, heads.v_dim) > 128
+    widest = max(heads.head_dim, heads.v_dim)
     wanted = heads.group * max_q
-    rows = min(1 << (wanted - 1).bit_length(), MOST_ROWS // 2 if wide else MOST_ROWS)
-    resident = 1 if wide or rows == MOST_ROWS else 2
+    most = MOST_ROWS if widest <= 128 else MOST_ROWS // 2 if widest <= 256 else MOST_ROWS // 4
+    rows = min(1 << (wanted - 1).bit_length(), most)
+    resident = 1 if widest > 128 or rows == MOST_ROWS else 2
     columns = heads.num_kv_heads * -(-wanted // rows)
     blocks = columns * requests
     splits = min(resident * sms // blocks, -(-max_kv // (KEYS_OF_A_TILE * WARPS)), MAX_SPLITS)
-    return Plan(rows, resident, columns, max(1, splits) if blocks <= COUNTERS else 1)
+    return Plan(rows, WARPS, resident, columns, max(1, splits) if blocks <= COUNTERS else 1)
 
 
 class _Kernels:
@@ -76,11 +80,11 @@ class _Kernels:
         properties = torch.cuda.get_device_properties(device_index(device))
         self.sms = properties.multi_processor_count
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        self._launchers: dict[tuple[int, int], Launcher] = {}
+        self._launchers: dict[tuple[int, int, int], Launcher] = {}
 
     def launcher(self, plan: Plan) -> Launcher:
         """The kernel for a plan's blocks, compiled when first wanted."""
-        found = self._launchers.get((plan.rows, plan.resident))
+        found = self._launchers.get((plan.rows, plan.warps, plan.resident))
         if found is None:
             heads, context = self.heads, self._context
             found = load(
@@ -93,10 +97,10 @@ class _Kernels:
                 ROWS=plan.rows,
                 BLOCK_SIZE=heads.block_size,
                 SOFTCAP=int(heads.softcap),
-                WARPS=WARPS,
+                WARPS=plan.warps,
                 MIN_BLOCKS=plan.resident,
             ).launcher("paged_simt", "PPPPPPPPPPPqqqqqqiiiiff")
-            self._launchers[plan.rows, plan.resident] = found
+            self._launchers[plan.rows, plan.warps, plan.resident] = found
         return found
 
 
@@ -141,7 +145,7 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
                 stats = partial + slots * heads.v_dim * 4
             kernels.launcher(plan)(
                 (plan.columns, plan.splits, part.requests),
-                (WARPS * 32, 1, 1),
+                (plan.warps * 32, 1, 1),
                 out.data_ptr(),
                 q.data_ptr(),
                 k_cache.data_ptr(),
@@ -162,7 +166,7 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
                 heads.num_kv_heads,
                 part.first,
                 window or 0,
-                WARPS,
+                plan.warps,
                 scale,
                 softcap or 0.0,
             )
