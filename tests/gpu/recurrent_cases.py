@@ -147,7 +147,7 @@ OPS = {
             (4, 9, 4, 16),
             (2, 24, 1, 160),
             (4, 64, 2, 128),
-            (3, 64, 1, 48),
+            (3, 64, 1, 64),
             (80, 64, 1, 128),
         ],
     ),
@@ -176,6 +176,8 @@ def recurrent_cases() -> Iterator[Case]:
                         f"{label}-{'x'.join(map(str, size))}",
                         mutated=(written,),
                         wide=label in WIDE_BATCHES or size is sizes[-1],
+                        # roundings of thousands of steps add up, in another order
+                        tolerance=1e-4 if label == "long" and dtype == "float32" else None,
                     )
 
 

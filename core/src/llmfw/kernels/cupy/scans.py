@@ -141,7 +141,7 @@ def ssd_scan(context: OpContext) -> Callable[..., torch.Tensor]:
                 continue
             rest = metadata.cu_query_lens.data_ptr(), *strides, *dt_limit, span.first
             if chunks is not None and span.longest >= FEWEST and in_rows(8, dtype, x, b, c):
-                chunks((heads, span.requests, 1), (CHUNK_THREADS, 1, 1), *arguments, *rest)
+                chunks((2 * heads, span.requests, 1), (CHUNK_THREADS, 1, 1), *arguments, *rest)
             else:
                 many(grid, block, *arguments, *rest)
         return out
@@ -152,12 +152,13 @@ def ssd_scan(context: OpContext) -> Callable[..., torch.Tensor]:
 def _chunk_launcher(context: OpContext) -> Launcher | None:
     """Prompts by products within chunks, for the layouts that ssd_chunks.cu serves."""
     head_dim, size = context["head_dim"], context["state_size"]
-    if context.dtype is not torch.bfloat16 or head_dim != 64 or size % 16 or size > 128:
+    if context.dtype is not torch.bfloat16 or head_dim != 64 or size % 32 or size > 128:
         return None
     names = {"num_heads": "HEADS", "head_dim": "HEAD_DIM", "num_groups": "GROUPS"}
     constants = {name: context[key] for key, name in names.items()}
     module = load("ssd_chunks.cu", context.info.device, context.dtype, **constants, STATE=size)
-    tiles = 2 * CHUNK * (2 * (size + 8) + head_dim + 8) + head_dim * (size + 8)
+    part = head_dim // 2
+    tiles = 2 * CHUNK * (2 * (size + 8) + part + 8) + part * (size + 8)
     return module.launcher("ssd_chunks", "PPPPPPPPPPPqqqqqffi", shared_bytes=2 * tiles)
 
 
