@@ -27,7 +27,7 @@ from gpu.kernel_cases import (
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from llmfw.kernels.cupy.attention import plan_batch
+from llmfw.kernels.cupy.attention import paged_attention, plan_batch
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.ops.reference import REFERENCES
 
@@ -128,6 +128,23 @@ def test_flash_attention_serves_contexts(
     out = prefill(q, k, v, view.block_tables, plan.contexts, scale, window, logits)
     expected = REFERENCES["paged_attention"](*args, **kwargs)
     assert relative_error(out.flatten(1), expected) <= 8e-3
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_contexts_and_generations_write_one_output(sinks: int, device: torch.device) -> None:
+    """Flash attention takes the contexts' rows, a kernel of ours the others."""
+    case = next(c for c in attention_cases() if "prompts-8/2x128" in c.label)
+    context = case.context(device)
+    shape = {**case.shape, "sinks": sinks}
+    batch = Batch(((700, 700), (300, 1500), (1, 33), (1, 1200), (1, 1)), contexts=2)
+    args, kwargs = attention_arguments(
+        device, torch.bfloat16, torch.Generator().manual_seed(7), shape, batch
+    )
+    plan = plan_batch(args[3], Prefill(context))
+    assert plan.contexts is not None
+    assert plan.parts
+    expected = REFERENCES["paged_attention"](*args, **kwargs)
+    assert relative_error(paged_attention(context)(*args, **kwargs), expected) <= 8e-3
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "silu_and_mul"])
