@@ -13,7 +13,7 @@ from llmfw.kernels.cupy.rope_cache import slot_stride
 from llmfw.ops.kernel import OpContext
 
 THREADS = 128
-WIDEST = 4  # values of an access: all threads share the latent of DeepSeek's size
+WIDEST = 4  # values of an access: all threads share a latent of 512
 
 
 def supports(context: OpContext) -> str | None:
