@@ -261,3 +261,44 @@ def test_the_longest_come_first_and_keep_their_rows():
     assert rows.tolist() == [0, 1, 3, 2]
     assert positions.tolist() == [9, 5, 4, 4]
     assert longest_first(ids, rows, positions) == (ids, rows, positions)
+
+
+def test_positions_that_follow_are_not_uploaded_and_others_are():
+    seen = []
+
+    def forward(metadata, input_ids, positions):
+        seen.append(positions.tolist())
+        return torch.zeros(2, 3)
+
+    step = DecodeStep(
+        forward,
+        Memory(
+            flat_tokens=torch.zeros(24, dtype=torch.int32),
+            max_model_len=8,
+            blocks=torch.zeros(3, 2, dtype=torch.int32),
+            block_size=4,
+            caches={},
+            num_groups=1,
+            padding_row=2,
+        ),
+        size=2,
+        max_kv_len=8,
+    )
+    steps = [
+        ([0], [0], [0, 0]),
+        ([0], [1], [1, 0]),
+        ([0, 1], [2, 1], [2, 1]),
+        ([0, 1], [3, 2], [3, 2]),
+        ([1], [3], [3, 0]),
+        ([0], [4], [4, 0]),
+        ([0], [6], [6, 0]),
+    ]
+    uploads = []
+    for rows, positions, expected in steps:
+        before = step.inputs.clone()
+        step.stage(np.array(rows), np.array(positions))
+        uploads.append(not torch.equal(step.inputs, before))
+        with torch.inference_mode():
+            step.compute()
+        assert seen[-1] == expected
+    assert uploads == [True, False, True, False, True, True, True]

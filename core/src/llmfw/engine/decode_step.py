@@ -2,7 +2,8 @@
 
 Everything that a step of generation requests needs follows from each request's row in the table and
 the position of its last token: its token, its slot in the cache, its length, where its next token
-goes. So a step uploads two numbers a request, and all shapes depend only on the padded batch size.
+goes. So a step uploads two numbers a request, where they do not follow from the step before, and
+all shapes depend only on the padded batch size.
 """
 
 from __future__ import annotations
@@ -125,20 +126,32 @@ class DecodeStep:
         self.size = size
         self.max_kv_len = max_kv_len
         self._cu_query_lens = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.inputs = torch.zeros(2, size, dtype=torch.int64, device=device)  # rows, positions
+        # Of each request its row, its position and how far it goes on in a step: 0 for padding.
+        self.inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
         self.inputs[0].fill_(memory.padding_row)
+        self._rows = self._positions = np.empty(0, dtype=np.int64)  # as the inputs are now
 
     def stage(self, rows: np.ndarray, positions: np.ndarray) -> None:
-        """Upload the step's rows and positions, padded; nothing waits for the device."""
-        host = torch.zeros(2, self.size, dtype=torch.int64, pin_memory=self.inputs.is_cuda)
-        array = host.numpy()
-        array[0, len(rows) :] = self._memory.padding_row
-        array[0, : len(rows)] = rows
-        array[1, : len(rows)] = positions
-        self.inputs.copy_(host, non_blocking=True)
+        """Bring the step's rows and positions, padded; nothing waits for the device.
+
+        Where they follow from the step that `compute` did last, they are there already.
+        """
+        count = len(rows)
+        if not (np.array_equal(rows, self._rows) and np.array_equal(positions, self._positions)):
+            host = torch.empty(3, self.size, dtype=torch.int64, pin_memory=self.inputs.is_cuda)
+            array = host.numpy()
+            array[:, count:] = [[self._memory.padding_row], [0], [0]]
+            array[0, :count] = rows
+            array[1, :count] = positions
+            array[2, :count] = 1
+            self.inputs.copy_(host, non_blocking=True)
+        self._rows, self._positions = rows, positions + 1
 
     def compute(self) -> DecodeOutput:
-        """Run the model over the staged requests and put each greedy token in its place."""
+        """Run the model over the staged requests and put each greedy token in its place.
+
+        Their positions then go on by one.
+        """
         memory = self._memory
         rows, positions = self.inputs[0], self.inputs[1]
         input_ids, targets, slots, kv_lens, tables = self._prepare(
@@ -166,4 +179,5 @@ class DecodeStep:
         logits = self._forward(metadata, input_ids, positions)
         argmax = self._ops.resolve("argmax", logits.dtype, vocab_size=logits.shape[-1])
         tokens = argmax(logits, memory.flat_tokens, targets)
+        positions += self.inputs[2]
         return DecodeOutput(logits, tokens)
