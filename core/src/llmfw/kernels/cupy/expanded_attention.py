@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WIDEST = 256  # of a head, for flash attention
 EXPAND_THREADS = 128
 LEAST_GAIN = 4e9  # operations saved; below them the absorbed kernel's single launch is quicker
+MOST_BYTES = 512 << 20  # of what is made for one layer: more than a step is sure to find free
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ class ExpandedHeads:
         attended = 2.0 * pairs * 2 * self.width
         made = 2.0 * sum(kv_lens) * self.latent_dim * (self.key_dim + self.v_dim)
         return self.num_heads * (absorbed - attended - made)
+
+    def nbytes(self, metadata: AttentionMetadata, itemsize: int) -> int:
+        """Memory for the context requests: rows, their product, keys and values."""
+        keys = sum(metadata.kv_lens[: metadata.num_contexts])
+        each = self.num_heads * (self.key_dim + self.v_dim + 2 * self.width)
+        return keys * (each + self.latent_dim + self.rotary_dim) * itemsize
 
 
 def supports(context: OpContext) -> str | None:
@@ -179,7 +186,13 @@ def expanded_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `expanded_attention` for one head layout."""
     attend = ExpandedAttention(context)
     heads, batches = attend.heads, Once(context_batch)
-    worth = Once(lambda metadata: heads.gain(metadata) >= LEAST_GAIN)
+    itemsize = context.dtype.itemsize
+
+    def is_worth(metadata: AttentionMetadata) -> bool:
+        fits = heads.nbytes(metadata, itemsize) <= MOST_BYTES
+        return fits and heads.gain(metadata) >= LEAST_GAIN
+
+    worth = Once(is_worth)
 
     def call(
         q: torch.Tensor,
@@ -198,7 +211,7 @@ def expanded_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         return attend(dense(q), cache, weight, view.block_tables, batch, scale)
 
     def pays(metadata: AttentionMetadata) -> bool:
-        """Whether the batch's context requests are worth the launches."""
+        """Whether the batch's context requests are worth the launches, and find room."""
         return metadata.num_contexts > 0 and worth.of(metadata)
 
     call.pays = pays  # type: ignore[attr-defined]

@@ -1,0 +1,139 @@
+"""How latent attention on a GPU is divided, refused and chosen: what needs no GPU to decide."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llmfw.errors import KernelError
+from llmfw.kernels.cupy import expanded_attention, head_linear, latent_attention, latent_rope
+from llmfw.kernels.cupy.expanded_attention import ExpandedHeads
+from llmfw.kernels.cupy.latent_attention import LatentAttention, Tile
+from llmfw.ops.kernel import DeviceInfo, OpContext
+
+CUDA = DeviceInfo(torch.device("cuda", 0), frozenset({"cuda", "sm_80", "sm_90", "cupy"}))
+ATTENTION = {
+    "num_heads": 16,
+    "num_kv_heads": 1,
+    "head_dim": 576,
+    "v_head_dim": 512,
+    "window": 0,
+    "softcap": 0,
+    "sinks": 0,
+    "block_size": 16,
+    "latent": 1,
+}
+EXPANDED = {
+    "num_heads": 16,
+    "latent_dim": 512,
+    "rotary_dim": 64,
+    "key_dim": 128,
+    "v_head_dim": 128,
+    "block_size": 16,
+}
+
+
+def context(op: str, shape: dict[str, int]) -> OpContext:
+    return OpContext(op, torch.bfloat16, CUDA, shape)
+
+
+def attention(
+    monkeypatch: pytest.MonkeyPatch, shared: int, heads: int = 16, sms: int = 132
+) -> LatentAttention:
+    """On a GPU with so much shared memory a block and so many multiprocessors."""
+    facts = SimpleNamespace(multi_processor_count=sms, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    return LatentAttention(context("paged_attention", {**ATTENTION, "num_heads": heads}))
+
+
+@pytest.mark.parametrize("shared", [227 << 10, 163 << 10, 99 << 10])
+def test_every_gpu_we_name_has_tiles(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+    attend = attention(monkeypatch, shared)
+    assert attend.tile(16).shared_bytes(576) <= shared
+    assert attend.tile(17).shared_bytes(576) <= shared
+
+
+def test_too_little_shared_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelError, match="49152 bytes of shared memory are too few"):
+        attention(monkeypatch, 48 << 10).tile(64)
+
+
+def test_shared_memory_is_counted_as_the_source_divides_it() -> None:
+    tiles = 2 * 32 * (576 + 8) * 2  # stages, keys, padded rows of 16-bit values
+    scores = 4 * 16 * (32 + 8) * 4  # four shares of the summed dimension, in float32
+    assert Tile(16, 32, 2).shared_bytes(576) == tiles + scores + 16 * (32 + 8) * 2 + 16 * 4
+
+
+def test_splits_fill_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = attention(monkeypatch, 227 << 10)
+    for requests in (1, 2, 7, 64, 132, 133, 300):
+        for longest in (1, 100, 1024, 9000):
+            plan = attend.plan(requests, 1, longest)
+            assert plan.columns == 1
+            assert 1 <= plan.splits <= max(1, -(-longest // plan.tile.keys))
+            if requests * 2 <= 132:
+                slots = 132 * attend.resident_blocks(plan.tile)
+                assert requests * plan.splits <= slots
+    many = attention(monkeypatch, 227 << 10, heads=128).plan(3, 2, 1024)
+    assert (many.tile.rows, many.columns) == (64, 4)
+    assert attend.plan(3, 1, 1024, splits=5).splits == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"latent": 0}, "latent caches only"),
+        ({"num_kv_heads": 2}, "2 KV heads"),
+        ({"head_dim": 568}, "not multiples of 16"),
+        ({"head_dim": 1088, "v_head_dim": 1024}, "up to 576"),
+        ({"block_size": 4}, "block size 4"),
+        ({"window": 100}, "no window"),
+        ({"sinks": 1}, "no sinks"),
+    ],
+)
+def test_what_absorbed_attention_serves(change: dict[str, int], reason: str | None) -> None:
+    told = latent_attention.supports(context("paged_attention", {**ATTENTION, **change}))
+    assert told is None if reason is None else reason in str(told)
+
+
+def test_what_the_other_kernels_serve() -> None:
+    def expanded(**change: int) -> str | None:
+        return expanded_attention.supports(context("expanded_attention", {**EXPANDED, **change}))
+
+    assert expanded() is None
+    assert "multiples of 8" in str(expanded(v_head_dim=12))
+    assert "up to 256" in str(expanded(key_dim=256))
+    sizes = {"num_heads": 2, "in_features": 128, "out_features": 512}
+    for change, reason in (
+        ({}, None),
+        ({"in_features": 512, "out_features": 128}, None),
+        ({"in_features": 40}, "40 inputs"),
+        ({"in_features": 1024}, "1024 inputs"),
+        ({"out_features": 24}, "24 outputs"),
+    ):
+        told = head_linear.supports(context("head_linear", {**sizes, **change}))
+        assert told is None if reason is None else reason in str(told)
+    rope = {"num_heads": 2, "latent_dim": 512, "rotary_dim": 7, "interleaved": 1, "norm": 1}
+    op = "latent_rope_and_cache"
+    assert "not pairs" in str(latent_rope.supports(context(op, rope)))
+    wide = {**rope, "rotary_dim": 64, "latent_dim": 8192}
+    assert "too wide" in str(latent_rope.supports(context(op, wide)))
+    assert latent_rope.supports(context(op, {**rope, "rotary_dim": 64})) is None
+
+
+def lengths(*pairs: tuple[int, int]) -> SimpleNamespace:
+    """Of a batch whose requests, all of them context requests, have (new tokens, all tokens)."""
+    query_lens, kv_lens = zip(*pairs, strict=True)
+    return SimpleNamespace(query_lens=query_lens, kv_lens=kv_lens, num_contexts=len(pairs))
+
+
+def test_keys_and_values_are_made_for_long_prompts_that_find_room() -> None:
+    heads = ExpandedHeads.of(context("expanded_attention", EXPANDED))
+    long, short, chunk = lengths((4096, 4096)), lengths((64, 64)), lengths((16, 4096))
+    assert heads.gain(long) > expanded_attention.LEAST_GAIN > heads.gain(short)
+    assert heads.gain(chunk) < 0  # few queries: making 4096 keys costs more than it saves
+    assert heads.nbytes(long, 2) < expanded_attention.MOST_BYTES
+    assert heads.nbytes(lengths((4096, 65536)), 2) > expanded_attention.MOST_BYTES
