@@ -50,8 +50,16 @@ class BlockTableMirror:
             values += chunk.blocks
         if not places:
             return
+        flat = self.blocks.view(-1)
+        if (
+            places[-1] - places[0] == len(places) - 1
+        ):  # of one chunk: no need to say where each goes
+            staged = torch.empty(len(values), dtype=torch.int32, pin_memory=flat.is_cuda)
+            staged.numpy()[:] = values
+            flat[places[0] : places[-1] + 1].copy_(staged, non_blocking=True)
+            return
         where, what = upload([np.array(places), np.array(values)], torch.int64, self._device)
-        self.blocks.view(-1).index_copy_(0, where, what.int())
+        flat.index_copy_(0, where, what.int())
 
 
 @dataclass(frozen=True)
