@@ -8,7 +8,7 @@ all shapes depend only on the padded batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,7 +36,7 @@ class BlockTableMirror:
         self._filled = np.zeros(num_rows, dtype=np.int64)
         self._device = device
 
-    def apply(self, chunks: Iterable[Chunk], row_of: Mapping[int, int]) -> None:
+    def apply(self, chunks: Sequence[Chunk], row_of: Mapping[int, int]) -> None:
         """Note the blocks that chunks bring, in one copy; nothing waits for the device."""
         places: list[int] = []
         values: list[int] = []
@@ -51,9 +51,7 @@ class BlockTableMirror:
         if not places:
             return
         flat = self.blocks.view(-1)
-        if (
-            places[-1] - places[0] == len(places) - 1
-        ):  # of one chunk: no need to say where each goes
+        if len(chunks) == 1:
             staged = torch.empty(len(values), dtype=torch.int32, pin_memory=flat.is_cuda)
             staged.numpy()[:] = values
             flat[places[0] : places[-1] + 1].copy_(staged, non_blocking=True)
