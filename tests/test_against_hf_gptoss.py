@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 from c_expressions import VALUES, value_of
 from llmfw.models import load_model
 from llmfw.testing import PackedSession
-from llmfw_gptoss.modeling import clamped_swiglu, swiglu_code
+from llmfw_gptoss.modeling import clamped_swiglu
 from parity import (
     ATOL,
     assert_same_logits,
@@ -112,8 +112,8 @@ def test_against_hf_gptoss_in_mxfp4(tmp_path: Path):
 
 
 def test_the_activation_in_c_is_the_function():
-    code = swiglu_code(1.702, 7.0)
+    swiglu = clamped_swiglu(1.702, 7.0)
     for gate, up in VALUES:
         both = (torch.tensor(value, dtype=torch.float64) for value in (gate, up))
-        expected = clamped_swiglu(*both, alpha=1.702, limit=7.0).item()
-        assert value_of(code, gate, up) == pytest.approx(expected)
+        expected = swiglu.function(*both).item()
+        assert value_of(swiglu.code, gate, up) == pytest.approx(expected)

@@ -6,7 +6,6 @@ part in the softmax and stands for no key.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,19 +18,16 @@ if TYPE_CHECKING:
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # fields of the configuration in newer transformers only
 
 
-def clamped_swiglu(
-    gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float
-) -> torch.Tensor:
+def clamped_swiglu(alpha: float, limit: float) -> GatedActivation:
     """(up + 1) * gate * sigmoid(alpha * gate), with gate cut above and up on both sides."""
-    gate = gate.clamp(max=limit)
-    return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
 
+    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate = gate.clamp(max=limit)
+        return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
 
-def swiglu_code(alpha: float, limit: float) -> str:
-    """`clamped_swiglu` of one gate and one up, for kernels to compile in."""
-    gate = f"fminf(gate, {float(limit)}f)"
-    up = f"fminf(fmaxf(up, {-float(limit)}f), {float(limit)}f)"
-    return f"({up} + 1.0f) * {gate} * sigmoid({float(alpha)}f * {gate})"
+    cut = f"fminf(gate, {limit}f)"
+    code = f"(fminf(fmaxf(up, -{limit}f), {limit}f) + 1.0f) * {cut} * sigmoid({alpha}f * {cut})"
+    return GatedActivation(swiglu, code)
 
 
 class GptOssForCausalLM(StockDecoderForCausalLM):
@@ -45,11 +41,10 @@ class GptOssForCausalLM(StockDecoderForCausalLM):
         config = model_config.pretrained_config
         alpha = getattr(config, "swiglu_alpha", SWIGLU_ALPHA)
         limit = getattr(config, "swiglu_limit", SWIGLU_LIMIT)
-        swiglu = partial(clamped_swiglu, alpha=alpha, limit=limit)
         spec = DecoderSpec.from_config(
             config,
             sinks=True,
             moe=MoEParams.from_config(config, scoring="topk_softmax", bias=True),
-            activation=GatedActivation(swiglu, swiglu_code(alpha, limit)),
+            activation=clamped_swiglu(float(alpha), float(limit)),
         )
         super().__init__(model_config, spec)
