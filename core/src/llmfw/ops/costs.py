@@ -325,6 +325,7 @@ BENCHES: dict[str, OpBench] = {
             f"{_HEADS} v_head_dim window softcap sinks block_size latent",
             (16, 8, 128, 128, 0, 0, 0, 16, 0),
             (32, 8, 128, 128, 0, 0, 0, 16, 0),
+            (16, 1, 576, 512, 0, 0, 0, 16, 1),
         ),
         _paged_attention,
         _attention_cost,
