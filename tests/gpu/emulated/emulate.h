@@ -247,6 +247,16 @@ inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x)
   *p += x;
   return old;
 }
+inline unsigned atomicMin(unsigned* p, unsigned x) {
+  const unsigned old = *p;
+  *p = x < old ? x : old;
+  return old;
+}
+inline unsigned atomicMax(unsigned* p, unsigned x) {
+  const unsigned old = *p;
+  *p = x > old ? x : old;
+  return old;
+}
 inline int atomicCAS(int* p, int expected, int x) {
   const int old = *p;
   if (old == expected) *p = x;
@@ -327,5 +337,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned order) {
   for (int i = 0; i < 4; ++i) out |= unsigned(both >> ((order >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
   return out;
 }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
+inline unsigned max(unsigned x, unsigned y) { return x > y ? x : y; }
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }

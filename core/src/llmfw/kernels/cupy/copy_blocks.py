@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,26 @@ PACK = 16  # bytes
 MOST_PAIRS = 65535  # of a grid
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where caches lie (int64 [tensors, 2], on the device), and the columns that a grid needs.
+
+    No columns where the kernel does not serve them.
+    """
+
+    table: torch.Tensor
+    columns: int
+
+    @classmethod
+    def of(cls, caches: Sequence[torch.Tensor], device: torch.device) -> _Layout:
+        places = [(cache.data_ptr(), cache[0].nbytes) for cache in caches]
+        whole = all(begin % PACK == 0 and nbytes % PACK == 0 for begin, nbytes in places)
+        whole &= all(cache.is_contiguous() for cache in caches)
+        largest = max(nbytes for _, nbytes in places)
+        table = torch.tensor(places, dtype=torch.int64).to(device)
+        return cls(table, -(-largest // (THREADS * IN_FLIGHT * PACK)) if whole else 0)
+
+
 def supports(context: OpContext) -> str | None:
     """Everything."""
     return None
@@ -27,29 +48,25 @@ def copy_blocks(context: OpContext) -> Callable[..., tuple[torch.Tensor, ...]]:
     constants = {"THREADS": THREADS, "IN_FLIGHT": IN_FLIGHT}
     module = load("copy_blocks.cu", device, torch.bfloat16, **constants)
     launch = module.launcher("copy_blocks", "PPP")
-    tables: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
+    layouts: dict[object, _Layout] = {}
 
     def call(
         sources: torch.Tensor, targets: torch.Tensor, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        places = tuple((cache.data_ptr(), cache[0].nbytes) for cache in caches)
-        whole = all(begin % PACK == 0 and nbytes % PACK == 0 for begin, nbytes in places)
         pairs = sources.shape[0]
-        if not whole or pairs > MOST_PAIRS or not all(cache.is_contiguous() for cache in caches):
-            return reference_step.copy_blocks(sources, targets, *caches)
         if not pairs or not caches:
             return caches
-        table = tables.get(places)
-        if table is None:
-            table = torch.tensor(places, dtype=torch.int64).to(device)
-            tables.clear()
-            tables[places] = table
-        largest = max(nbytes for _, nbytes in places)
-        columns = -(-largest // (THREADS * IN_FLIGHT * PACK))
+        key = tuple([(cache.data_ptr(), cache.stride(0), cache.shape) for cache in caches])
+        layout = layouts.get(key)
+        if layout is None:
+            layouts.clear()
+            layout = layouts[key] = _Layout.of(caches, device)
+        if not layout.columns or pairs > MOST_PAIRS:
+            return reference_step.copy_blocks(sources, targets, *caches)
         launch(
-            (columns, pairs, len(caches)),
+            (layout.columns, pairs, len(caches)),
             (THREADS, 1, 1),
-            table.data_ptr(),
+            layout.table.data_ptr(),
             sources.data_ptr(),
             targets.data_ptr(),
         )

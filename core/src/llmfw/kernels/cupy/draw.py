@@ -15,7 +15,8 @@ from llmfw.ops import reference_draw
 from llmfw.ops.kernel import OpContext
 
 THREADS = 256
-TILE = 1024  # tokens of a warp's step
+EACH = 32  # tokens of a lane in a warp's step
+MIN_BLOCKS = 2  # of a multiprocessor, for which registers are left
 BINS = 2048
 ROOM = 4096  # listed tokens of a row
 BLOCKS_PER_SM = 4
@@ -51,7 +52,7 @@ class _Workspace:
 def supports(context: OpContext) -> str | None:
     """Vocabularies whose tiles fit one table."""
     vocab = context["vocab_size"]
-    return f"a vocabulary of {vocab} is too large" if vocab > BINS * TILE else None
+    return f"a vocabulary of {vocab} is too large" if vocab > BINS * 32 * EACH else None
 
 
 def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
@@ -60,11 +61,11 @@ def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
     width = 16 // context.dtype.itemsize
     while vocab % width:
         width //= 2
-    constants = {"VOCAB": vocab, "WIDTH": width, "THREADS": THREADS, "ROOM": ROOM}
-    module = load("draw_tokens.cu", device, context.dtype, **constants)
+    constants = {"THREADS": THREADS, "EACH": EACH, "MIN_BLOCKS": MIN_BLOCKS, "ROOM": ROOM}
+    module = load("draw_tokens.cu", device, context.dtype, VOCAB=vocab, WIDTH=width, **constants)
     count = module.launcher("count_tokens", "PPPPPPq")
     draw = module.launcher("draw_tokens", "PPPPPPPPPPq")
-    tiles = -(-vocab // TILE)
+    tiles = -(-vocab // (32 * EACH))
     most = -(-tiles // (THREADS // 32))
     sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
     space = _Workspace.of(LEAST_ROWS, tiles, device)

@@ -25,14 +25,20 @@
 #ifndef THREADS
 #define THREADS 256
 #endif
+#ifndef MIN_BLOCKS  // resident blocks the registers must leave room for
+#define MIN_BLOCKS 2
+#endif
+#ifndef EACH  // tokens of a lane in a tile
+#define EACH 32
+#endif
 #ifndef ROOM  // listed tokens of a row; where there are more, the row itself is read again
 #define ROOM 4096
 #endif
 
-constexpr int EACH = 32;  // tokens of a lane in a tile
 constexpr int TILE = 32 * EACH;
 constexpr int TILES = (VOCAB + TILE - 1) / TILE;
-constexpr int BINS = 2048;
+constexpr int DIGIT = 11;
+constexpr int BINS = 1 << DIGIT;
 constexpr int SLOTS = BINS / THREADS;
 constexpr float BINS_AN_OCTAVE = 48.0f;
 constexpr float NO_MASS = 62.0f;  // octaves; from 40 on there is none
@@ -52,13 +58,14 @@ struct Row {
 
 struct Found {
   int slot;
-  u64 before;  // what the slots before it hold
+  u64 left;  // of the target, after the slots before it
 };
 
 struct Shared {
   u64 table[BINS];
   u64 of_warps[THREADS / 32];
   Found found;
+  u32 least, most;
   bool last;
 };
 
@@ -80,8 +87,8 @@ __device__ __forceinline__ float distance(const Row& row, scalar logit) {
   return __fmul_rn(__fsub_rn(row.greatest, to_float(logit)), row.scale);
 }
 
-// Nearer tokens come before; everything beyond the last bin is in it.
-__device__ __forceinline__ int bin_of(float y) { return int(fminf(__fmul_rn(y, BINS_AN_OCTAVE), BINS - 1)); }
+// The bin of a distance is the whole part of this; everything beyond the last bin is in it.
+__device__ __forceinline__ float place_of(float y) { return fminf(__fmul_rn(y, BINS_AN_OCTAVE), BINS - 1); }
 
 // 2^(40 - y) to 22 bits, by a polynomial over the distance to the nearest whole octave.
 __device__ __forceinline__ u64 mass_of(float y) {
@@ -97,8 +104,8 @@ __device__ __forceinline__ u64 mass_of(float y) {
   return u64(digits) << 18 >> (__float_as_uint(shifted) & 63u);
 }
 
-// A lane's tokens of a tile: in step i of a pack, places tile * TILE + (i * 32 + lane) * WIDTH + j.
-__device__ __forceinline__ int place_of(int tile, int e) {
+// A lane's tokens of a tile: in step i of a pack, tile * TILE + (i * 32 + lane) * WIDTH + j.
+__device__ __forceinline__ int token_of(int tile, int e) {
   return tile * TILE + (e / WIDTH * 32 + int(threadIdx.x) % 32) * WIDTH + e % WIDTH;
 }
 
@@ -106,12 +113,12 @@ __device__ __forceinline__ void load_tile(float (&y)[EACH], const Row& row, int 
   Pack<WIDTH> packs[EACH / WIDTH];
 #pragma unroll
   for (int i = 0; i < EACH / WIDTH; ++i) {
-    const int place = place_of(tile, i * WIDTH);
-    if (place < VOCAB) packs[i] = load<WIDTH>(row.logits + place);
+    const int token = token_of(tile, i * WIDTH);
+    if (token < VOCAB) packs[i] = load<WIDTH>(row.logits + token);
   }
 #pragma unroll
   for (int e = 0; e < EACH; ++e)
-    y[e] = place_of(tile, e) < VOCAB ? distance(row, packs[e / WIDTH].at[e % WIDTH]) : __uint_as_float(FARTHEST);
+    y[e] = token_of(tile, e) < VOCAB ? distance(row, packs[e / WIDTH].at[e % WIDTH]) : __uint_as_float(FARTHEST);
 }
 
 // 64-bit sums from 32-bit operations of shared memory.
@@ -153,31 +160,23 @@ __device__ __forceinline__ void clear(Shared& shared) {
   __syncthreads();
 }
 
-// The first slot of the table with which the sum reaches `target` (from 1 to the sum of all).
-__device__ __forceinline__ Found find(Shared& shared, u64 target) {
+// The first slot of the table with which the sum reaches `target_of(sum of all)`, which is from 1 to that.
+template <class F>
+__device__ __forceinline__ Found find(Shared& shared, F&& target_of) {
   __syncthreads();
   u64 mine = 0, all;
 #pragma unroll
   for (int i = 0; i < SLOTS; ++i) mine += shared.table[threadIdx.x * SLOTS + i];
-  const u64 upto = sum_up_to(mine, shared, all);
+  const u64 upto = sum_up_to(mine, shared, all), target = target_of(all);
   u64 before = upto - mine;
   if (before < target && target <= upto) {
     int slot = threadIdx.x * SLOTS;
     while (before + shared.table[slot] < target) before += shared.table[slot++];
     shared.found.slot = slot;
-    shared.found.before = before;
+    shared.found.left = target - before;
   }
   __syncthreads();
   return shared.found;
-}
-
-__device__ __forceinline__ u64 sum_of_table(Shared& shared) {
-  __syncthreads();
-  u64 mine = 0, all;
-#pragma unroll
-  for (int i = 0; i < SLOTS; ++i) mine += shared.table[threadIdx.x * SLOTS + i];
-  sum_up_to(mine, shared, all);
-  return all;
 }
 
 // What top_p asks of a sum: at least 1, at most all of it.
@@ -197,7 +196,7 @@ __device__ __forceinline__ bool is_last(Shared& shared, int* counter) {
   return shared.last;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     count_tokens(const scalar* logits, const i64* best, const double* parameters, u64* table, int* counters, u64* cut,
                  i64 stride) {
   follow();
@@ -214,13 +213,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load_tile(y, row, tile);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
-      const int bin = bin_of(y[e]);
-      if (bin == BINS - 1)
+      const float place = place_of(y[e]);
+      if (place >= BINS - 1)
         ++far;
       else if (by_count)
-        atomicAdd(reinterpret_cast<u32*>(shared.table + bin), 1u);
-      else if (const u64 mass = mass_of(y[e]))
-        add(shared.table + bin, mass);
+        atomicAdd(reinterpret_cast<u32*>(shared.table + int(place)), 1u);
+      else
+        add(shared.table + int(place), mass_of(y[e]));
     }
   }
   if (by_count && far) add(shared.table + BINS - 1, far);
@@ -237,12 +236,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       whole[i] = 0;
     }
   }
-  const u64 target = by_count ? row.top_k : part_of(sum_of_table(shared), row.top_p);
-  const Found found = find(shared, target);
+  const Found found = find(shared, [&](u64 all) { return by_count ? row.top_k : part_of(all, row.top_p); });
   if (threadIdx.x == 0) {
     cut[2 * index] = found.slot;
     // With both, everything up to the bin is listed, and top_p counts from the first.
-    cut[2 * index + 1] = by_count && row.cut_by_mass() ? target : target - found.before;
+    cut[2 * index + 1] = by_count && row.cut_by_mass() ? row.top_k : found.left;
   }
 }
 
@@ -250,7 +248,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 struct Listed {
   const Row* row;
   const uint2* near;
-  int count, first, last;  // how many there are; the bins that they lie in
+  int count;          // how many there are
+  float first, last;  // they are from this place on, and before that
 
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
@@ -262,9 +261,8 @@ struct Listed {
       return;
     }
     for (int i = threadIdx.x; i < VOCAB; i += THREADS) {
-      const float y = distance(*row, row->logits[i]);
-      const int bin = bin_of(y);
-      if (bin >= first && bin <= last) f(i, y);
+      const float y = distance(*row, row->logits[i]), place = place_of(y);
+      if (place >= first && place < last) f(i, y);
     }
   }
 };
@@ -272,20 +270,38 @@ struct Listed {
 // The distance of the listed token with which their sum, by distance, reaches `target`.
 template <class Measure>
 __device__ __forceinline__ float select(Shared& shared, const Listed& listed, u64 target, Measure&& measure) {
-  u32 prefix = 0;
-#pragma unroll 1
-  for (int shift = 20; shift >= 0; shift -= 10) {  // 11, 10 and 10 bits of a float without its sign
-    const u32 known = shift == 20 ? 0u : ~0u << (shift + 10);
+  // What all have in common needs no search; of the other bits, DIGIT at a time are settled.
+  u32 least = ~0u, most = 0;
+  listed.each([&](int, float y) {
+    least = min(least, __float_as_uint(y));
+    most = max(most, __float_as_uint(y));
+  });
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.least = ~0u;
+    shared.most = 0;
+  }
+  __syncthreads();
+  if (least <= most) {
+    atomicMin(&shared.least, least);
+    atomicMax(&shared.most, most);
+  }
+  __syncthreads();
+  least = shared.least;
+  u32 from = 0, unknown = shared.most - least;  // the answer is least + from + (0 to unknown)
+  while (unknown > 0) {
+    const int shift = max(0, 32 - __clz(unknown) - DIGIT);
     clear(shared);
     listed.each([&](int, float y) {
-      const u32 bits = __float_as_uint(y);
-      if ((bits & known) == prefix) add(shared.table + (bits >> shift & (shift == 20 ? 2047u : 1023u)), measure(y));
+      const u32 place = __float_as_uint(y) - least - from;
+      if (place <= unknown) add(shared.table + (place >> shift), measure(y));
     });
-    const Found found = find(shared, target);
-    target -= found.before;
-    prefix |= u32(found.slot) << shift;
+    const Found found = find(shared, [&](u64) { return target; });
+    target = found.left;
+    from += u32(found.slot) << shift;
+    unknown = min(unknown - (u32(found.slot) << shift), (1u << shift) - 1);
   }
-  return __uint_as_float(prefix);
+  return __uint_as_float(least + from);
 }
 
 // Where the listed tokens are cut, by top_k, by top_p, or by top_p among the top_k.
@@ -312,7 +328,7 @@ __device__ __forceinline__ void finish(i64* tokens, int* store, const i64* place
   if (store) store[places[blockIdx.y]] = token < 0 ? 0 : int(token);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     draw_tokens(i64* tokens, const scalar* logits, const i64* best, const double* parameters, int* counters,
                 const u64* cut, u64* masses, uint2* near, int* store, const i64* places, i64 stride) {
   follow();
@@ -327,8 +343,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Listed listed;
   listed.row = &row;
   listed.near = near + i64(index) * ROOM;
-  listed.last = row.cut() ? int(cut[2 * index]) : BINS - 1;
-  listed.first = !row.cut() ? BINS : row.cut_by_count() && row.cut_by_mass() ? 0 : listed.last;
+  const int bin = row.cut() ? int(cut[2 * index]) : BINS;
+  listed.first = row.cut_by_count() && row.cut_by_mass() ? 0.0f : float(bin);
+  listed.last = float(bin + 1);
   masses += i64(index) * TILES;
   near += i64(index) * ROOM;
   int* meeting = counters + 3 * index + 1;
@@ -341,9 +358,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u32 wanted = 0;
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
-      const int bin = bin_of(y[e]);
-      if (bin >= listed.first && bin <= listed.last) wanted |= 1u << e;
-      if (bin < listed.first && bin <= listed.last && y[e] <= row.farthest) mass += mass_of(y[e]);
+      const float place = place_of(y[e]);
+      if (place < listed.first) {
+        if (y[e] <= row.farthest) mass += mass_of(y[e]);
+      } else if (place < listed.last) {
+        wanted |= 1u << e;
+      }
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -364,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       if (!(wanted >> e & 1)) continue;
-      if (at < ROOM) near[at] = make_uint2(place_of(tile, e), __float_as_uint(y[e]));
+      if (at < ROOM) near[at] = make_uint2(token_of(tile, e), __float_as_uint(y[e]));
       ++at;
     }
   }
@@ -379,23 +399,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < BINS; i += THREADS) shared.table[i] = i < TILES ? __ldcg(masses + i) : 0;
   __syncthreads();
   if (row.cut()) {
-    listed.each([&](int place, float y) {
-      if (y <= limit) add(shared.table + place / TILE, mass_of(y));
+    listed.each([&](int token, float y) {
+      if (y <= limit) add(shared.table + token / TILE, mass_of(y));
     });
   }
-  const u64 all = sum_of_table(shared);
-  u64 drawn = u64(double(all) * row.uniform);
-  drawn = (drawn < all ? drawn : all - 1) + 1;
-  const Found tile = find(shared, drawn);
+  const Found tile = find(shared, [&](u64 all) {
+    const u64 drawn = u64(double(all) * row.uniform);
+    return (drawn < all ? drawn : all - 1) + 1;
+  });
 
   // The token in the tile.
   clear(shared);
   for (int i = threadIdx.x; i < TILE; i += THREADS) {
-    const int place = tile.slot * TILE + i;
-    const float y = place < VOCAB ? distance(row, row.logits[place]) : __uint_as_float(FARTHEST);
+    const int token = tile.slot * TILE + i;
+    const float y = token < VOCAB ? distance(row, row.logits[token]) : __uint_as_float(FARTHEST);
     if (y <= limit) shared.table[i] = mass_of(y);
   }
-  const Found token = find(shared, drawn - tile.before);
+  const Found token = find(shared, [&](u64) { return tile.left; });
   if (threadIdx.x > 0) return;
   *listing = 0;
   finish(tokens, store, places, i64(tile.slot) * TILE + token.slot);

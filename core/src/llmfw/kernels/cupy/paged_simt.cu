@@ -7,7 +7,8 @@
 //   [requests, columns, splits, ROWS, V_DIM], partial_stats [requests, columns, splits, ROWS]. Dims are whole packs of 4.
 // Launch: block WARPS * 32, grid (kv_heads * row tiles, splits, requests), as paged_decode: a block walks its split of
 //   the keys that its ROWS rows see, its warps take tiles of 32 keys in turn, the last of a request's blocks combines
-//   (counters return to zero).
+//   (counters return to zero). With BY_ROWS, for prompts, each warp has ROWS rows of its own and walks all their keys,
+//   which the others of the block find in L1; splits is 1.
 // Numbers: everything in float32.
 //
 // For the scores 8 lanes share a key, so that 4 keys are read at once, and the sum over the lanes is dealt out: each lane
@@ -36,6 +37,15 @@
 #ifndef WARPS
 #define WARPS 8
 #endif
+#ifndef BY_ROWS  // 1: each warp has rows of its own; 0: the block's warps share rows, and the keys between them
+#define BY_ROWS 0
+#endif
+#ifndef KEYS_AT_ONCE  // steps whose loads are in flight at once
+#define KEYS_AT_ONCE (ROWS * HEAD_DIM > 256 ? 1 : 2)
+#endif
+#ifndef VALUES_AT_ONCE
+#define VALUES_AT_ONCE (ROWS > 4 ? 2 : 4)
+#endif
 #ifndef MIN_BLOCKS  // resident blocks the registers must leave room for
 #define MIN_BLOCKS 2
 #endif
@@ -48,8 +58,9 @@ constexpr int V_PACKS = V_DIM / 4;
 constexpr int V_LANES = V_PACKS > 16 ? 32 : V_PACKS > 8 ? 16 : 8;  // that share a value row
 constexpr int V_KEYS = 32 / V_LANES;
 constexpr int V_EACH = (V_PACKS + V_LANES - 1) / V_LANES;
-constexpr int KEY_STEPS = ROWS * K_EACH > 8 ? 1 : 2;  // whose loads are in flight at once
-constexpr int VALUE_STEPS = ROWS > 4 ? 2 : 4;
+constexpr int SHARERS = BY_ROWS ? 1 : WARPS;
+constexpr int PARTIES = WARPS / SHARERS;
+constexpr int AT_ONCE_K = KEYS_AT_ONCE, AT_ONCE_V = VALUES_AT_ONCE;  // as a pragma takes them
 constexpr int THREADS = WARPS * 32;
 static_assert(HEAD_DIM % 4 == 0 && V_DIM % 4 == 0, "whole packs");
 
@@ -83,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   follow();
   const int request = first_request + blockIdx.z;
   const int kv_head = blockIdx.x % kv_heads;
-  const int row0 = blockIdx.x / kv_heads * ROWS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, party = warp / SHARERS;
+  const int row0 = (blockIdx.x / kv_heads * PARTIES + party) * ROWS;
   const int split = blockIdx.y, splits = gridDim.y;
   const int q_start = cu_query_lens[request];
   const int q_len = cu_query_lens[request + 1] - q_start;
@@ -102,19 +114,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   if (split >= active) return;
   const int stop = min(begin + (split + 1) * share, end);
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int* table = block_tables + request * table_stride;
   k_cache += kv_head * HEAD_DIM;
   v_cache += kv_head * V_DIM;
 
-  // Queries, and how far each row sees.
-  alignas(16) __shared__ float queries[ROWS][HEAD_DIM];
-  for (int item = threadIdx.x; item < ROWS * HEAD_DIM; item += THREADS) {
+  alignas(16) __shared__ float all_queries[PARTIES][ROWS][HEAD_DIM];
+  float(&queries)[ROWS][HEAD_DIM] = all_queries[party];
+  for (int item = threadIdx.x % (SHARERS * 32); item < ROWS * HEAD_DIM; item += SHARERS * 32) {
     const int r = item / HEAD_DIM, row = row0 + min(r, rows_here - 1);
     const scalar* source = q + (q_start + row / GROUP) * q_stride + (kv_head * GROUP + row % GROUP) * HEAD_DIM;
     queries[r][item % HEAD_DIM] = to_float(source[item % HEAD_DIM]);
   }
-  __syncthreads();
+  if (SHARERS == 1)
+    __syncwarp();
+  else
+    __syncthreads();
 
   float top[ROWS], sum[ROWS];  // running maximum in base 2, and this lane's part of the sum
   float4 o[ROWS][V_EACH];
@@ -126,13 +140,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     for (int i = 0; i < V_EACH; ++i) o[r][i] = make_float4(0, 0, 0, 0);
   }
 
-  for (int tile = begin + split * share + warp; tile < stop; tile += WARPS) {
+  for (int tile = begin + split * share + warp % SHARERS; tile < stop; tile += SHARERS) {
     // This lane's key is tile * 32 + lane; keys beyond the last read it again, and their scores are masked.
     const int mine = min(tile * KEYS + lane, last_position);
     const int page = __ldg(table + mine / BLOCK_SIZE), slot = mine % BLOCK_SIZE;
 
     float p[ROWS] = {};  // scores of this lane's key, then probabilities
-#pragma unroll KEY_STEPS
+#pragma unroll AT_ONCE_K
     for (int step = 0; step < KEYS * K_LANES / 32; ++step) {
       const int key = step * (32 / K_LANES) + lane / K_LANES;  // of the tile
       const scalar* row = k_cache + __shfl_sync(ALL, page, key) * k_block_stride +
@@ -181,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       sum[r] += p[r];
     }
 
-#pragma unroll VALUE_STEPS
+#pragma unroll AT_ONCE_V
     for (int step = 0; step < KEYS / V_KEYS; ++step) {
       const int key = step * V_KEYS + lane / V_LANES;
       const scalar* row = v_cache + __shfl_sync(ALL, page, key) * v_block_stride +
@@ -200,30 +214,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
   }
 
-  // The block's warps meet: each leaves its maximum, sum and unscaled output.
-  alignas(16) __shared__ float4 slab[WARPS][ROWS][V_PACKS];
-  __shared__ float2 stats[WARPS][ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const float all = warp_sum(sum[r]);
-    if (lane == 0) stats[warp][r] = make_float2(top[r], all);
-#pragma unroll
-    for (int i = 0; i < V_EACH; ++i) {
-      float4& x = o[r][i];
-#pragma unroll
-      for (int step = V_LANES; step < 32; step *= 2) {
-        x.x += __shfl_xor_sync(ALL, x.x, step);
-        x.y += __shfl_xor_sync(ALL, x.y, step);
-        x.z += __shfl_xor_sync(ALL, x.z, step);
-        x.w += __shfl_xor_sync(ALL, x.w, step);
-      }
-      const int pack = i * V_LANES + lane;
-      if (lane < V_LANES && pack < V_PACKS) slab[warp][r][pack] = x;
-    }
-  }
-  __syncthreads();
-
-  const i64 place = i64(blockIdx.z) * gridDim.x + blockIdx.x;
   const auto write = [&](int r, int pack, float4 y, float high, float total) {
     const int row = row0 + r, head = kv_head * GROUP + row % GROUP;
     if (sinks) {
@@ -239,14 +229,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     result.at[3] = from_float(y.w * inverse);
     store<4>(out + (i64(q_start + row / GROUP) * kv_heads * GROUP + head) * V_DIM + pack * 4, result);
   };
+
+  // Rows of a warp alone are done; the warps of a block that share rows leave maximum, sum and unscaled output.
+  alignas(16) __shared__ float4 slab[SHARERS][ROWS][V_PACKS];
+  __shared__ float2 stats[SHARERS][ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const float all = warp_sum(sum[r]);
+    if (SHARERS > 1 && lane == 0) stats[warp][r] = make_float2(top[r], all);
+#pragma unroll
+    for (int i = 0; i < V_EACH; ++i) {
+      float4& x = o[r][i];
+#pragma unroll
+      for (int step = V_LANES; step < 32; step *= 2) {
+        x.x += __shfl_xor_sync(ALL, x.x, step);
+        x.y += __shfl_xor_sync(ALL, x.y, step);
+        x.z += __shfl_xor_sync(ALL, x.z, step);
+        x.w += __shfl_xor_sync(ALL, x.w, step);
+      }
+      const int pack = i * V_LANES + lane;
+      if (lane >= V_LANES || pack >= V_PACKS) continue;
+      if (SHARERS > 1)
+        slab[warp][r][pack] = x;
+      else if (r < rows_here)
+        write(r, pack, x, top[r], all);
+    }
+  }
+  if (SHARERS == 1) return;
+  __syncthreads();
+
+  const i64 place = i64(blockIdx.z) * gridDim.x + blockIdx.x;
   for (int item = threadIdx.x; item < rows_here * V_PACKS; item += THREADS) {
     const int r = item / V_PACKS, pack = item % V_PACKS;
     float high = NEG_INF, total = 0;
     float4 y = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) high = fmaxf(high, stats[w][r].x);
+    for (int w = 0; w < SHARERS; ++w) high = fmaxf(high, stats[w][r].x);
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
+    for (int w = 0; w < SHARERS; ++w) {
       const float part = weight_of(stats[w][r].x, high);
       total += stats[w][r].y * part;
       add(y, slab[w][r][pack], part);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,9 @@ WARPS = 8
 KEYS_OF_A_TILE = 32
 MAX_SPLITS = 64
 MOST_ROWS = 8
+PROMPT_ROWS = 64  # from so many on each warp has rows of its own
+PROMPT_WARPS = 4
+PROMPT_RESIDENT = 3
 COUNTERS = 1 << 16
 
 
@@ -43,8 +46,9 @@ class Plan:
     """How one launch is divided.
 
     Args:
-        rows: Query rows of a block, a power of two.
+        rows: Query rows of a block, or of a warp alone, a power of two.
         warps: Warps of a block.
+        by_rows: Whether each warp has rows of its own.
         resident: Blocks of one multiprocessor at once, for which registers are left.
         columns: Blocks a request and split.
         splits: Most parts that a request's keys are divided into.
@@ -52,6 +56,7 @@ class Plan:
 
     rows: int
     warps: int
+    by_rows: bool
     resident: int
     columns: int
     splits: int
@@ -63,11 +68,15 @@ def plan_launch(heads: Heads, requests: int, max_q: int, max_kv: int, sms: int) 
     wanted = heads.group * max_q
     most = MOST_ROWS if widest <= 128 else MOST_ROWS // 2 if widest <= 256 else MOST_ROWS // 4
     rows = min(1 << (wanted - 1).bit_length(), most)
+    if wanted >= PROMPT_ROWS:
+        columns = heads.num_kv_heads * -(-wanted // (rows * PROMPT_WARPS))
+        return Plan(rows, PROMPT_WARPS, True, PROMPT_RESIDENT, columns, 1)
     resident = 1 if widest > 128 or rows == MOST_ROWS else 2
     columns = heads.num_kv_heads * -(-wanted // rows)
     blocks = columns * requests
     splits = min(resident * sms // blocks, -(-max_kv // (KEYS_OF_A_TILE * WARPS)), MAX_SPLITS)
-    return Plan(rows, WARPS, resident, columns, max(1, splits) if blocks <= COUNTERS else 1)
+    splits = max(1, splits) if blocks <= COUNTERS else 1
+    return Plan(rows, WARPS, False, resident, columns, splits)
 
 
 class _Kernels:
@@ -80,11 +89,12 @@ class _Kernels:
         properties = torch.cuda.get_device_properties(device_index(device))
         self.sms = properties.multi_processor_count
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        self._launchers: dict[tuple[int, int, int], Launcher] = {}
+        self._launchers: dict[Plan, Launcher] = {}
 
     def launcher(self, plan: Plan) -> Launcher:
         """The kernel for a plan's blocks, compiled when first wanted."""
-        found = self._launchers.get((plan.rows, plan.warps, plan.resident))
+        kind = replace(plan, columns=0, splits=0)
+        found = self._launchers.get(kind)
         if found is None:
             heads, context = self.heads, self._context
             found = load(
@@ -98,9 +108,10 @@ class _Kernels:
                 BLOCK_SIZE=heads.block_size,
                 SOFTCAP=int(heads.softcap),
                 WARPS=plan.warps,
+                BY_ROWS=int(plan.by_rows),
                 MIN_BLOCKS=plan.resident,
             ).launcher("paged_simt", "PPPPPPPPPPPqqqqqqiiiiff")
-            self._launchers[plan.rows, plan.warps, plan.resident] = found
+            self._launchers[kind] = found
         return found
 
 
