@@ -156,9 +156,8 @@ def _random_parts(
         np.where(random, farthest, np.inf).astype(np.float32),
         uniform(table.seeds[rows], positions),
     )
-    staged = [column.astype(np.float64) for column in columns]
-    parameters = torch.stack(upload(staged, torch.float64, table.tokens.device))
-    return {"parameters": parameters, "cuts": bool(features & (Feature.TOP_K | Feature.TOP_P))}
+    (flat,) = upload([np.concatenate(columns)], torch.float64, table.tokens.device)
+    return {"parameters": flat.view(5, -1), "cuts": bool(features & (Feature.TOP_K | Feature.TOP_P))}
 
 
 def _edits(
