@@ -129,7 +129,7 @@ def test_graphs_share_the_memory_of_their_logits(tmp_path):
     for cuda_graphs in (True, False):
         with LLM(
             tmp_path, device="cuda", load_format="dummy", skip_tokenizer_init=True, dtype="float32",
-            max_num_seqs=64, max_model_len=256, cuda_graphs=cuda_graphs,
+            max_num_seqs=64, max_model_len=256, kv_cache_memory="64MiB", cuda_graphs=cuda_graphs,
         ) as llm:  # fmt: skip
             found.append([output.outputs[0] for output in llm.generate(prompts, sampling)])
             graphs = llm._engine._executor.runner.graphs
