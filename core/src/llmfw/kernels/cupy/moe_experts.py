@@ -118,8 +118,8 @@ class CupyExperts:
         x, (tokens, top_k) = dense(x), experts.shape
         if not tokens:
             return torch.empty_like(x)
-        weights, experts = weights.contiguous(), experts.contiguous()
-        act = act_and_mul if self._activation is None else _nothing
+        weights, experts = weights.float().contiguous(), experts.long().contiguous()
+        act = self._between(act_and_mul)
         mean = tokens * top_k / self._experts  # rows of an expert
         if (mean <= 1 or tokens == 1) and top_k <= LANES:
             up = self._up_one if tokens == 1 else self._up_few
@@ -134,6 +134,12 @@ class CupyExperts:
         inner = act(tiles.up(x, ordered, top_k, gate_up, gate_up_bias))
         out = tiles.down(inner, ordered, top_k, down)
         return self._combine(out, weights, experts, down_bias)
+
+    def _between(self, act_and_mul: Act) -> Act:
+        """What stands between own products: nothing where the first ends with the activation."""
+        if self._activation is not None:
+            return _nothing
+        return lambda inner: dense(act_and_mul(inner).to(inner.dtype))
 
     def _by_library(
         self,
@@ -155,7 +161,7 @@ class CupyExperts:
         else:
             if gate_up_bias is not None:
                 inner += gate_up_bias[experts.flatten().index_select(0, ordered.order)]
-            inner = act_and_mul(inner)
+            inner = self._between(act_and_mul)(inner)
         out = self._library(inner, down.transpose(1, 2), offs=ordered.ends)
         return self._combine(out, weights, experts, down_bias, ordered.place)
 
