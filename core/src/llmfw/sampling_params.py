@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -195,7 +196,12 @@ class SamplingParams:
         told = _from_generation_config(generation_config or {}, searches=self.num_beams > 1)
         defaults = {**NEUTRAL, "temperature": temperature, **told}
         unset = {name: defaults[name] for name in NEUTRAL if getattr(self, name) is None}
-        return self.replace(**unset) if unset else self
+        if not unset:
+            return self
+        made = copy.copy(self)  # every request comes here: only what is new is validated
+        for name, value in unset.items():
+            object.__setattr__(made, name, _RULES[name](name, value))
+        return made
 
     @classmethod
     def from_generation_config(cls, raw: Mapping[str, Any], **given: Any) -> SamplingParams:
