@@ -286,6 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   // Sums of the rows to all warps, then the output, or its part with what the merge must know.
   const i64 place = (i64(blockIdx.z) * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y;
   const bool whole = mine.active == 1;
+  __syncthreads();  // all have read the last fades
 #pragma unroll
   for (int i = 0; i < ROWS_EACH; ++i) {
     const int row = warp * ROWS_EACH + i;
