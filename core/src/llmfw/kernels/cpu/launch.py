@@ -204,7 +204,7 @@ def rms_norm(context: OpContext) -> Callable[..., torch.Tensor]:
 
 def add_rms_norm(context: OpContext) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """RMS norm of a sum, both results written into the inputs."""
-    native = _native(context)
+    native, norm = _native(context), rms_norm(replace(context, op="rms_norm"))
     hidden, dtype = context["hidden_size"], context.dtype
 
     def run(
@@ -214,6 +214,9 @@ def add_rms_norm(context: OpContext) -> Callable[..., tuple[torch.Tensor, torch.
         eps: float,
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual.dtype is not dtype:  # a stream in float32
+            total = residual + x
+            return norm(total.to(x.dtype), weight, eps, offset), total
         if (
             not _plain(dtype, x, residual, weight)
             or x.shape[-1] != hidden

@@ -35,15 +35,15 @@ def causal_conv1d(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `causal_conv1d` for one number of channels and length of the sum."""
     channels, taps, dtype = context["channels"], context["kernel_size"], context.dtype
     width = next(n for n in (4, 2, 1) if channels % n == 0)
-    blocks = -(-channels // (width * THREADS))
-    constants = {"CHANNELS": channels, "TAPS": taps, "WIDTH": width, "THREADS": THREADS}
     tile = max(TILE, taps - 1)
-    one, many = (
-        load("causal_conv1d.cu", context.info.device, dtype, **constants, TILE=size).launcher(
-            "causal_conv1d", "PPPPPPPqqii"
-        )
-        for size in (1, tile)
-    )
+    constants = {"CHANNELS": channels, "TAPS": taps, "THREADS": THREADS}
+    widths = {1: width, tile: min(width, 2)}  # channels a thread, by tokens a thread
+    launches = {
+        size: load(
+            "causal_conv1d.cu", context.info.device, dtype, **constants, WIDTH=wide, TILE=size
+        ).launcher("causal_conv1d", "PPPPPPPqqii")
+        for size, wide in widths.items()
+    }
     spans, block = Spans(), (THREADS, 1, 1)
 
     def call(
@@ -64,9 +64,10 @@ def causal_conv1d(context: OpContext) -> Callable[..., torch.Tensor]:
             return reference.causal_conv1d(x, weight, bias, state, metadata, silu)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         for span in spans.of(metadata):
-            launch, tiles = (one, 1) if span.longest == 1 else (many, -(-span.longest // tile))
-            launch(
-                (blocks, tiles, span.requests),
+            size = 1 if span.longest == 1 else tile
+            blocks = -(-channels // (widths[size] * THREADS))
+            launches[size](
+                (blocks, -(-span.longest // size), span.requests),
                 block,
                 out.data_ptr(),
                 x.data_ptr(),
