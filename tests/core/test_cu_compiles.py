@@ -83,12 +83,8 @@ USES: dict[str, list[dict[str, int | str]]] = {
     ],
     "streamed.cu": [
         {"DTYPE": BF16},
-        {"DTYPE": F16, "ROWS": 64, "WEIGHT_TILES": 2, "WARPS": 4, "CHUNK": 64, "SPLIT": 8},
-        {"DTYPE": BF16, "ROWS": 8, "GATED": 1, "SPLIT": 2, "WARPS": 2},
-    ],
-    "skinny.cu": [
-        {"DTYPE": BF16, "ROWS": 16, "WEIGHT_TILES": 2},
-        {"DTYPE": F16, "ROWS": 64, "IN": 192},
+        {"DTYPE": F16, "ROWS": 64, "WARPS": 8, "CHUNK": 64, "SPLIT": 8},
+        {"DTYPE": BF16, "ROWS": 8, "GATED": 1, "SPLIT": 2},
     ],
     "moe_route.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "EXPERTS": 1000}],
     "moe_order.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "EXPERTS": 1000, "ROWS": 64}],

@@ -18,12 +18,15 @@ import torch
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.kernels.cupy import gated_linear, linear
 from llmfw.kernels.cupy.declarations import KERNELS
-from llmfw.kernels.cupy.products import bucket_of
+from llmfw.kernels.cupy.products import STREAMED_ROWS, bucket_of
+from llmfw.kernels.cupy.streamed import CUTS, Streamed, servable
+from llmfw.ops.device import cuda_features
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-FEATURES = frozenset({"cuda", "cupy", "sm_80"})
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+FEATURES = frozenset({"cuda", "cupy"}) | cuda_features(*CAPABILITY)
 
 
 @dataclass(frozen=True)
@@ -429,14 +432,17 @@ def gated_linear_cases() -> Iterator[Case]:
 
 
 def product_variants(context: OpContext, rows: int) -> Iterator[Callable[..., torch.Tensor]]:
-    """Every variant that can serve so many rows, called as the op is."""
-    module, outputs = linear, context.shape.get("out_features")
+    """Every variant that can serve so many rows, worth it or not, called as the op is."""
+    module, outputs, gated = linear, context.shape.get("out_features"), False
     if outputs is None:
-        module, outputs = gated_linear, context["intermediate_size"]
+        module, outputs, gated = gated_linear, context["intermediate_size"], True
     bucket = bucket_of(rows)
     if bucket is None:
         return
-    for variant in module.variants(bucket, context["in_features"], context.dtype):
+    found = module.variants(bucket, context)
+    if bucket in STREAMED_ROWS and servable(context):
+        found = tuple(Streamed(*cut, gated=gated) for cut in CUTS)
+    for variant in found:
         product = variant.build(bucket, context, outputs)
 
         def call(

@@ -41,6 +41,7 @@ inline void arrive_expecting(Barrier* b, int bytes) {
 inline void wait_for(Barrier* b, int parity) {
   while ((b->parity & 1) == parity) emulated::yield();
 }
+inline void prefetch_map(const TensorMap&) {}
 inline u64 read_once_policy() { return 0; }
 inline u64 read_often_policy() { return 0; }
 
@@ -72,5 +73,25 @@ P* place_at(P* own, int rank) {
   u8* const there = (*emulated::cluster)[rank].dynamic_shared();
   return reinterpret_cast<P*>(there + (reinterpret_cast<u8*>(own) - here));
 }
-inline void store_at(float2* own, int rank, float2 value) { *place_at(own, rank) = value; }
+inline void store_at(float* own, int rank, float value) { *place_at(own, rank) = value; }
 inline void arrive_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
+
+#if DTYPE != F32
+inline void open_products() {}
+inline void finish_products() {}
+
+// Value k of a row of a box that begins at `first`; the address says where in the swizzle it lies.
+inline float value_at(const u8* first, int row, int k) {
+  const u64 at = u64(first) + row * 128 + k * 2;
+  return to_float(*reinterpret_cast<const scalar*>(at ^ (at >> 7 & 7) << 4));
+}
+
+template <int N>
+void multiply_tile(float (&d)[N][4], const u8* a, const u8* b) {
+  const int g = emulated::lane() / 4, c = emulated::lane() % 4, warp = emulated::current->number / 32 % 4;
+  for (int n = 0; n < N; ++n)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 16; ++k)
+        d[n][i] += value_at(a, warp * 16 + g + i / 2 * 8, k) * value_at(b, n * 8 + 2 * c + i % 2, k);
+}
+#endif

@@ -205,7 +205,10 @@ def device_index(device: torch.device) -> int:
 
 @functools.cache
 def arch_of(index: int) -> str:
-    """The newest architecture that both the device and NVRTC know, as "sm_90"."""
+    """The newest architecture that both the device and NVRTC know, as "sm_89".
+
+    From 9.0 on a device's own architecture has instructions that no other has: "sm_90a".
+    """
     from cupy.cuda import nvrtc
 
     major, minor = torch.cuda.get_device_capability(index)
@@ -216,4 +219,5 @@ def arch_of(index: int) -> str:
             f"NVRTC {nvrtc.getVersion()} cannot compile for compute capability {major}.{minor}",
             hint="install a newer CuPy and CUDA runtime, or run with --kernels reference",
         )
-    return f"sm_{max(known)}"
+    newest = max(known)
+    return f"sm_{newest}{'a' if newest == own >= 90 else ''}"

@@ -1,7 +1,7 @@
 """The op `gated_linear`: gate and up in one product with silu(gate) * up at its end, for few rows.
 
-gemv.cu serves 1, 2 and 4 rows where it beats the product and the activation apart; these serve the
-rest.
+gemv.cu (1, 2 and 4 rows) and streamed.cu (5 to 64) serve where they beat the product and the
+activation apart; these serve the rest.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ import torch
 from llmfw.kernels.cupy import linear as plain
 from llmfw.kernels.cupy.activation import gated_activation
 from llmfw.kernels.cupy.activation import supports as activation_supports
-from llmfw.kernels.cupy.products import GEMV_ROWS, Variant, by_rows, gemv_variant, serves
+from llmfw.kernels.cupy.gemv import gemv_variants
+from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves
+from llmfw.kernels.cupy.streamed import streamed_variants
 from llmfw.kernels.cupy.tune import Contest, choices
 from llmfw.ops.kernel import OpContext
-
-VARIANTS = (  # pairs of rows of a warp, warps that share them, packs in flight
-    (1, 1, 2),
-    (1, 2, 2),
-    (1, 4, 2),
-    (1, 8, 2),
-)
 
 
 def supports(context: OpContext) -> str | None:
@@ -30,20 +25,17 @@ def supports(context: OpContext) -> str | None:
     return plain.supports(_product(context)) or activation_supports(_activation(context))
 
 
-def variants(bucket: int, in_features: int, dtype: torch.dtype) -> tuple[Variant, ...]:
-    """The kernels that can serve exactly `bucket` rows."""
-    stretch = 32 * 16 // dtype.itemsize
-    return tuple(
-        gemv_variant("gated", r, k, u, GATED=1)
-        for r, k, u in VARIANTS
-        if bucket in GEMV_ROWS
-        and (k * stretch <= in_features if k > 1 else in_features < 8 * stretch)
+def variants(bucket: int, context: OpContext) -> tuple[Variant, ...]:
+    """The kernels that can serve up to `bucket` rows (exactly so many up to 4)."""
+    return (
+        *gemv_variants(bucket, context["in_features"], context.dtype, gated=True),
+        *streamed_variants(bucket, context, 2 * context["intermediate_size"]),
     )
 
 
 def contest(context: OpContext) -> Contest:
     """What may serve the op for one weight shape."""
-    in_features, width = context["in_features"], context["intermediate_size"]
+    width = context["intermediate_size"]
     product, act = plain.linear(_product(context)), gated_activation(_activation(context))
 
     def apart(
@@ -53,7 +45,7 @@ def contest(context: OpContext) -> Contest:
 
     return Contest(
         context,
-        {bucket: variants(bucket, in_features, context.dtype) for bucket in GEMV_ROWS},
+        {bucket: variants(bucket, context) for bucket in BUCKETS},
         weight_rows=2 * width,
         outputs=width,
         otherwise=apart,

@@ -1,8 +1,8 @@
-// The instructions of compute capability 9.0 that move tiles: tensor copies, barriers in shared memory, clusters.
-// The tests replace this file, as they do ptx.cuh. Included by kernels that serve 9.0 and newer alone.
+// The instructions of compute capability 9.0: tensor copies, barriers in shared memory, clusters, products of tiles.
+// The tests replace this file, as they do ptx.cuh. Included by kernels that serve 9.0 (sm_90a) alone.
 #pragma once
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_TILE_COPIES 1
 #else
 #define HAS_TILE_COPIES 0
@@ -47,6 +47,11 @@ __device__ __forceinline__ void wait_for(Barrier* b, int parity) {
       : "memory");
 }
 
+// Fetches the map itself, which the first copy would wait for.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 __device__ __forceinline__ u64 read_once_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -85,11 +90,54 @@ __device__ __forceinline__ u32 address_at(const void* own, int rank) {
   return address;
 }
 
-__device__ __forceinline__ void store_at(float2* own, int rank, float2 value) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address_at(own, rank)), "f"(value.x), "f"(value.y)
-               : "memory");
+__device__ __forceinline__ void store_at(float* own, int rank, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_at(own, rank)), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ void arrive_at(Barrier* own, int rank) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_at(own, rank)) : "memory");
 }
+
+#if DTYPE != F32
+// d[64 x 8 N] += a[64 x 16] b[8 N x 16]^T by four warps, both in shared memory as boxes of rows of 128 bytes. Lane
+// 4g + c of warp w gets rows 16 w + g (d[.][0], d[.][1]) and g + 8, columns 2c and 2c + 1 of each 8. The sums may be
+// touched, and the boxes written anew, after finish_products alone.
+__device__ __forceinline__ void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void finish_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// Groups of 8 rows 1024 bytes apart, 128-byte swizzle.
+__device__ __forceinline__ u64 tile_descriptor(const void* p) {
+  return u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+
+#if DTYPE == BF16
+#define PRODUCT(shape) "wgmma.mma_async.sync.aligned.m64" shape "k16.f32.bf16.bf16 "
+#else
+#define PRODUCT(shape) "wgmma.mma_async.sync.aligned.m64" shape "k16.f32.f16.f16 "
+#endif
+#define FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+
+template <int N>
+__device__ __forceinline__ void multiply_tile(float (&d)[N][4], const u8* a, const u8* b) {
+  static_assert(N == 1 || N == 2 || N == 4 || N == 8, "8, 16, 32 or 64 columns");
+  const u64 x = tile_descriptor(a), y = tile_descriptor(b);
+  if constexpr (N == 1)
+    asm volatile(PRODUCT("n8") "{%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;" : FOUR(d[0]) : "l"(x), "l"(y));
+  if constexpr (N == 2)
+    asm volatile(PRODUCT("n16") "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"
+                 : FOUR(d[0]), FOUR(d[1])
+                 : "l"(x), "l"(y));
+  if constexpr (N == 4)
+    asm volatile(PRODUCT("n32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
+                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3])
+                 : "l"(x), "l"(y));
+  if constexpr (N == 8)
+    asm volatile(PRODUCT("n64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                 "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
+                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
+                 : "l"(x), "l"(y));
+}
+#endif

@@ -2,13 +2,13 @@
 //
 // Shapes: x [rows, in], weight [outputs, in], bias [outputs] or null, y [rows, outputs]; contiguous, 16-byte aligned,
 //   in a multiple of 8, rows at most ROWS. GATED: weight [2 * outputs, in] = gate | up, bias alike, y = silu(gate) * up.
-// Launch: block WARPS * 32 + 32, clusters of SPLIT blocks, grid (tiles or fewer) * SPLIT. A tile is TILE rows of the
+// Launch: block WARPS * 32 + 32, clusters of SPLIT blocks, grid (tiles or fewer) * SPLIT. A tile is 16 WARPS rows of the
 //   weight (GATED: half of them gates, half their ups). One thread brings tiles, CHUNK values of every row at a time,
-//   STAGES ahead; each of the WARPS multiplies 16 T rows with all rows of x. The blocks of a cluster share the summed
+//   STAGES ahead; four warps together multiply 64 rows with all rows of x. The blocks of a cluster share the summed
 //   dimension and send their sums to the one that stores them. Without a split a block walks several tiles.
 // Numbers: float32 sums on tensor cores; GATED rounds where the references of linear and silu_and_mul round.
 //
-// The weight's first STAGES chunks are asked for before the kernel before is done (follow in common.cuh).
+// The weight's first chunks are asked for before the kernel before is done (follow in common.cuh).
 #include "common.cuh"
 #include "hopper.cuh"
 
@@ -19,10 +19,7 @@
 #define GATED 0
 #endif
 #ifndef WARPS
-#define WARPS 8
-#endif
-#ifndef WEIGHT_TILES
-#define WEIGHT_TILES 1
+#define WARPS 4
 #endif
 #ifndef CHUNK
 #define CHUNK 128
@@ -33,26 +30,31 @@
 #ifndef SPLIT
 #define SPLIT 1
 #endif
-
-#ifndef POLICY
-#define POLICY 0
+#ifndef EARLY
+#define EARLY STAGES
+#endif
+#ifndef ROTATE
+#define ROTATE 0
+#endif
+#ifndef BOX
+#define BOX (GATED ? TILE / 2 : TILE)
 #endif
 
 #if DTYPE != F32 && HAS_TILE_COPIES
 
-constexpr int T = WEIGHT_TILES, TILE = 16 * T * WARPS, COLUMNS = ROWS / 8;
+constexpr int TILE = 16 * WARPS, COLUMNS = ROWS / 8;
 constexpr int SPAN = 64;         // values of a row of a box: 128 bytes, the span of the swizzle
 constexpr int BOX_ROW = 128;     // bytes
 constexpr int WEIGHT_BYTES = TILE * CHUNK * 2, STAGE_BYTES = WEIGHT_BYTES + ROWS * CHUNK * 2;
-constexpr int SHARE = TILE / SPLIT;  // rows of a tile whose sums one block stores
-constexpr int PITCH = ROWS + 2;      // floats from one row's sums to the next
-constexpr int READY = GATED ? SHARE / 2 : SHARE;  // results a row that a block stores
-static_assert(ROWS % 8 == 0 && CHUNK % SPAN == 0 && SHARE % (GATED ? 16 : 8) == 0, "whole tiles, boxes and shares");
+constexpr int SHARE = TILE / SPLIT;               // rows of a tile whose sums one block stores
+constexpr int PITCH = SHARE + 4;                  // floats from the sums of one row of x to the next
+constexpr int READY = GATED ? SHARE / 2 : SHARE;  // results of a row of x that a block stores
+static_assert(ROWS % 8 == 0 && WARPS % 4 == 0 && CHUNK % SPAN == 0 && SHARE % (GATED ? 16 : 8) == 0, "whole parts");
 
 // All of the block's shared memory.
 struct Shared {
   u8 stages[STAGES][STAGE_BYTES];
-  float sums[SPLIT][SHARE * PITCH];  // by the block that sent them
+  float sums[SPLIT][ROWS * PITCH];  // by the block that sent them
   Barrier full[STAGES], empty[STAGES], sums_full, sums_empty;
 };
 
@@ -60,29 +62,30 @@ struct Shared {
 struct Work {
   int first, last, tile, stride, tiles;
   __device__ __forceinline__ int each() const { return last - first; }
+  __device__ __forceinline__ int tile_of(int i) const { return tile + i / each() * stride; }
+  __device__ __forceinline__ int chunk_of(int i) const {
+    return first + (ROTATE ? (i + tile_of(i)) % each() : i % each());
+  }
   __device__ __forceinline__ int count() const { return tile < tiles ? (tiles - tile + stride - 1) / stride * each() : 0; }
 };
 
 __device__ __forceinline__ void bring_weight(Shared& s, const TensorMap& weight, const Work& work, int outputs, int i,
                                              u64 policy) {
-  const int tile = work.tile + i / work.each() * work.stride, chunk = work.first + i % work.each();
+  const int tile = work.tile_of(i), chunk = work.chunk_of(i);
   u8* to = s.stages[i % STAGES];
   Barrier* full = &s.full[i % STAGES];
   arrive_expecting(full, STAGE_BYTES);
 #pragma unroll
-  for (int box = 0; box < CHUNK / SPAN; ++box, to += TILE * BOX_ROW) {
-    const int column = chunk * CHUNK + box * SPAN;
-    if (GATED) {
-      copy_box(to, weight, tile * (TILE / 2), column, full, policy);
-      copy_box(to + TILE / 2 * BOX_ROW, weight, outputs + tile * (TILE / 2), column, full, policy);
-    } else {
-      copy_box(to, weight, tile * TILE, column, full, policy);
-    }
+  for (int r = 0; r < TILE; r += BOX) {
+    const int row = !GATED ? tile * TILE + r : tile * (TILE / 2) + (r < TILE / 2 ? r : outputs + r - TILE / 2);
+#pragma unroll
+    for (int box = 0; box < CHUNK / SPAN; ++box)
+      copy_box(to + (box * TILE + r) * BOX_ROW, weight, row, chunk * CHUNK + box * SPAN, full, policy);
   }
 }
 
 __device__ __forceinline__ void bring_x(Shared& s, const TensorMap& x, const Work& work, int i, u64 policy) {
-  const int chunk = work.first + i % work.each();
+  const int chunk = work.chunk_of(i);
 #pragma unroll
   for (int box = 0; box < CHUNK / SPAN; ++box)
     copy_box(s.stages[i % STAGES] + WEIGHT_BYTES + box * ROWS * BOX_ROW, x, 0, chunk * CHUNK + box * SPAN,
@@ -91,75 +94,59 @@ __device__ __forceinline__ void bring_x(Shared& s, const TensorMap& x, const Wor
 
 __device__ __forceinline__ void produce(Shared& s, const TensorMap& weight, const TensorMap& x, const Work& work,
                                         int outputs) {
-  u64 normal;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
-  const u64 once = POLICY & 1 ? normal : read_once_policy(), often = POLICY & 2 ? normal : read_often_policy();
-  const int count = work.count(), early = min(count, STAGES);
+  const u64 once = read_once_policy(), often = read_often_policy();
+  const int count = work.count(), early = min(count, EARLY);
+  prefetch_map(weight);
+  prefetch_map(x);
   for (int i = 0; i < early; ++i) bring_weight(s, weight, work, outputs, i, once);
   follow();
   for (int i = 0; i < early; ++i) bring_x(s, x, work, i, often);
-  for (int i = STAGES; i < count; ++i) {
-    wait_for(&s.empty[i % STAGES], (i / STAGES + 1) % 2);
+  for (int i = early; i < count; ++i) {
+    if (i >= STAGES) wait_for(&s.empty[i % STAGES], (i / STAGES + 1) % 2);
     bring_weight(s, weight, work, outputs, i, once);
     bring_x(s, x, work, i, often);
   }
 }
 
-// Of each group of 8 rows the fragments' row g is row turn(g), so that the 8 lanes which read shared memory together
-// (2 rows, 4 packs) meet 8 different banks of the swizzle, which moves pack p of row r to p ^ r.
-__device__ __forceinline__ int turn(int g) { return g / 2 + g % 2 * 4; }
-__device__ __forceinline__ int turned_from(int row) { return row % 4 * 2 + row / 4; }
+typedef float Sums[COLUMNS][4];
 
-typedef float Sums[T][COLUMNS][4];
-
-__device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int warp, int g, int c) {
-  const int row = turn(g);
+// Four warps multiply 64 rows of the weight with all rows of x.
+__device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int warp) {
+  open_products();
 #pragma unroll
-  for (int k = 0; k < CHUNK / 32; ++k) {
-    const int at = row * BOX_ROW + ((k % 2 * 4 + c) ^ row) * 16;
-    const u8* w = stage + k / 2 * TILE * BOX_ROW + at;
-    const u8* v = stage + WEIGHT_BYTES + k / 2 * ROWS * BOX_ROW + at;
-    uint4 a[T][2];
-#pragma unroll
-    for (int t = 0; t < T; ++t)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int first = GATED ? half * (TILE / 2) + (warp * T + t) * 8 : (warp * T + t) * 16 + half * 8;
-        a[t][half] = *reinterpret_cast<const uint4*>(w + first * BOX_ROW);
-      }
-#pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) {
-      const uint4 b = *reinterpret_cast<const uint4*>(v + n * 8 * BOX_ROW);
-#pragma unroll
-      for (int t = 0; t < T; ++t) {
-        float(&d)[4] = sum[t][n];
-        mma(d[0], d[1], d[2], d[3], a[t][0].x, a[t][1].x, a[t][0].y, a[t][1].y, b.x, b.y);
-        mma(d[0], d[1], d[2], d[3], a[t][0].z, a[t][1].z, a[t][0].w, a[t][1].w, b.z, b.w);
-      }
-    }
+  for (int k = 0; k < CHUNK; k += 16) {
+    const u8* weight = stage + (k / SPAN * TILE + warp / 4 * 64) * BOX_ROW + k % SPAN * 2;
+    const u8* x = stage + WEIGHT_BYTES + k / SPAN * ROWS * BOX_ROW + k % SPAN * 2;
+    multiply_tile(sum, weight, x);
   }
+  finish_products();
 }
 
-// Lane 4g + c holds, of fragment rows g and g + 8, columns 2c and 2c + 1 of every 8.
-__device__ __forceinline__ void send(Shared& s, const Sums& sum, int rank, int warp, int g, int c) {
+// Where the sums of a group of 8 rows lie: in order; GATED the gates' beside those of their ups.
+__device__ __forceinline__ int place(int group) {
+  if (!GATED) return group * 8;
+  return group < TILE / 16 ? group * 16 : (group - TILE / 16) * 16 + 8;
+}
+
+// Lane 4g + c holds, of rows 16 warp + g and g + 8, columns 2c and 2c + 1 of every 8.
+__device__ __forceinline__ void send(Shared& s, const Sums& sum, int rank, int warp, int lane) {
+  const int g = lane / 4, c = lane % 4;
 #pragma unroll
-  for (int t = 0; t < T; ++t)
+  for (int half = 0; half < 2; ++half) {
+    const int first = place(warp * 2 + half);
+    float* to = s.sums[rank] + first % SHARE + g;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int first = (warp * T + t) * 16 + half * 8;
-      float* row = s.sums[rank] + (first % SHARE + turn(g)) * PITCH + 2 * c;
+    for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
-      for (int n = 0; n < COLUMNS; ++n) {
-        float2* to = reinterpret_cast<float2*>(row + n * 8);
-        const float2 value = make_float2(sum[t][n][2 * half], sum[t][n][2 * half + 1]);
+      for (int i = 0; i < 2; ++i) {
+        float* at = to + (n * 8 + 2 * c + i) * PITCH;
         if (SPLIT > 1)
-          store_at(to, first / SHARE, value);
+          store_at(at, first / SHARE, sum[n][2 * half + i]);
         else
-          *to = value;
+          *at = sum[n][2 * half + i];
       }
-    }
+  }
   __syncwarp();
-  const int lane = 4 * g + c;
   if (SPLIT > 1) {
     if (lane < SPLIT) arrive_at(&s.sums_full, lane);
   } else if (lane == 0) {
@@ -167,19 +154,41 @@ __device__ __forceinline__ void send(Shared& s, const Sums& sum, int rank, int w
   }
 }
 
+// The sums of 8 neighbouring results of a row.
+__device__ __forceinline__ void add(float (&total)[8], const Shared& s, int at) {
+#pragma unroll
+  for (int from = 0; from < SPLIT; ++from)
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(s.sums[from] + at + j);
+      total[j] += x.x, total[j + 1] += x.y, total[j + 2] += x.z, total[j + 3] += x.w;
+    }
+}
+
 __device__ __forceinline__ void finish(const Shared& s, scalar* y, const scalar* bias, int outputs, int rows,
                                        int first) {
-  for (int item = threadIdx.x; item < READY * rows; item += WARPS * 32) {
-    const int value = item % READY, m = item / READY, output = first + value;
-    if (output >= outputs) continue;
-    const int at = (GATED ? value / 8 * 16 + value % 8 : value) * PITCH + m / 8 * 8 + turned_from(m % 8);
-    float total = bias ? to_float(bias[output]) : 0.0f, up = GATED && bias ? to_float(bias[outputs + output]) : 0.0f;
+  for (int item = threadIdx.x; item < READY / 8 * rows; item += WARPS * 32) {
+    const int pack = item % (READY / 8), m = item / (READY / 8), output = first + pack * 8;
+    float total[8] = {}, up[8] = {};
+    add(total, s, m * PITCH + pack * (GATED ? 16 : 8));
+    if (GATED) add(up, s, m * PITCH + pack * 16 + 8);
+    Pack<8> out;
 #pragma unroll
-    for (int from = 0; from < SPLIT; ++from) {
-      total += s.sums[from][at];
-      if (GATED) up += s.sums[from][at + 8 * PITCH];
+    for (int j = 0; j < 8; ++j) {
+      if (bias && output + j < outputs) {
+        total[j] += to_float(bias[output + j]);
+        if (GATED) up[j] += to_float(bias[outputs + output + j]);
+      }
+      out.at[j] = from_float(GATED ? rounded(silu(rounded(total[j]))) * rounded(up[j]) : total[j]);
     }
-    y[i64(m) * outputs + output] = from_float(GATED ? rounded(silu(rounded(total))) * rounded(up) : total);
+    scalar* to = y + i64(m) * outputs + output;
+    if (outputs % 8 == 0) {
+      if (output < outputs) store<8>(to, out);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (output + j < outputs) to[j] = out.at[j];
+    }
   }
 }
 
@@ -187,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     streamed(scalar* y, TENSOR_MAP x, TENSOR_MAP weight, const scalar* bias, int in, int outputs, int rows) {
   DYNAMIC_SHARED(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rank = SPLIT > 1 ? rank_in_cluster() : 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -215,12 +224,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     Sums sum = {};
     for (int n = work.each(); n > 0; --n, ++i) {
       wait_for(&s.full[i % STAGES], i / STAGES % 2);
-      multiply(sum, s.stages[i % STAGES], warp, g, c);
+      multiply(sum, s.stages[i % STAGES], warp);
       __syncwarp();
       if (lane == 0) arrive(&s.empty[i % STAGES]);
     }
     if (round > 0) wait_for(&s.sums_empty, (round + 1) % 2);
-    send(s, sum, rank, warp, g, c);
+    send(s, sum, rank, warp, lane);
     wait_for(&s.sums_full, round % 2);
     finish(s, y, bias, outputs, rows, tile * (GATED ? TILE / 2 : TILE) + rank * READY);
     __syncwarp();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,13 @@ class Matrix:
     columns: int
     dtype: torch.dtype
     box_rows: int
+
+
+@functools.lru_cache(maxsize=4096)
+def tensor_map(address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int) -> bytes:
+    """The map's bytes; it holds the address and sizes alone, so that it is good for whoever lies
+    there."""
+    return encode(Matrix(address, rows, columns, dtype, box_rows))
 
 
 def encode(matrix: Matrix) -> bytes:
