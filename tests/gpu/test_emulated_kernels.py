@@ -110,7 +110,7 @@ def test_a_draw_reads_the_row_again_where_its_list_is_full(
     run(next(case for case in sampling_cases() if "bfloat16-2x4096-cuts" in str(case)), device)
 
 
-@pytest.mark.parametrize("case", small([*recurrent_cases(), *recurrent_norm_cases()], 5))
+@pytest.mark.parametrize("case", small([*recurrent_cases(), *recurrent_norm_cases()], 11))
 def test_recurrent_kernels_match_their_references(case: Case, device: torch.device) -> None:
     run(case, device)
 
