@@ -17,6 +17,9 @@ from llmfw.engine.scheduler import Scheduler, Sequence
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import NewRequest
 from llmfw.engine.tokenizer import Tokenizer
+from llmfw.kernels.cpu.declare import kernels
+from llmfw.ops import OpTable
+from llmfw.ops.device import device_info
 from llmfw.sampling_params import SamplingParams
 from tiny_tokenizer import tiny_backend
 
@@ -58,6 +61,7 @@ def parts(rows: int, params: SamplingParams) -> dict[str, float]:
     """Median microseconds of each part of a decode step."""
     settings = EngineSettings().on("cpu")
     runner = ModelRunner(NoModel(rows), settings, CPU)
+    runner._ops = OpTable(device_info(CPU), tuple(kernels()))
     scheduler = Scheduler(scheduler_config(runner.facts(), settings))
     for seq_id in range(rows):
         new = NewRequest(seq_id, tuple(range(seq_id, seq_id + 90)), params.resolved())
