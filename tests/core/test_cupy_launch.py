@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 DRIVER = r"""
 #include <stdint.h>
 #include <string.h>
-typedef union { char room[64]; int serialization; } Value;
+typedef union { char room[64]; int serialization; unsigned cluster[3]; } Value;
 typedef struct { int id; char pad[4]; Value value; } Attribute;
 typedef struct {
   unsigned grid[3], block[3], shared;
@@ -31,6 +31,9 @@ typedef struct {
 unsigned seen_sizes[7];
 void* seen_stream;
 int seen_attribute[3];
+unsigned seen_cluster[4];
+char seen_map[128];
+int map_is_first;
 struct { void* p; int64_t q; int i; float f; int last; } seen;
 int result;
 int cuLaunchKernelEx(const Config* config, void* function, void** args, void** extra) {
@@ -40,6 +43,15 @@ int cuLaunchKernelEx(const Config* config, void* function, void** args, void** e
   if (config->count) {
     seen_attribute[1] = config->attributes[0].id;
     seen_attribute[2] = config->attributes[0].value.serialization;
+  }
+  if (config->count > 1) {
+    seen_cluster[0] = config->attributes[1].id;
+    memcpy(seen_cluster + 1, config->attributes[1].value.cluster, 12);
+  }
+  if (map_is_first) {
+    memcpy(seen_map, args[0], 128);
+    seen.last = *(int*)args[1];
+    return result;
   }
   seen.i = *(int*)args[0];
   seen.p = *(void**)args[1];
@@ -81,6 +93,21 @@ def test_a_launch_packs_what_the_driver_reads(driver: ctypes.CDLL, overlaps: boo
     assert int.from_bytes(seen[16:20], "little", signed=True) == -5
     assert seen[20:24] == bytes.fromhex("0000003f")
     assert int.from_bytes(seen[24:28], "little", signed=True) == 6
+
+
+def test_a_launch_in_clusters_takes_tensor_maps(driver: ctypes.CDLL) -> None:
+    ctypes.c_int.in_dll(driver, "map_is_first").value = 1
+    launcher = launch.Launcher(SimpleNamespace(ptr=77), "k", "Ti", 0, True, 999, cluster=4)
+    launcher((8, 1, 1), (32, 1, 1), bytes(range(128)), 5)
+
+    assert list((ctypes.c_uint * 7).in_dll(driver, "seen_sizes"))[6] == 999
+    assert bytes((ctypes.c_ubyte * 128).in_dll(driver, "seen_map")) == bytes(range(128))
+    attributes = (ctypes.c_int * 3).in_dll(driver, "seen_attribute")
+    assert list(attributes) == [2, launch.PROGRAMMATIC_SERIALIZATION, 1]
+    cluster = (ctypes.c_uint * 4).in_dll(driver, "seen_cluster")
+    assert list(cluster) == [launch.CLUSTER_DIMENSION, 4, 1, 1]
+    seen = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(driver, "seen")), 32)
+    assert int.from_bytes(seen[24:28], "little") == 5
 
 
 def test_a_refused_launch_says_which(driver: ctypes.CDLL) -> None:

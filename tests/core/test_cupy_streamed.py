@@ -1,0 +1,86 @@
+"""How streamed.cu is cut to blocks, and the maps that its copies read."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmfw.errors import KernelError
+from llmfw.kernels.cupy import tensor_map
+from llmfw.kernels.cupy.products import STREAMED_ROWS
+from llmfw.kernels.cupy.streamed import CUTS, SHARED_BYTES, Streamed, streamed_variants
+from llmfw.ops.device import cuda_features
+from llmfw.ops.kernel import DeviceInfo, OpContext
+
+# The driver's function, as cuda.h declares it.
+DRIVER = r"""
+#include <stdint.h>
+#include <string.h>
+uint64_t seen[10];
+int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address,
+    const uint64_t* sizes, const uint64_t* pitches, const uint32_t* box, const uint32_t* steps,
+    int interleave, int swizzle, int promotion, int fill) {
+  uint64_t all[] = {(uint64_t)map % 64, type, rank, (uint64_t)address, sizes[0], sizes[1],
+                    pitches[0], box[0], box[1], swizzle};
+  memcpy(seen, all, sizeof(all));
+  memset(map, 7, 128);
+  return pitches[0] % 16 ? 1 : 0;
+}
+"""
+
+
+def linear_context(in_features: int, outputs: int, capability: tuple[int, int]) -> OpContext:
+    features = cuda_features(*capability) | {"cuda", "cupy"}
+    info = DeviceInfo(torch.device("cuda"), features)
+    shape = {"in_features": in_features, "out_features": outputs, "bias": 0}
+    return OpContext("linear", torch.bfloat16, info, shape)
+
+
+@pytest.mark.parametrize("bucket", STREAMED_ROWS)
+@pytest.mark.parametrize("in_features", [64, 1000, 4096, 14336])
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_blocks_of_a_multiprocessor_fit_its_memory(
+    cut: tuple[int, int, int], bucket: int, in_features: int
+) -> None:
+    for gated in (False, True):
+        streamed = Streamed(*cut, gated=gated)
+        assert streamed.stages(bucket, in_features) >= 1
+        block = streamed.shared_bytes(bucket, in_features) + 1024  # the system's own
+        assert block * streamed.blocks <= SHARED_BYTES
+
+
+def test_a_split_has_work_for_every_block() -> None:
+    for variant in streamed_variants(32, linear_context(512, 4096, (9, 0)), 4096):
+        assert variant.split <= 2
+    assert any(v.split == 4 for v in streamed_variants(8, linear_context(2048, 1024, (9, 0)), 1024))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_tensor_cores_are_left_to_the_library(capability: tuple[int, int]) -> None:
+    assert streamed_variants(32, linear_context(4096, 4096, capability), 4096) == ()
+    assert streamed_variants(32, linear_context(4096, 4096, (9, 0)), 4096)
+    assert streamed_variants(4, linear_context(4096, 4096, (9, 0)), 4096) == ()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_a_tensor_map_says_what_the_driver_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "driver.c").write_text(DRIVER)
+    command = ["gcc", "-shared", "-fPIC", "-w", "driver.c", "-o", "driver.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    library = ctypes.CDLL(str(tmp_path / "driver.so"))
+    monkeypatch.setattr(tensor_map, "driver", lambda: library)
+
+    address = 0x7F0000001000
+    found = tensor_map.encode(tensor_map.Matrix(address, 50, 192, torch.bfloat16, 64))
+    assert found == bytes([7]) * 128
+    seen = list((ctypes.c_uint64 * 10).in_dll(library, "seen"))
+    assert seen == [0, 9, 2, address, 192, 50, 384, 64, 64, 3]
+    with pytest.raises(KernelError, match="no tensor map"):
+        tensor_map.encode(tensor_map.Matrix(address, 50, 193, torch.bfloat16, 64))
