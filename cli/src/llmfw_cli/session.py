@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmfw_cli.engine_options import EngineOptions
+from llmfw_cli.garbage import nothing_collected
 from llmfw_cli.options import ServingOptions
 from llmfw_cli.output import progress
 from llmfw_cli.versions import versions
@@ -82,11 +84,14 @@ def open_session(
 ) -> Iterator[Session]:
     """Load the model, with a progress bar where one is shown, and shut it down at the end."""
     started = time.perf_counter()
-    from llmfw import LLM
-
     arguments = llm_arguments(serving, engine, with_tokenizer=with_tokenizer)
     arguments["generation_config"] = "auto" if use_generation_config else "none"
-    with progress("loading") as advance:
+    with nothing_collected(), progress("loading") as advance:
+        from llmfw import LLM
+
         llm = LLM(model, **arguments, progress=advance)
-    with llm:
-        yield Session(llm, time.perf_counter() - started)
+    try:
+        with llm:
+            yield Session(llm, time.perf_counter() - started)
+    finally:
+        gc.unfreeze()

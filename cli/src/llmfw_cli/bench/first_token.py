@@ -12,16 +12,19 @@ import sys
 import time
 from typing import Any
 
+from llmfw_cli.garbage import nothing_collected
+
 
 def main() -> None:
     """Start, make one token, tell."""
-    from llmfw import LLM, SamplingParams
+    with nothing_collected():
+        from llmfw import LLM, SamplingParams
 
-    asked: dict[str, Any] = json.loads(sys.stdin.read())
-    began = asked["started"]
-    phases = {"imports": time.monotonic() - began}
-    loading = time.monotonic()
-    llm = LLM(asked["model"], **asked["arguments"])
+        asked: dict[str, Any] = json.loads(sys.stdin.read())
+        began = asked["started"]
+        phases = {"imports": time.monotonic() - began}
+        loading = time.monotonic()
+        llm = LLM(asked["model"], **asked["arguments"])
     phases |= llm.startup_seconds
     phases["rest"] = time.monotonic() - loading - sum(llm.startup_seconds.values())
     asking = time.monotonic()
