@@ -30,6 +30,7 @@ def test_collections_are_off_meanwhile_and_what_lives_is_spared():
 
 
 def test_a_failure_turns_them_on_again():
+    gc.unfreeze()
     with pytest.raises(ValueError, match="broken"), nothing_collected():
         raise ValueError("broken")
     assert gc.isenabled()
