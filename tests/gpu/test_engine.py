@@ -123,7 +123,9 @@ def test_graphs_share_the_memory_of_their_logits(tmp_path):
     """They lie upon each other, and tokens are those without graphs."""
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": 50_000}))
     prompts = [[(i * j) % 1000 for j in range(3 + i)] for i in range(16)]
-    drawn = SamplingParams(seed=1, max_tokens=8, ignore_eos=True, return_generation_logits=True)
+    drawn = SamplingParams(
+        seed=1, top_k=4, max_tokens=8, ignore_eos=True, return_generation_logits=True
+    )
     sampling = [drawn.replace(temperature=0.0) if i % 2 else drawn for i in range(16)]
     found = []
     for cuda_graphs in (True, False):
