@@ -5,7 +5,7 @@
 
 S and L are the shapes of Qwen3-0.6B and Llama-3.1-8B, other names those of files in
 docs/benchmarks/shapes. W1: batch 1, prompt 128, 128 new tokens. W2: batch 32, prompt 960, 128 new.
-Wb: batch 1, 8, 64 and 256, prompt 960, 64 new (128 at 256). Wf: batch 1 and 64, prompt 128, 64 new.
+Wb: batch 1, 8, 64 and 256, prompt 960, 64 new. Wf: batch 1 and 64, prompt 128, 64 new.
 W3: 256 (L: the first 128 of them) requests whose prompts and outputs have 100 to 1,024 tokens.
 P8: prefill of 8 prompts of 2,048 tokens. Words with an equals sign are keywords of `LLM`, in JSON.
 """
@@ -37,7 +37,7 @@ NAMES = {"S": "qwen3-0.6b", "L": "llama-3.1-8b"}
 DECODE = {  # workload: batch and new tokens of each point, prompt, timed runs
     "W1": (((1, 128),), 128, 5),
     "W2": (((32, 128),), 960, 3),
-    "Wb": (((1, 64), (8, 64), (64, 64), (256, 128)), 960, 2),
+    "Wb": (((1, 64), (8, 64), (64, 64), (256, 64)), 960, 2),
     "Wf": (((1, 64), (64, 64)), 128, 3),
 }
 
