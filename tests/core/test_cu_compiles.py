@@ -132,7 +132,7 @@ def compiler(tmp_path: Path) -> Compiler:
                 "-Werror",
                 "all-warnings",
                 *[
-                    option
+                    option.replace(",", "\\,")  # at a bare one nvcc, not NVRTC, parts an option
                     for option in options_for(arch, defines)
                     if not option.startswith(("-arch", "-default"))
                 ],
