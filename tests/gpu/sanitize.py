@@ -21,6 +21,7 @@ from gpu.latent_cases import latent_cases
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
+from gpu.step_cases import step_cases
 
 
 def main(ops: list[str]) -> None:
@@ -30,6 +31,7 @@ def main(ops: list[str]) -> None:
     experts = (*route_cases(), *expert_cases())
     for case in (
         *all_cases(),
+        *step_cases(),
         *latent_cases(),
         *recurrent_cases(),
         *recurrent_norm_cases(),

@@ -23,10 +23,10 @@ from gpu.kernel_cases import (
     product_variants,
     relative_error,
     rope_cases,
-    step_cases,
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
+from gpu.step_cases import step_cases
 from llmfw.kernels.cupy.attention import paged_attention, plan_batch
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.ops.reference import REFERENCES

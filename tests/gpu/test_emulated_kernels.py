@@ -21,7 +21,6 @@ from gpu.kernel_cases import (
     norm_cases,
     product_variants,
     rope_cases,
-    step_cases,
 )
 from gpu.latent_cases import (
     expanded_attention_cases,
@@ -31,6 +30,7 @@ from gpu.latent_cases import (
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
+from gpu.step_cases import step_cases
 from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, prefill
 from llmfw.ops import reference
 from llmfw.ops.reference_moe import grouped_linear
