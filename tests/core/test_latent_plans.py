@@ -76,6 +76,15 @@ def test_splits_fill_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
             if requests * 2 <= 132:
                 slots = 132 * attend.resident_blocks(plan.tile)
                 assert requests * plan.splits <= slots
+    assert [attend.plan(n, 1, 4096).tile.keys for n in (1, 33, 34, 132, 133)] == [
+        32,
+        32,
+        64,
+        64,
+        32,
+    ]
+    short, long = attend.plan(64, 1, 192), attend.plan(64, 1, 1024)
+    assert (short.splits, long.splits, long.least_share * long.tile.keys) == (1, 2, 256)
     many = attention(monkeypatch, 227 << 10, heads=128).plan(3, 2, 1024)
     assert (many.tile.rows, many.columns) == (64, 4)
     assert attend.plan(3, 1, 1024, splits=5).splits == 5

@@ -10,7 +10,7 @@ import torch
 from gpu.kernel_cases import Batch, Case, attention_arguments, check, kernel_of, relative_error
 from gpu.latent_cases import latent_attention_cases, latent_cases
 from llmfw.kernels.cupy.attention import parts_of
-from llmfw.kernels.cupy.latent_attention import TILES, LatentAttention
+from llmfw.kernels.cupy.latent_attention import TILES, WIDE, LatentAttention
 from llmfw.ops.reference import REFERENCES
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +66,7 @@ def test_latent_tiles_and_splits_do_not_change_the_result(heads: int, device: to
     expected = REFERENCES["paged_attention"](*args)
     (part,) = parts_of(metadata)
     lengths = view.block_tables, metadata.cu_query_lens, metadata.kv_lens_device
-    for tile in (*TILES[16], *TILES[64]):
+    for tile in (*TILES[16], WIDE, *TILES[64]):
         for splits in (1, 2, 7, 16, 64):
             outs = [torch.full_like(expected, float("nan")) for _ in range(2)]
             for out in outs:

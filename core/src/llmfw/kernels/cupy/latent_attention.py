@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 WARPS = 8
 MAX_SPLITS = 64
-LONG_SHARE = 1024  # keys that a block walks at least where the requests alone fill the device
+SHARE = 256  # keys that a block walks at least where there are many requests: combining costs 4 us
+LONG_SHARE = 1024  # the same where the requests alone fill the device
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
 RESERVED_BYTES = 1 << 10  # of shared memory, for each resident block
 
@@ -71,6 +72,7 @@ class Tile:
 
 # The best first; the others are for devices with less shared memory.
 TILES = {16: (Tile(16, 32, 2), Tile(16, 16, 2)), 64: (Tile(64, 32, 2), Tile(64, 16, 2))}
+WIDE = Tile(16, 64, 2)  # one block of a multiprocessor: quicker where there are about as many
 
 
 def supports(context: OpContext) -> str | None:
@@ -123,16 +125,23 @@ class LatentAttention:
         both = 2 * (tile.shared_bytes(self.heads.head_dim) + RESERVED_BYTES)
         return 2 if tile.rows == 16 and both <= self._shared_limit + RESERVED_BYTES else 1
 
-    def tile(self, rows: int) -> Tile:
-        """The tile for requests of so many rows.
+    def tile(self, rows: int, requests: int = 1) -> Tile:
+        """The tile for so many requests of so many rows each.
 
         Raises:
             KernelError: If the device has too little shared memory for any.
         """
-        for tile in TILES[16 if rows <= 16 else 64]:
+        tiles = TILES[16 if rows <= 16 else 64]
+        if rows <= 16 and not self._few(requests) and requests <= self._sms:
+            tiles = (WIDE, *tiles)
+        for tile in tiles:
             if tile.shared_bytes(self.heads.head_dim) <= self._shared_limit:
                 return tile
         raise KernelError(f"{self._shared_limit} bytes of shared memory are too few")
+
+    def _few(self, blocks: int) -> bool:
+        """Whether blocks leave so much of the device idle that every tile may have its own."""
+        return blocks <= max(1, self._sms // 4)
 
     def plan(
         self,
@@ -144,14 +153,15 @@ class LatentAttention:
     ) -> Plan:
         """How a batch of at most these lengths is launched; `splits` and `tile` override."""
         rows = self.heads.num_heads * max_q
-        tile = tile or self.tile(rows)
+        tile = tile or self.tile(rows, requests)
         columns = -(-rows // tile.rows)
         if splits is not None:
             return Plan(tile, columns, splits, 1)
         slots, blocks = self._sms * self.resident_blocks(tile), columns * requests
         if blocks <= slots // 2:
-            splits = min(slots // blocks, -(-max_kv // tile.keys), MAX_SPLITS)
-            return Plan(tile, columns, splits, 1)
+            share = 1 if self._few(blocks) else SHARE // tile.keys
+            splits = min(slots // blocks, -(-max_kv // (share * tile.keys)), MAX_SPLITS)
+            return Plan(tile, columns, splits, share)
         splits = min(-(-LONG_WAVES * slots // blocks), -(-max_kv // LONG_SHARE), MAX_SPLITS)
         return Plan(tile, columns, splits, LONG_SHARE // tile.keys)
 
