@@ -13,8 +13,6 @@
 #define THREADS 1024
 #endif
 
-constexpr int AT_ONCE = 8;  // slots that a thread reads at once
-
 extern "C" __global__ void __launch_bounds__(THREADS)
     penalise(float* logits, const i64* rows, const i64* sequences, const int* tokens, const i64* lens,
              const i64* prompt_lens, const float* strengths, int2* table, i64 stride, i64 width, int slots) {
@@ -23,7 +21,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int* history = tokens + sequences[index] * width;
   const i64 length = lens[index], prompt = prompt_lens[index];
   table += i64(index) * slots;
-#pragma unroll 2
   for (int i = threadIdx.x; i < length; i += THREADS) {
     const int token = history[i] + 1;  // 0 is an empty slot
     int slot = u32(token) * 2654435769u & (slots - 1);
@@ -39,21 +36,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const float repetition = strengths[index], presence = strengths[count + index],
               frequency = strengths[2 * count + index];
   float* row = logits + rows[index] * stride;
-  for (int first = threadIdx.x; first < slots; first += THREADS * AT_ONCE) {
-    int2 seen[AT_ONCE];
-    float x[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-      seen[i] = first + i * THREADS < slots ? __ldcg(table + first + i * THREADS) : make_int2(0, 0);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-      if (seen[i].x) x[i] = row[seen[i].x - 1];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      if (seen[i].x == 0) continue;
-      x[i] = x[i] > 0 ? x[i] / repetition : __fmul_rn(x[i], repetition);
-      x[i] = __fsub_rn(x[i], __fmul_rn(frequency, float(seen[i].y)));
-      row[seen[i].x - 1] = seen[i].y > 0 ? __fsub_rn(x[i], presence) : x[i];
-    }
+  for (int i = threadIdx.x; i < slots; i += THREADS) {
+    const int2 seen = __ldcg(table + i);
+    if (seen.x == 0) continue;
+    float x = row[seen.x - 1];
+    x = x > 0 ? x / repetition : __fmul_rn(x, repetition);
+    x = __fsub_rn(x, __fmul_rn(frequency, float(seen.y)));
+    if (seen.y > 0) x = __fsub_rn(x, presence);
+    row[seen.x - 1] = x;
   }
 }
