@@ -30,15 +30,6 @@
 #ifndef SPLIT
 #define SPLIT 1
 #endif
-#ifndef EARLY
-#define EARLY STAGES
-#endif
-#ifndef ROTATE
-#define ROTATE 0
-#endif
-#ifndef BOX
-#define BOX (GATED ? TILE / 2 : TILE)
-#endif
 
 #if DTYPE != F32 && HAS_TILE_COPIES
 
@@ -63,9 +54,7 @@ struct Work {
   int first, last, tile, stride, tiles;
   __device__ __forceinline__ int each() const { return last - first; }
   __device__ __forceinline__ int tile_of(int i) const { return tile + i / each() * stride; }
-  __device__ __forceinline__ int chunk_of(int i) const {
-    return first + (ROTATE ? (i + tile_of(i)) % each() : i % each());
-  }
+  __device__ __forceinline__ int chunk_of(int i) const { return first + i % each(); }
   __device__ __forceinline__ int count() const { return tile < tiles ? (tiles - tile + stride - 1) / stride * each() : 0; }
 };
 
@@ -76,11 +65,14 @@ __device__ __forceinline__ void bring_weight(Shared& s, const TensorMap& weight,
   Barrier* full = &s.full[i % STAGES];
   arrive_expecting(full, STAGE_BYTES);
 #pragma unroll
-  for (int r = 0; r < TILE; r += BOX) {
-    const int row = !GATED ? tile * TILE + r : tile * (TILE / 2) + (r < TILE / 2 ? r : outputs + r - TILE / 2);
-#pragma unroll
-    for (int box = 0; box < CHUNK / SPAN; ++box)
-      copy_box(to + (box * TILE + r) * BOX_ROW, weight, row, chunk * CHUNK + box * SPAN, full, policy);
+  for (int box = 0; box < CHUNK / SPAN; ++box, to += TILE * BOX_ROW) {
+    const int column = chunk * CHUNK + box * SPAN;
+    if (GATED) {
+      copy_box(to, weight, tile * (TILE / 2), column, full, policy);
+      copy_box(to + TILE / 2 * BOX_ROW, weight, outputs + tile * (TILE / 2), column, full, policy);
+    } else {
+      copy_box(to, weight, tile * TILE, column, full, policy);
+    }
   }
 }
 
@@ -95,14 +87,14 @@ __device__ __forceinline__ void bring_x(Shared& s, const TensorMap& x, const Wor
 __device__ __forceinline__ void produce(Shared& s, const TensorMap& weight, const TensorMap& x, const Work& work,
                                         int outputs) {
   const u64 once = read_once_policy(), often = read_often_policy();
-  const int count = work.count(), early = min(count, EARLY);
+  const int count = work.count(), early = min(count, STAGES);
   prefetch_map(weight);
   prefetch_map(x);
   for (int i = 0; i < early; ++i) bring_weight(s, weight, work, outputs, i, once);
   follow();
   for (int i = 0; i < early; ++i) bring_x(s, x, work, i, often);
-  for (int i = early; i < count; ++i) {
-    if (i >= STAGES) wait_for(&s.empty[i % STAGES], (i / STAGES + 1) % 2);
+  for (int i = STAGES; i < count; ++i) {
+    wait_for(&s.empty[i % STAGES], (i / STAGES + 1) % 2);
     bring_weight(s, weight, work, outputs, i, once);
     bring_x(s, x, work, i, often);
   }

@@ -14,17 +14,11 @@ from llmfw.ops.kernel import DeviceInfo, OpContext
 
 CHUNK, SMALL_CHUNK = 256, 128  # values of each row of a stage
 SMALL_TILE, FEW_ROWS = 64, 32  # up to which stages are of the larger chunks
-SHARED_BYTES = 227 << 10  # that the blocks of a multiprocessor have together
-RESERVED_BYTES = 1 << 10  # of them, for each block
+SHARED_BYTES = 226 << 10  # of a block, which has a multiprocessor for itself
 MOST_STAGES = 16
-LEAST_BLOCKS, MOST_BLOCKS = 48, 288  # of a product whose blocks have one tile each
-CUTS = (  # rows of a tile, blocks that share the summed dimension, blocks of a multiprocessor
-    (64, 1, 1),
-    (64, 1, 2),
-    (128, 1, 1),
-    (64, 2, 1),
-    (64, 4, 1),
-)
+LEAST_BLOCKS = 48  # fewer cannot ask for as much as memory gives
+MOST_SPLIT = 132  # blocks that have one tile each run at the same time
+CUTS = ((64, 1), (128, 1), (64, 2), (64, 4))  # rows of a tile, blocks that share the sums
 
 
 @dataclass(frozen=True)
@@ -34,20 +28,18 @@ class Streamed:
     Args:
         tile: Rows of the weight that a block multiplies at once: a multiple of 64.
         split: Blocks of a cluster that share the summed dimension.
-        blocks: Of a multiprocessor, so that they share its memory.
         gated: Whether silu(gate) * up ends the product.
     """
 
     tile: int
     split: int
-    blocks: int
     gated: bool = False
     source: str = "streamed.cu"
 
     @property
     def name(self) -> str:
         """For messages and results."""
-        return f"{'gated' if self.gated else 'streamed'}_n{self.tile}_k{self.split}_b{self.blocks}"
+        return f"{'gated' if self.gated else 'streamed'}_n{self.tile}_k{self.split}"
 
     @property
     def warps(self) -> int:
@@ -67,12 +59,12 @@ class Streamed:
 
     def chunk(self, bucket: int) -> int:
         """Values of each row of a stage: many where a few stages of them fit."""
-        large = self.tile <= SMALL_TILE and bucket <= FEW_ROWS and self.blocks == 1
+        large = self.tile <= SMALL_TILE and bucket <= FEW_ROWS
         return CHUNK if large else SMALL_CHUNK
 
     def stages(self, bucket: int, in_features: int) -> int:
         """Chunks of each row under way: what memory holds; with a split no more than there are."""
-        room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._rest(bucket)
+        room = SHARED_BYTES - self._rest(bucket)
         found = min(MOST_STAGES, room // self._stage_bytes(bucket))
         if self.split == 1:
             return found
@@ -92,11 +84,11 @@ class Streamed:
         return self.split * bucket * (self.tile // self.split + 4) * 4 + (2 * MOST_STAGES + 2) * 8
 
     def fits(self, in_features: int, weight_rows: int) -> bool:
-        """Whether it makes sense: blocks of one tile are neither few nor more than fit at once."""
+        """Whether it makes sense: enough blocks, and those of a split all at the same time."""
         blocks = -(-weight_rows // self.tile) * self.split
-        if self.split == 1:
-            return blocks >= LEAST_BLOCKS
-        return in_features >= CHUNK * self.split and LEAST_BLOCKS <= blocks <= MOST_BLOCKS
+        if self.split > 1 and (blocks > MOST_SPLIT or in_features < CHUNK * self.split):
+            return False
+        return blocks >= LEAST_BLOCKS
 
     def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
         """Compile; the result is called with (x, weight, bias, out, rows)."""
@@ -107,7 +99,7 @@ class Streamed:
         weight_rows = outputs * (1 + self.gated)
         tiles = -(-weight_rows // self.tile)
         sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
-        walkers = tiles if self.split > 1 else min(tiles, self.blocks * sms)
+        walkers = tiles if self.split > 1 else min(tiles, sms)
         grid, block = (walkers * self.split, 1, 1), (self.warps * 32 + 32, 1, 1)
         box = self.tile // (1 + self.gated)
 
