@@ -116,7 +116,7 @@ class LatentAttention:
         self.heads = LatentHeads.of(context)
         self._context = context
         properties: Any = torch.cuda.get_device_properties(device_index(context.info.device))
-        self._sms = properties.multi_processor_count
+        self._sms: int = properties.multi_processor_count
         self._shared_limit = properties.shared_memory_per_block_optin
         self._launchers: dict[Tile, tuple[Launcher, Launcher]] = {}
 
@@ -131,7 +131,7 @@ class LatentAttention:
         Raises:
             KernelError: If the device has too little shared memory for any.
         """
-        tiles = TILES[16 if rows <= 16 else 64]
+        tiles: tuple[Tile, ...] = TILES[16 if rows <= 16 else 64]
         if rows <= 16 and not self._few(requests) and requests <= self._sms:
             tiles = (WIDE, *tiles)
         for tile in tiles:
