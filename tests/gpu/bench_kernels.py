@@ -21,6 +21,7 @@ from gpu.bench_attention import attention, latent, prefill
 from gpu.bench_common import RESULTS
 from gpu.bench_products import chain, layers, products
 from gpu.bench_recurrent import recurrent
+from gpu.bench_sampling import copies, draws, float32_attention, penalties
 from gpu.bench_small import elementwise, launches, limits, step
 
 SECTIONS: dict[str, Callable[[], None]] = {
@@ -35,6 +36,10 @@ SECTIONS: dict[str, Callable[[], None]] = {
     "chain": chain,
     "prefill": prefill,
     "recurrent": recurrent,
+    "draws": draws,
+    "penalties": penalties,
+    "copies": copies,
+    "float32": float32_attention,
 }
 
 
