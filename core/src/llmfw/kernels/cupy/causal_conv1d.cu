@@ -28,10 +28,24 @@ constexpr int PAST = TAPS - 1;
 static_assert(CHANNELS % WIDTH == 0, "a thread has whole packs");
 static_assert(TILE == 1 || TILE >= PAST, "only a request's first tile reads its state");
 
+// The state after the request: its last tokens, and before them, where it has fewer than PAST, what was kept.
+__device__ __forceinline__ void keep_last(scalar* kept, const Pack<WIDTH> (&inputs)[PAST + TILE], const scalar* source,
+                                          int tokens, int end, i64 x_stride) {
+#pragma unroll
+  for (int count = 1; count <= PAST && count <= TILE; ++count) {
+    if (TILE > 1 && tokens != count) continue;
+#pragma unroll
+    for (int i = 0; i < PAST; ++i) store<WIDTH>(kept + i * CHANNELS, inputs[count + i]);
+  }
+#pragma unroll
+  for (int i = 0; i < PAST; ++i)
+    if (TILE > 1 && tokens > PAST)
+      store<WIDTH>(kept + i * CHANNELS, load<WIDTH>(source + (end - PAST + i) * x_stride));
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
-    causal_conv1d(scalar* __restrict__ out, const scalar* __restrict__ x, const scalar* __restrict__ weight,
-                  const scalar* __restrict__ bias, scalar* __restrict__ state, const i64* __restrict__ slots,
-                  const int* __restrict__ ends, i64 x_stride, i64 slot_stride, int first, int with_silu) {
+    causal_conv1d(scalar* out, const scalar* x, const scalar* weight, const scalar* bias, scalar* state,
+                  const i64* slots, const int* ends, i64 x_stride, i64 slot_stride, int first, int with_silu) {
   const int channel = (blockIdx.x * THREADS + threadIdx.x) * WIDTH;
   const bool mine = channel < CHANNELS;
   Pack<WIDTH> weights[TAPS], offsets;  // weights[i].at[j]: of the pack's values in their order, not yet by tap
@@ -46,25 +60,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   scalar* kept = state + slots[request] * slot_stride + channel;
   const scalar* source = x + channel;
-  Pack<WIDTH> inputs[PAST + TILE];  // the tokens before the tile, then its own
+  Pack<WIDTH> inputs[PAST + TILE];  // the tokens before the tile, then its own; without branches: loads go together
 #pragma unroll
-  for (int i = 0; i < PAST + TILE; ++i) {
-    const int t = from - PAST + i;
-    if (t < begin) {
-      if (i < PAST) inputs[i] = load<WIDTH>(kept + i * CHANNELS);
-    } else if (t < end) {
-      inputs[i] = load<WIDTH>(source + t * x_stride);
-    }
-  }
-  if (TILE == 1) {
+  for (int i = 0; i < PAST + TILE; ++i)
+    inputs[i] = load<WIDTH>(source + min(max(from - PAST + i, begin), end - 1) * x_stride);
+  if (TILE == 1 || blockIdx.y == 0) {
 #pragma unroll
-    for (int i = 0; i < PAST; ++i) store<WIDTH>(kept + i * CHANNELS, inputs[i + 1]);
-  } else if (blockIdx.y == 0) {
-    for (int i = 0; i < PAST; ++i) {  // row i comes from a later row, or from the request's last tokens
-      const int t = end - PAST + i;
-      store<WIDTH>(kept + i * CHANNELS,
-                   load<WIDTH>(t < begin ? kept + (t - begin + PAST) * CHANNELS : source + t * x_stride));
-    }
+    for (int i = 0; i < PAST; ++i) inputs[i] = load<WIDTH>(kept + i * CHANNELS);
+    keep_last(kept, inputs, source, end - begin, end, x_stride);
   }
 #pragma unroll
   for (int i = 0; i < TILE; ++i) {

@@ -55,11 +55,10 @@ __device__ __forceinline__ void read_rates(float4 (&rates)[PER], const float* a)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    selective_update(scalar* __restrict__ out, const scalar* __restrict__ x, const scalar* __restrict__ dt,
-                     const float* __restrict__ a, const scalar* __restrict__ b, const scalar* __restrict__ c,
-                     const float* __restrict__ d, const scalar* __restrict__ z, const float* __restrict__ dt_bias,
-                     float* __restrict__ state, const i64* __restrict__ slots, i64 x_stride, i64 dt_stride,
-                     i64 b_stride, i64 c_stride, i64 z_stride, i64 slot_stride, int first, int first_token) {
+    selective_update(scalar* out, const scalar* x, const scalar* dt, const float* a, const scalar* b, const scalar* c,
+                     const float* d, const scalar* z, const float* dt_bias, float* state, const i64* slots,
+                     i64 x_stride, i64 dt_stride, i64 b_stride, i64 c_stride, i64 z_stride, i64 slot_stride, int first,
+                     int first_token) {
   const int channel = blockIdx.x * BLOCK_CHANNELS + threadIdx.x / LANES, column = threadIdx.x % LANES * 4;
   const bool mine = channel < CHANNELS;
   const int own = mine ? channel : 0;  // lanes without a channel read channel 0 and write nothing
@@ -97,11 +96,10 @@ struct Piece {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    selective_scan(scalar* __restrict__ out, const scalar* __restrict__ x, const scalar* __restrict__ dt,
-                   const float* __restrict__ a, const scalar* __restrict__ b, const scalar* __restrict__ c,
-                   const float* __restrict__ d, const scalar* __restrict__ z, const float* __restrict__ dt_bias,
-                   float* __restrict__ state, const i64* __restrict__ slots, const int* __restrict__ ends,
-                   i64 x_stride, i64 dt_stride, i64 b_stride, i64 c_stride, i64 z_stride, i64 slot_stride, int first) {
+    selective_scan(scalar* out, const scalar* x, const scalar* dt, const float* a, const scalar* b, const scalar* c,
+                   const float* d, const scalar* z, const float* dt_bias, float* state, const i64* slots,
+                   const int* ends, i64 x_stride, i64 dt_stride, i64 b_stride, i64 c_stride, i64 z_stride,
+                   i64 slot_stride, int first) {
   __shared__ float4 ins[STEPS][QUADS], outs[STEPS][QUADS];
   __shared__ float steps[STEPS][BLOCK_CHANNELS], values[STEPS][BLOCK_CHANNELS], sums[STEPS][BLOCK_CHANNELS];
   const int local = threadIdx.x / LANES, lane = threadIdx.x % LANES, first_channel = blockIdx.x * BLOCK_CHANNELS;

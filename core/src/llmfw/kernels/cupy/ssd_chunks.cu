@@ -91,11 +91,9 @@ __device__ __forceinline__ u32 scaled(u32 pair, float low, float high) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    ssd_chunks(scalar* __restrict__ out, const scalar* __restrict__ x, const scalar* __restrict__ dt,
-               const float* __restrict__ a, const scalar* __restrict__ b, const scalar* __restrict__ c,
-               const float* __restrict__ d, const float* __restrict__ dt_bias, float* __restrict__ state,
-               const i64* __restrict__ slots, const int* __restrict__ ends, i64 x_stride, i64 dt_stride, i64 b_stride,
-               i64 c_stride, i64 slot_stride, float least, float most, int first) {
+    ssd_chunks(scalar* out, const scalar* x, const scalar* dt, const float* a, const scalar* b, const scalar* c,
+               const float* d, const float* dt_bias, float* state, const i64* slots, const int* ends, i64 x_stride,
+               i64 dt_stride, i64 b_stride, i64 c_stride, i64 slot_stride, float least, float most, int first) {
   DYNAMIC_SHARED(memory);
   __shared__ float steps[2][CHUNK], sums[2][CHUNK];
   scalar* stages = reinterpret_cast<scalar*>(memory);

@@ -74,11 +74,9 @@ __device__ __forceinline__ float step_of(float dt, float bias, float least, floa
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    ssd_update(scalar* __restrict__ out, const scalar* __restrict__ x, const scalar* __restrict__ dt,
-               const float* __restrict__ a, const scalar* __restrict__ b, const scalar* __restrict__ c,
-               const float* __restrict__ d, const float* __restrict__ dt_bias, float* __restrict__ state,
-               const i64* __restrict__ slots, i64 x_stride, i64 dt_stride, i64 b_stride, i64 c_stride, i64 slot_stride,
-               float least, float most, int first, int first_token) {
+    ssd_update(scalar* out, const scalar* x, const scalar* dt, const float* a, const scalar* b, const scalar* c,
+               const float* d, const float* dt_bias, float* state, const i64* slots, i64 x_stride, i64 dt_stride,
+               i64 b_stride, i64 c_stride, i64 slot_stride, float least, float most, int first, int first_token) {
   const Place at;
   const int request = first + blockIdx.y;
   const float rate = a[at.head], skip = d[at.head], bias = dt_bias[at.head];
@@ -123,11 +121,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    ssd_scan(scalar* __restrict__ out, const scalar* __restrict__ x, const scalar* __restrict__ dt,
-             const float* __restrict__ a, const scalar* __restrict__ b, const scalar* __restrict__ c,
-             const float* __restrict__ d, const float* __restrict__ dt_bias, float* __restrict__ state,
-             const i64* __restrict__ slots, const int* __restrict__ ends, i64 x_stride, i64 dt_stride, i64 b_stride,
-             i64 c_stride, i64 slot_stride, float least, float most, int first) {
+    ssd_scan(scalar* out, const scalar* x, const scalar* dt, const float* a, const scalar* b, const scalar* c,
+             const float* d, const float* dt_bias, float* state, const i64* slots, const int* ends, i64 x_stride,
+             i64 dt_stride, i64 b_stride, i64 c_stride, i64 slot_stride, float least, float most, int first) {
   __shared__ float4 ins[STEPS][QUADS], outs[STEPS][QUADS];
   __shared__ float inputs[STEPS][BLOCK_ROWS], steps[STEPS], decays[STEPS];
   const Place at;
