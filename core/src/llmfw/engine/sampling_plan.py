@@ -87,6 +87,9 @@ class SamplingPlan:
 GREEDY = SamplingPlan(Feature(0))
 
 
+_MOST = 2**31 - 1  # of top_k, which is then no limit
+
+
 def rehearsal(rows: int, device: torch.device) -> SamplingPlan:
     """A plan that runs the kernels of every draw, to compile them, and takes the best tokens."""
     parameters = torch.zeros(5, rows, dtype=torch.float64, device=device)
@@ -151,7 +154,7 @@ def _random_parts(
         farthest = -np.log2(min_p)
     columns = (
         np.where(random, scale, 0).astype(np.float32),
-        np.where(random, np.maximum(table.top_k[rows], 0), 0),
+        np.where(random, table.top_k[rows].clip(0, _MOST), 0),
         np.where(random, top_p, 1),
         np.where(random, farthest, np.inf).astype(np.float32),
         uniform(table.seeds[rows], positions),
