@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from gpu.emulated import emulator
 from gpu.expert_cases import expert_cases, route_cases
 from gpu.kernel_cases import (
+    FEATURES,
     Case,
     activation_cases,
     attention_cases,
@@ -20,6 +24,7 @@ from gpu.kernel_cases import (
     linear_cases,
     norm_cases,
     product_variants,
+    relative_error,
     rope_cases,
 )
 from gpu.latent_cases import (
@@ -31,9 +36,19 @@ from gpu.latent_cases import (
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import step_cases
+from llmfw import MLA, MLAParams, ModelConfig, RopeParams
+from llmfw.attention.metadata import LayerCache
 from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, prefill
+from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.layers import stock_layer
+from llmfw.models import bind_tree
+from llmfw.models.build import finish_loading
+from llmfw.models.weights import materialize
 from llmfw.ops import reference
+from llmfw.ops.inputs import paged_batch
+from llmfw.ops.kernel import DeviceInfo
 from llmfw.ops.reference_moe import grouped_linear
+from llmfw.ops.table import OpTable
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -196,6 +211,57 @@ def test_expanded_attention_makes_keys_and_values(
 ) -> None:
     monkeypatch.setattr(expanded_attention, "flash_attention", packed_attention)
     run(case, device)
+
+
+def test_a_latent_layer_is_the_same_whichever_way_its_prompts_go(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By references, by kernels that absorb, and with keys and values made: a mixed batch."""
+    batches: list[prefill.ContextBatch] = []
+
+    def flash(q: Any, k: Any, v: Any, batch: prefill.ContextBatch, *more: Any) -> torch.Tensor:
+        batches.append(batch)
+        return packed_attention(q, k, v, batch, *more)
+
+    monkeypatch.setattr(expanded_attention, "flash_attention", flash)
+    outs = []
+    for select, least_gain in (("reference", 0), ("auto", float("inf")), ("auto", float("-inf"))):
+        monkeypatch.setattr(expanded_attention, "LEAST_GAIN", least_gain)
+        outs.append(latent_layer(device, select))
+    assert [batch.tokens for batch in batches] == [14]
+    for out, cache in outs[1:]:
+        assert relative_error(out, outs[0][0]) < 1e-2
+        assert relative_error(cache, outs[0][1]) < 1e-2
+
+
+def latent_layer(device: torch.device, select: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A small layer's output and cache after a batch of prompts and single tokens."""
+    ops = ("latent_rope_and_cache", "head_linear", "paged_attention", "expanded_attention")
+    table = OpTable(DeviceInfo(device, FEATURES), tuple(k for k in KERNELS if k.op in ops), select)
+    config: ModelConfig = ModelConfig(
+        pretrained_config=None, dtype=torch.bfloat16, device=device, ops=table, layer_factory=stock
+    )
+    sizes = MLAParams(kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+    rope = RopeParams(dim=16, max_positions=128, interleaved=True)
+    layer = MLA(
+        hidden_size=32, num_attention_heads=3, mla=sizes, config=config, layer_idx=0, rope=rope
+    )
+    bind_tree(layer, config)
+    materialize(layer, device)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    finish_loading(layer)
+    requests = ((9, 9), (5, 37), (1, 70), (1, 1))
+    metadata, _, blocks = paged_batch(requests, 2, config.block_size, generator, device)
+    cache = torch.randn(blocks, config.block_size, 1, 80, generator=generator).bfloat16()
+    metadata = replace(metadata, caches={0: LayerCache(cache, cache[..., :64])})
+    hidden = torch.randn(16, 32, generator=generator).bfloat16()
+    return layer(metadata.positions, hidden, metadata), cache
+
+
+def stock(kind: str, role: str, config: ModelConfig, index: int | None, spec: Any) -> nn.Module:
+    return stock_layer(kind, role, config, index, spec)
 
 
 def packed_attention(

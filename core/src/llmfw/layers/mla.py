@@ -164,26 +164,33 @@ class MLA(Layer):
     ) -> torch.Tensor:
         """hidden_states [tokens, hidden_size] at position_ids [tokens] -> [tokens, hidden_size]."""
         mla, cache = self.mla, attn_metadata.caches[self.layer_idx]
-        view = attn_metadata.groups[cache.group]
+        slots = attn_metadata.groups[cache.group].slots
         q = self._queries(hidden_states).unflatten(-1, (self.num_heads, mla.qk_head_dim))
         q_nope, q_rope = q.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        if self._pays(attn_metadata):
+            self._cache_latents(hidden_states, q_rope, position_ids, cache.k, slots, q_rope)
+            return self.o_proj(self._expanded(q, attn_metadata))  # type: ignore[no-any-return]
         query = q.new_empty(q.shape[0], self.num_heads, mla.latent_width)
         absorbed, rotated = query.split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        expanded = attn_metadata.num_context_tokens if self._pays(attn_metadata) else 0
-        target = q_rope if expanded else rotated
-        self._cache_latents(hidden_states, q_rope, position_ids, cache.k, view.slots, target)
-        if not expanded:
-            self.kv_b_proj.absorb(q_nope, absorbed)
-            return self.o_proj(self._absorbed(query, attn_metadata))  # type: ignore[no-any-return]
-        out = q.new_empty(q.shape[0], self.num_heads * mla.v_head_dim)
-        out[:expanded] = self._expanded_attention(
-            q[:expanded], cache.k, self.kv_b_proj.weight, attn_metadata, view, self.scale
+        self._cache_latents(hidden_states, q_rope, position_ids, cache.k, slots, rotated)
+        self.kv_b_proj.absorb(q_nope, absorbed)
+        return self.o_proj(self._absorbed(query, attn_metadata))  # type: ignore[no-any-return]
+
+    def _expanded(self, q: torch.Tensor, attn_metadata: AttentionMetadata) -> torch.Tensor:
+        """Context requests with keys and values of their own, the others absorbed.
+
+        q [tokens, heads, qk_head_dim], rotated -> [tokens, heads * v_head_dim].
+        """
+        mla, cache = self.mla, attn_metadata.caches[self.layer_idx]
+        view, count = attn_metadata.groups[cache.group], attn_metadata.num_context_tokens
+        contexts: torch.Tensor = self._expanded_attention(
+            q[:count], cache.k, self.kv_b_proj.weight, attn_metadata, view, self.scale
         )
-        if expanded < len(q):
-            rotated[expanded:] = q_rope[expanded:]
-            self.kv_b_proj.absorb(q_nope[expanded:], absorbed[expanded:])
-            out[expanded:] = self._absorbed(query[expanded:], attn_metadata.generations)
-        return self.o_proj(out)  # type: ignore[no-any-return]
+        if count == len(q):
+            return contexts
+        q_nope, q_rope = q[count:].split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        query = torch.cat((self.kv_b_proj.absorb(q_nope), q_rope), dim=-1)
+        return torch.cat((contexts, self._absorbed(query, attn_metadata.generations)))
 
     def _absorbed(self, query: torch.Tensor, attn_metadata: AttentionMetadata) -> torch.Tensor:
         """query [tokens, heads, latent_width] -> [tokens, heads * v_head_dim]."""
