@@ -160,7 +160,10 @@ def _random_parts(
         uniform(table.seeds[rows], positions),
     )
     (flat,) = upload([np.concatenate(columns)], torch.float64, table.tokens.device)
-    return {"parameters": flat.view(5, -1), "cuts": bool(features & (Feature.TOP_K | Feature.TOP_P))}
+    return {
+        "parameters": flat.view(5, -1),
+        "cuts": bool(features & (Feature.TOP_K | Feature.TOP_P)),
+    }
 
 
 def _edits(
