@@ -4,7 +4,7 @@
 //   slot_stride apart; block_tables int32 [requests, table_stride]; cu_query_lens int32 [requests + 1]; kv_lens int32
 //   [requests]; out [tokens, HEADS * V_DIM]; partial float32 [requests, row tiles, splits, ROWS, V_DIM], and
 //   partial_stats of it [..., 2]. Dims multiples of 16, BLOCK_SIZE a multiple of 8.
-// Launch: block WARPS * 32, grid (row tiles, splits, requests), shared memory SHARED_BYTES. Rows are a request's
+// Launch: block WARPS * 32, grid (row tiles, splits, requests), dynamic shared memory. Rows are a request's
 //   tokens times heads; a block has ROWS of them and walks its split of the keys that they see, KEYS at a time, which
 //   it copies to shared memory once, for scores and values. Lengths are read here, so the grid fits any batch of that
 //   many requests; blocks without work leave at once. Where a request has more than one split, merge_latent follows.

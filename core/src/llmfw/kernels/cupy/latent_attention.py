@@ -24,6 +24,7 @@ SHARE = 256  # keys that a block walks at least where there are many requests: c
 LONG_SHARE = 1024  # the same where the requests alone fill the device
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
 RESERVED_BYTES = 1 << 10  # of shared memory, for each resident block
+LEAST_SHARED_BYTES = 99 << 10  # that a block can have everywhere, where torch does not tell more
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ class LatentAttention:
         self._context = context
         properties: Any = torch.cuda.get_device_properties(device_index(context.info.device))
         self._sms: int = properties.multi_processor_count
-        self._shared_limit = properties.shared_memory_per_block_optin
+        self._shared_limit: int = getattr(
+            properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES
+        )
         self._launchers: dict[Tile, tuple[Launcher, Launcher]] = {}
 
     def resident_blocks(self, tile: Tile) -> int:
