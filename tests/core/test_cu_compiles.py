@@ -104,8 +104,8 @@ USES: dict[str, list[dict[str, int | str]]] = {
     ],
     "moe_combine.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "HIDDEN": 2880}],
 }
-QUICK = ("sm_80", "sm_90")
-THOROUGH = ("sm_89", "sm_90a", "sm_100")
+QUICK = ("sm_80", "sm_90a")
+THOROUGH = ("sm_89", "sm_90", "sm_100")
 Compiler = Callable[[str, str, dict[str, int | str]], None]
 
 
