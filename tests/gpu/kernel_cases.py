@@ -107,9 +107,10 @@ def check(case: Case, call: Callable[..., Any], device: torch.device, seed: int 
 
 
 def kernel_of(case: Case, device: torch.device) -> Kernel:
-    """The pack's kernel that serves a case; the others of its op say why they do not."""
-    context = case.context(device)
+    """The pack's kernel that serves a case, or that it names; the others say why they do not."""
+    context, name = case.context(device), case.facts.get("kernel")
     kernels = [kernel for kernel in KERNELS if kernel.op == case.op]
+    kernels = [each for each in kernels if (each.name == name if name else each.priority >= 0)]
     serving = [kernel for kernel in kernels if kernel.refusal(context) is None]
     assert len(serving) == 1, [kernel.refusal(context) for kernel in kernels]
     return serving[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -168,7 +169,7 @@ def recurrent_cases() -> Iterator[Case]:
                     ) -> Arguments:  # fmt: skip
                         return make(d, t, g, s, n)
 
-                    yield Case(
+                    case = Case(
                         op,
                         dtype,
                         shape,
@@ -179,6 +180,10 @@ def recurrent_cases() -> Iterator[Case]:
                         # roundings of thousands of steps add up, in another order
                         tolerance=1e-4 if label == "long" and dtype == "float32" else None,
                     )
+                    yield case
+                    if op == "ssd_scan" and dtype == "bfloat16" and shape["head_dim"] == 64:
+                        named = {"kernel": "cupy.ssd_chunks"}
+                        yield replace(case, label=f"{case.label}-chunks", facts=named)
 
 
 def recurrent_norm_cases() -> Iterator[Case]:

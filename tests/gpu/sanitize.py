@@ -40,7 +40,8 @@ def main(ops: list[str]) -> None:
     ):
         batch = case.label.split("-")[0] if case.op in ("paged_attention", *RECURRENT) else ""
         rows = case.facts.get("rows") if case.facts.get("rows") in (1, 4, 5) else 0
-        key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows)
+        named = case.facts.get("kernel")
+        key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows, named)
         if ops and case.op not in ops:
             continue
         if case.wide or key in seen or (case.dtype == "float16" and case.op != "paged_attention"):

@@ -32,6 +32,7 @@ def _kernel(
     dtypes: tuple[str, ...],
     supports: str | None = None,
     name: str | None = None,
+    priority: int = PRIORITY,
 ) -> Kernel:
     return Kernel(
         op=op,
@@ -40,7 +41,7 @@ def _kernel(
         requires=REQUIRES,
         dtypes=dtypes,
         supports=_supports(supports or module),
-        priority=PRIORITY,
+        priority=priority,
         tolerance=TOLERANCE,
     )
 
@@ -71,6 +72,8 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("causal_conv1d", "causal_conv", "causal_conv1d", ALL),
     _kernel("selective_scan", "scans", "selective_scan", ALL),
     _kernel("ssd_scan", "scans", "ssd_scan", ALL),
+    # Timed on a GPU, compared with the reference on the emulator only: serves when asked for.
+    _kernel("ssd_scan", "ssd_chunks", "ssd_scan", ("bfloat16",), name="ssd_chunks", priority=-1),
     _kernel("moe_route", "moe_route", "moe_route", ALL),
     _kernel("moe_experts", "moe_experts", "moe_experts", HALVES),
     _kernel("prepare_decode", "step", "prepare_decode", ALL),

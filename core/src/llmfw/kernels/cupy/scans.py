@@ -7,7 +7,7 @@ read on the device, so steps can be captured; inputs that are not as declared go
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,13 +18,11 @@ from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata
-    from llmfw.kernels.cupy.launch import Launcher
+    from llmfw.kernels.cupy.launch import Grid, Launcher
 
 WARP = 32
 SELECTIVE_THREADS = 128
 SSD_ROWS, SSD_WARPS = 4, 4
-CHUNK, CHUNK_THREADS = 64, 128
-FEWEST = 9  # tokens from which products within chunks pay
 MAX_STATE = 512
 
 
@@ -86,7 +84,16 @@ def selective_scan(context: OpContext) -> Callable[..., torch.Tensor]:
     return call
 
 
-def ssd_scan(context: OpContext) -> Callable[..., torch.Tensor]:
+class Chunks(NamedTuple):
+    """Another kernel for prompts: launcher, blocks a request, block, fewest tokens it takes."""
+
+    launch: Launcher
+    blocks: int
+    block: Grid
+    fewest: int
+
+
+def ssd_scan(context: OpContext, chunks: Chunks | None = None) -> Callable[..., torch.Tensor]:
     """The op `ssd_scan` for one layout of heads."""
     heads, head_dim, dtype = context["num_heads"], context["head_dim"], context.dtype
     groups, size = context["num_groups"], context["state_size"]
@@ -104,7 +111,6 @@ def ssd_scan(context: OpContext) -> Callable[..., torch.Tensor]:
     )
     one = module.launcher("ssd_update", "PPPPPPPPPPqqqqqffii")
     many = module.launcher("ssd_scan", "PPPPPPPPPPPqqqqqffi")
-    chunks = _chunk_launcher(context)
     blocks = heads * -(-head_dim // (rows * warps * (WARP // lanes_for(size))))
     spans, block = Spans(), (WARP * warps, 1, 1)
 
@@ -140,26 +146,13 @@ def ssd_scan(context: OpContext) -> Callable[..., torch.Tensor]:
                 one(grid, block, *arguments, *strides, *dt_limit, span.first, span.first_token)
                 continue
             rest = metadata.cu_query_lens.data_ptr(), *strides, *dt_limit, span.first
-            if chunks is not None and span.longest >= FEWEST and in_rows(8, dtype, x, b, c):
-                chunks((2 * heads, span.requests, 1), (CHUNK_THREADS, 1, 1), *arguments, *rest)
+            if chunks is not None and span.longest >= chunks.fewest and in_rows(8, dtype, x, b, c):
+                chunks.launch((chunks.blocks, span.requests, 1), chunks.block, *arguments, *rest)
             else:
                 many(grid, block, *arguments, *rest)
         return out
 
     return call
-
-
-def _chunk_launcher(context: OpContext) -> Launcher | None:
-    """Prompts by products within chunks, for the layouts that ssd_chunks.cu serves."""
-    head_dim, size = context["head_dim"], context["state_size"]
-    if context.dtype is not torch.bfloat16 or head_dim != 64 or size % 32 or size > 128:
-        return None
-    names = {"num_heads": "HEADS", "head_dim": "HEAD_DIM", "num_groups": "GROUPS"}
-    constants = {name: context[key] for key, name in names.items()}
-    module = load("ssd_chunks.cu", context.info.device, context.dtype, **constants, STATE=size)
-    part = head_dim // 2
-    tiles = 2 * CHUNK * (2 * (size + 8) + part + 8) + part * (size + 8)
-    return module.launcher("ssd_chunks", "PPPPPPPPPPPqqqqqffi", shared_bytes=2 * tiles)
 
 
 def lanes_for(size: int) -> int:
