@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from gpu.bench_common import BF16, DEVICE, Run, kernel, randn, report, rotated
+from gpu.bench_common import BF16, DEVICE, Run, context_of, kernel, randn, report, rotated
 from llmfw.attention.metadata import AttentionMetadata
 from llmfw.kernels.cupy import tune
+from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.ops.reference import REFERENCES
 
 Call = Callable[..., Any]
@@ -48,6 +49,20 @@ def recurrent() -> None:
                     facts["reference_us"] = round(eager_time(op, shape, lens), 1)
                 report("recurrent", f"{model} {op} {label}", us, nbytes, **facts)
                 torch.cuda.empty_cache()
+            if op == "ssd_scan":
+                chunks(model, shape)
+
+
+def chunks(model: str, shape: dict[str, int]) -> None:
+    """Prompts by products within chunks."""
+    named = next(each for each in KERNELS if each.name == "cupy.ssd_chunks")
+    call = named.build(context_of("ssd_scan", shape))
+    for label, lens in PROMPTS.items():
+        make = functools.partial(run_of, call, "ssd_scan", shape, lens)
+        nbytes = bytes_of("ssd_scan", shape, lens)
+        us = tune.graph_time(rotated(nbytes, make), launches=4)
+        report("recurrent", f"{model} ssd_chunks {label}", us, nbytes)
+        torch.cuda.empty_cache()
 
 
 def metadata_of(lens: tuple[int, ...]) -> AttentionMetadata:
