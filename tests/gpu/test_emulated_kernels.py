@@ -273,7 +273,7 @@ def packed_attention(
     window: int | None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    assert len(q) >= batch.tokens
+    assert len(q) == batch.tokens
     assert len(k) == len(v) == batch.keys
     assert not k.isnan().any()
     outs = []
@@ -283,4 +283,4 @@ def packed_attention(
         parts = [x.transpose(0, 1) for x in (q[queries], k[keys], v[keys])]
         out = reference._attend(*parts, past, scale, window, None, sinks)
         outs.append(out.transpose(0, 1))
-    return torch.cat([*outs, torch.full_like(q[batch.tokens :], float("nan"))])
+    return torch.cat(outs)

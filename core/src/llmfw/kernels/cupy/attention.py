@@ -128,11 +128,17 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         if sinks is not None and sinks.dtype is not torch.float32:
             sinks = sinks.float()
         plan = plans.of(metadata)
-        if plan.contexts is not None:  # the rows of other requests are left for `decode` to write
-            out = prefill(
-                q, k_cache, v_cache, view.block_tables, plan.contexts, scale, window, sinks
+        out: torch.Tensor | None = None
+        if plan.contexts is not None:
+            first = plan.contexts.tokens
+            attended = prefill(
+                q[:first], k_cache, v_cache, view.block_tables, plan.contexts, scale, window, sinks
             ).flatten(1)
-        else:
+            if not plan.parts:
+                return attended
+            out = torch.empty((q.shape[0], attended.shape[1]), dtype=q.dtype, device=q.device)
+            out[:first] = attended
+        if out is None:
             width = heads.num_heads * heads.v_dim
             out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
         for part in plan.parts:

@@ -106,10 +106,7 @@ class Prefill:
         window: int | None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """q [tokens, heads, dim] -> [tokens, heads, dim] of the context requests, which come first.
-
-        Rows of tokens beyond theirs are not written.
-        """
+        """q [tokens, heads, dim] of the context requests -> [tokens, heads, dim]."""
         k, v = self.gather(k_cache, v_cache, block_tables, batch)
         return flash_attention(q, k, v, batch, scale, window, sinks)
 
