@@ -35,7 +35,8 @@ constexpr int PER = QUADS / LANES;                   // float4s of a row that a 
 constexpr int WARP_ROWS = ROWS * (32 / LANES);       // rows of h of a warp
 constexpr int BLOCK_ROWS = WARPS * WARP_ROWS;
 constexpr int PARTS = (HEAD_DIM + BLOCK_ROWS - 1) / BLOCK_ROWS;
-constexpr int STEPS = STATE <= 128 ? 32 : STATE <= 256 ? 16 : 8;  // tokens that shared memory holds
+constexpr int WIDEST = STATE > BLOCK_ROWS ? STATE : BLOCK_ROWS;
+constexpr int STEPS = WIDEST <= 128 ? 32 : WIDEST <= 256 ? 16 : 8;  // tokens that shared memory holds
 static_assert(STATE % 4 == 0 && STATE <= 512 && HEADS % GROUPS == 0, "rows of whole float4s");
 
 // Where this lane's rows and columns are.
