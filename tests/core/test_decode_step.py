@@ -13,7 +13,6 @@ from llmfw.attention.state import StateCache
 from llmfw.engine.context_step import ContextStep
 from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
 from llmfw.engine.decode_step import BlockTableMirror, DecodeStep, Memory
-from llmfw.engine.graph_runner import longest_first
 from llmfw.engine.step import Chunk
 from llmfw.testing import PackedSession
 from parity import ours_from, random_prompts, tiny_hf
@@ -251,16 +250,6 @@ def exact_prompt(model):
         return model(exact, input_ids, positions)
 
     return forward
-
-
-def test_the_longest_come_first_and_keep_their_rows():
-    ids, rows, positions = longest_first(
-        (7, 8, 9, 10), np.array([3, 0, 2, 1]), np.array([4, 9, 4, 5])
-    )
-    assert ids == (8, 10, 7, 9)
-    assert rows.tolist() == [0, 1, 3, 2]
-    assert positions.tolist() == [9, 5, 4, 4]
-    assert longest_first(ids, rows, positions) == (ids, rows, positions)
 
 
 def test_positions_that_follow_are_not_uploaded_and_others_are():
