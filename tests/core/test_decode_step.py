@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,23 @@ from llmfw.attention.state import StateCache
 from llmfw.engine.context_step import ContextStep
 from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
 from llmfw.engine.decode_step import BlockTableMirror, DecodeStep, Memory
+from llmfw.engine.model_runner import ModelRunner
+from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import Chunk
 from llmfw.testing import PackedSession
 from parity import ours_from, random_prompts, tiny_hf
 
 CPU = torch.device("cpu")
 SIZE, ROWS, MAX_LEN, BLOCK = 4, 6, 64, 4
+MAMBA = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 4,
+    "head_dim": 16,
+    "n_groups": 1,
+    "state_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +131,8 @@ def true_length(model):
 
 def test_padded_steps_continue_the_state_of_their_rows():
     """Whole prompts, then single tokens; state lies in the rows' slots, and one is for padding."""
-    config = Mamba2Config(
-        vocab_size=128,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_heads=4,
-        head_dim=16,
-        n_groups=1,
-        state_size=8,
-    )
-    model = ours_from(tiny_hf(config, "Mamba2ForCausalLM", "eager"), max_model_len=MAX_LEN)
+    hf = tiny_hf(Mamba2Config(**MAMBA), "Mamba2ForCausalLM", "eager")
+    model = ours_from(hf, max_model_len=MAX_LEN)
     prompts, rows, count = random_prompts(3, 128, 5, 30), np.array([4, 0, 2]), 6
     state = StateCache(model.state_specs(), ROWS + 1, CPU)
     tokens = torch.zeros(ROWS + 1, MAX_LEN, dtype=torch.int32)
@@ -159,6 +163,23 @@ def test_padded_steps_continue_the_state_of_their_rows():
         for _ in range(count - 1):
             expected.append(session.step({"a": [int(expected[-1])]})["a"][-1].argmax())
         assert tokens[row, len(prompt) : len(prompt) + count].tolist() == expected
+
+
+@pytest.mark.parametrize("op", ["causal_conv1d", "ssd_scan"])
+def test_graphs_need_recurrent_kernels(op, caplog):
+    """The references read lengths on the host."""
+    hf = tiny_hf(Mamba2Config(**MAMBA), "Mamba2ForCausalLM", "eager")
+    model = ours_from(hf, max_model_len=MAX_LEN)
+    runner = ModelRunner(model, EngineSettings(max_num_seqs=2).on("cpu"), CPU)
+    choices = model.model_config.ops.choices
+    for key, choice in choices.items():
+        choices[key] = replace(choice, chosen="reference" if choice.context.op == op else "own")
+    with caplog.at_level(logging.INFO, logger="llmfw.engine"):
+        assert not runner._capturable()
+    assert f"no CUDA graphs: {op} runs by its reference" in caplog.text
+    for key, choice in choices.items():
+        choices[key] = replace(choice, chosen="own")
+    assert runner._capturable()
 
 
 def test_a_row_that_is_not_finite_gets_no_token():
@@ -200,6 +221,7 @@ def test_sizes_and_limits_end_at_the_settings():
     assert all(a < b for a, b in zip(batch_sizes(300), batch_sizes(300)[1:], strict=False))
     assert kv_limits(512) == [512]
     assert kv_limits(4096) == [1024, 4096]
+    assert kv_limits(4096, attends=False) == [4096]
     assert kv_limits(131072) == [1024, 8192, 131072]
 
 

@@ -16,6 +16,7 @@ from llmfw.layers import (
     ColumnLinear,
     Embedding,
     GatedMLP,
+    GatedRMSNorm,
     LayerNorm,
     Linear,
     LMHead,
@@ -114,6 +115,24 @@ def test_rms_norm_with_and_without_residual_and_offset():
     torch.testing.assert_close(both, norm(2 * X))
     shifted = ready(RMSNorm(8, eps=1e-3, offset=1.0))
     torch.testing.assert_close(shifted(X), X / rms * (1 + shifted.weight))
+
+
+def test_rms_norm_adds_to_a_stream_in_float32():
+    norm = ready(RMSNorm(8), config(dtype=torch.bfloat16))
+    x, stream = X.bfloat16(), X.flip(0) / 3  # has bits that bfloat16 has not
+    normed, total = norm(x.clone(), stream.clone())
+    assert normed.dtype is torch.bfloat16
+    assert torch.equal(total, x.float() + stream)
+    assert torch.equal(normed, norm(total.bfloat16()))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gated_rms_norm_normalises_each_group(groups: int):
+    norm = ready(GatedRMSNorm(8, eps=1e-3, groups=groups))
+    gate = X.flip(0)
+    parts = (X * F.silu(gate)).chunk(groups, dim=-1)
+    normed = [part / part.square().mean(-1, keepdim=True).add(1e-3).sqrt() for part in parts]
+    torch.testing.assert_close(norm(X, gate), torch.cat(normed, dim=-1) * norm.weight)
 
 
 def test_layer_norm_with_and_without_parameters():
