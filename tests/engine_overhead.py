@@ -13,7 +13,8 @@ from llmfw.attention import AttentionMetadata, CacheSpec, StateSpec
 from llmfw.engine.engine import LLMEngine, scheduler_config
 from llmfw.engine.executor import InProcessExecutor
 from llmfw.engine.model_runner import ModelRunner
-from llmfw.engine.scheduler import Scheduler, Sequence
+from llmfw.engine.scheduler import Scheduler
+from llmfw.engine.sequence import Sequence
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import NewRequest
 from llmfw.engine.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmfw.engine.scheduler import Scheduler, SchedulerConfig, Sequence
+from llmfw.engine.scheduler import Scheduler, SchedulerConfig
+from llmfw.engine.sequence import Sequence
 from llmfw.engine.step import NewRequest, StepInput
 from llmfw.errors import RequestError
 from llmfw.sampling_params import SamplingParams

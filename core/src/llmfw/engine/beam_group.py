@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llmfw.engine.step import Fork
 
 if TYPE_CHECKING:
-    from llmfw.engine.scheduler import Sequence
+    from llmfw.engine.sequence import Sequence
 
 
 class Move(NamedTuple):

@@ -12,7 +12,8 @@ from llmfw.engine.beam_search import BeamSearch, num_candidates
 from llmfw.engine.completion import Completion, EndRules, detokenizer_for
 from llmfw.engine.detokenizer import Decoder
 from llmfw.engine.generation import Generation
-from llmfw.engine.scheduler import Scheduler, Sequence
+from llmfw.engine.scheduler import Scheduler
+from llmfw.engine.sequence import Sequence
 from llmfw.engine.step import NewRequest
 from llmfw.errors import RequestError
 from llmfw.request import Request

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llmfw.engine.beam_group import BeamGroup, Moves, longest_beams
 from llmfw.engine.block_pool import ROOT, BlockPool, chain
+from llmfw.engine.sequence import Sequence, StepPlan
 from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
 from llmfw.errors import RequestError
 
@@ -37,52 +38,6 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-
-
-class Sequence:
-    """One completion under way, as the scheduler sees it.
-
-    Args:
-        new: What the worker is told at the first chunk.
-        limit: Tokens, prompt and output, at which it ends.
-        most_cached: Tokens that cached blocks may spare it; None: as many as there are. Those whose
-            logits are wanted have to be computed.
-
-    A beam has a `group`: no token of it is promised, for what follows is chosen among all beams.
-    """
-
-    __slots__ = (
-        "blocks", "digests", "group", "limit", "most_cached", "moved", "new", "num_cached",
-        "num_computed", "num_named", "num_tokens", "seq_id", "started", "tokens",
-    )  # fmt: skip
-
-    def __init__(self, new: NewRequest, limit: int, *, most_cached: int | None = None) -> None:
-        self.seq_id = new.seq_id
-        self.new = new
-        self.limit = limit
-        self.most_cached = most_cached
-        self.tokens = list(new.prompt_token_ids)  # those whose values are known
-        self.num_tokens = len(self.tokens)  # with those promised
-        self.num_computed = 0
-        self.num_cached: int | None = (
-            None  # computed tokens it found in the cache at its first start
-        )
-        self.blocks: list[int] = []
-        self.digests: list[bytes] = []  # of full blocks of known tokens
-        self.num_named = 0  # leading blocks whose names the pool has been told
-        self.started = False
-        self.group: BeamGroup | None = None
-        self.moved = False  # whether the worker is still to be told of all its blocks
-
-    @property
-    def members(self) -> list[Sequence]:
-        """What starts and ends with it: itself, or all beams of its group."""
-        return [self] if self.group is None else self.group.members
-
-    @property
-    def pending(self) -> int:
-        """Tokens still to be computed; 0 when all its tokens are promised."""
-        return self.num_tokens - self.num_computed if self.num_tokens < self.limit else 0
 
 
 @dataclass
@@ -237,7 +192,7 @@ class Scheduler:
 
     def schedule(self) -> StepInput | None:
         """The next step, or None when nothing can be computed now."""
-        plan = _Plan(self.config.max_num_batched_tokens)
+        plan = StepPlan(self.config.max_num_batched_tokens)
         prefilling = self._plan_decoding(plan)
         self._plan_prefilling(plan, prefilling)
         generations = [self._generate(sequence, plan) for sequence in plan.decoding]
@@ -262,7 +217,7 @@ class Scheduler:
         self.pool.check([self._held(sequence) for sequence in self._sequences.values()])
         assert all(not sequence.blocks for sequence in self.waiting)
 
-    def _plan_decoding(self, plan: _Plan) -> list[Sequence]:
+    def _plan_decoding(self, plan: StepPlan) -> list[Sequence]:
         """Give a token each to sequences that lack one; those that lack more are returned."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
@@ -289,14 +244,14 @@ class Scheduler:
         plan.budget -= len(decoding)
         return prefilling
 
-    def _plan_prefilling(self, plan: _Plan, prefilling: list[Sequence]) -> None:
+    def _plan_prefilling(self, plan: StepPlan, prefilling: list[Sequence]) -> None:
         """Give what is left of the budget to sequences that lack several tokens."""
         for sequence in prefilling:
             count = min(sequence.pending, plan.budget)
             if count and self._find_blocks(sequence, count, plan):
                 plan.take(sequence, count)
 
-    def _find_blocks(self, sequence: Sequence, count: int, plan: _Plan) -> bool:
+    def _find_blocks(self, sequence: Sequence, count: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks that it lacks; False if it has to wait for them."""
         if sequence.seq_id not in self.running:
             return False  # preempted by one before it
@@ -311,7 +266,7 @@ class Scheduler:
         return True
 
     def _admit(
-        self, plan: _Plan, generations: list[Chunk], contexts: list[Chunk], new: list[NewRequest]
+        self, plan: StepPlan, generations: list[Chunk], contexts: list[Chunk], new: list[NewRequest]
     ) -> None:
         """Start waiting sequences while budget, places and blocks last."""
         while self.waiting and plan.budget:
@@ -352,7 +307,7 @@ class Scheduler:
             chunk = self._advance(sequence, count, sequence.blocks, restart=True)
             (generations if count == 1 else contexts).append(chunk)
 
-    def _generate(self, sequence: Sequence, plan: _Plan) -> Chunk:
+    def _generate(self, sequence: Sequence, plan: StepPlan) -> Chunk:
         """The chunk of a sequence that lacks one token, which promises the next."""
         start = sequence.num_computed
         sequence.num_computed = start + 1
@@ -388,7 +343,7 @@ class Scheduler:
             self.pool.name(sequence.blocks[index], sequence.digests[index])
         sequence.num_named = max(sequence.num_named, full)
 
-    def _preempt_for(self, sequence: Sequence, missing: int, plan: _Plan) -> bool:
+    def _preempt_for(self, sequence: Sequence, missing: int, plan: StepPlan) -> bool:
         """Free blocks by preempting the latest sequences, never `sequence` or one before it."""
         victims = []
         for victim in reversed(self.running.values()):
@@ -450,22 +405,3 @@ class Scheduler:
         if not self.config.num_blocks:
             return 0
         return -(-tokens // self.config.block_size)
-
-
-class _Plan:
-    """What a step has given out so far.
-
-    decoding: sequences that get one token, their last. counts: tokens of the others. blocks: those
-    added. settled: False once blocks ran out; then none may be admitted.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.decoding: list[Sequence] = []
-        self.counts: dict[Sequence, int] = {}
-        self.blocks: dict[Sequence, list[int]] = {}
-        self.settled = True
-
-    def take(self, sequence: Sequence, count: int) -> None:
-        self.counts[sequence] = count
-        self.budget -= count
