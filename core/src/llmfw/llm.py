@@ -23,6 +23,7 @@ from llmfw.engine.stats import EngineStats
 from llmfw.engine.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llmfw.errors import ConfigError, RequestError, UsageError
 from llmfw.models import LoadedModel, load_model
+from llmfw.ops.device import as_current
 from llmfw.phases import Phases
 from llmfw.request import Request, RequestOutput
 from llmfw.sampling_params import SamplingParams, unknown_name
@@ -448,14 +449,15 @@ def _start_engine(
 ) -> LLMEngine:
     config = loaded.model_config
     settled = completed_by(loaded.engine, settings).on(config.device.type)
-    runner = ModelRunner(
-        loaded.model,
-        settled,
-        config.device,
-        attn_backend=config.attn_backend,
-        max_model_len=config.max_model_len,
-        phases=phases,
-    )
+    with as_current(config.device):
+        runner = ModelRunner(
+            loaded.model,
+            settled,
+            config.device,
+            attn_backend=config.attn_backend,
+            max_model_len=config.max_model_len,
+            phases=phases,
+        )
     return LLMEngine(
         InProcessExecutor(runner),
         settled,

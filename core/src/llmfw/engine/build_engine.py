@@ -24,6 +24,7 @@ from llmfw.models.engine_dir import CACHE
 from llmfw.models.load import LoadedModel, load_model
 from llmfw.models.machine import machine_facts
 from llmfw.models.manifest import EngineDefaults, EngineManifest, GraphPlan, MemoryPlan
+from llmfw.ops.device import as_current
 from llmfw.ops.table import OpTable
 from llmfw.weights import ModelSource, open_checkpoint, resolve_model
 from llmfw.weights.converted_config import HF_FOLDER, is_converted
@@ -161,13 +162,14 @@ def _bring_checkpoint(
 def _start(loaded: LoadedModel, asked: EngineSettings) -> ModelRunner:
     """As `LLM` does: it compiles and measures what is still missing, plans memory, makes graphs."""
     config = loaded.model_config
-    return ModelRunner(
-        loaded.model,
-        asked.on(config.device.type),
-        config.device,
-        attn_backend=config.attn_backend,
-        max_model_len=config.max_model_len,
-    )
+    with as_current(config.device):
+        return ModelRunner(
+            loaded.model,
+            asked.on(config.device.type),
+            config.device,
+            attn_backend=config.attn_backend,
+            max_model_len=config.max_model_len,
+        )
 
 
 def _bring_cache(folder: Path) -> None:

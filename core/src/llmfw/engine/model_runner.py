@@ -25,6 +25,7 @@ from llmfw.engine.step_results import NOTHING, PendingStep, gather_extras, gathe
 from llmfw.engine.workspace import graph_bytes, peak_bytes
 from llmfw.errors import ConfigError, DeviceError
 from llmfw.ops import DeviceInfo, OpTable
+from llmfw.ops.device import as_current
 from llmfw.ops.memory import memory_for
 from llmfw.phases import Phases
 from llmfw.sampling_params import SamplingParams
@@ -184,7 +185,7 @@ class ModelRunner:
     def launch(self, step: StepInput) -> PendingStep:
         """Start a step; on a GPU this returns before it is done, and nothing here waits for it."""
         self.table.apply(step)
-        with torch.inference_mode():
+        with as_current(self.device), torch.inference_mode():
             self._begin_states(step)
             if step.forks:
                 self._fork(step.forks)

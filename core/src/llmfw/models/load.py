@@ -18,6 +18,7 @@ from llmfw.models.plans import open_weights, plan_of
 from llmfw.models.prepare import PreparedModel, prepare_model
 from llmfw.models.pretrained import PretrainedModel
 from llmfw.models.weights import CheckpointTensors, has_own_load_weights, load_by_author, load_dummy
+from llmfw.ops.device import as_current
 from llmfw.ops.memory import memory_for
 from llmfw.phases import Phases
 from llmfw.plugins import PluginHost, ResolvedPlugin
@@ -85,11 +86,15 @@ def load_model(
     phases = phases or Phases()
     with phases.measure("resolve"):
         prepared = prepare_model(model, **settings)
-    with phases.measure("build"):
-        built = build(prepared.model_config, prepared.host)
     report: LoadReport | None = None
     device = prepared.model_config.device
-    with phases.measure("weights"), memory_for("the weights", device, *_CURES):
+    with phases.measure("build"), as_current(device):
+        built = build(prepared.model_config, prepared.host)
+    with (
+        phases.measure("weights"),
+        as_current(device),
+        memory_for("the weights", device, *_CURES),
+    ):
         if load_format == "dummy":
             load_dummy(built, seed)
         else:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -48,6 +49,15 @@ def device_info(device: torch.device) -> DeviceInfo:
             found.add("cupy")
         return DeviceInfo(device, frozenset(found))
     return DeviceInfo(device, frozenset({device.type}))
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one of this thread meanwhile; does nothing for a CPU.
+
+    Tensors know their device; streams, events, captures and the launches of own kernels are of the
+    current one.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def cpu_features(flags: Iterable[str]) -> frozenset[str]:

@@ -125,4 +125,4 @@ class _Stage:
             piece = piece.to(out.device, non_blocking=True)
         out.copy_(piece, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(out.device))
