@@ -62,6 +62,21 @@ def test_masses_are_powers_of_two() -> None:
     assert masses(torch.tensor([41.0, 1e30, math.inf])).tolist() == [0, 0, 0]
 
 
+def test_masses_are_the_references_to_the_last_unit() -> None:
+    """Draws at the edge between two tokens: a fused product and sum would shift it."""
+    distance = torch.linspace(0, 18, 20_001)
+    near = masses(distance)
+    logits = torch.stack((-distance, torch.zeros_like(distance)), dim=1)
+    whole = (near + masses(torch.zeros(1))).double()
+    for step, token in ((-0.5, 0), (0.5, 1)):
+        numbers = (1.0, 0.0, 1.0, math.inf)
+        columns = [torch.full_like(whole, number) for number in numbers]
+        parameters = torch.stack((*columns, (near.double() + step) / whole))
+        for draw in (draw_tokens, *own_kernels(2, torch.float32)):
+            drawn = draw(logits, argmax(logits), parameters, False)
+            assert (drawn == token).all()
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     seed=st.integers(0, 10_000),

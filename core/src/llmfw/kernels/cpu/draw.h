@@ -1,7 +1,7 @@
 // draw_tokens: one token a row by temperature, top_k, top_p and min_p, without sorting the vocabulary.
 //
 // The reference says what distances and masses are. Masses are whole numbers, so sums may be taken in any order;
-// every product and sum of floats stands in a statement of its own, lest a compiler fuse them.
+// products and sums of floats are rounded one by one, for which library.py keeps the compiler from fusing them.
 #pragma once
 
 #include "parallel.h"
