@@ -25,7 +25,7 @@ def test_a_cpu_is_offered_nothing():
 
 def test_the_grouped_product_is_the_references():
     """torch's grouped product runs on a CPU as well, so it can be checked without a GPU."""
-    device = info("cuda", "sm_80")
+    device = info("cuda", "sm_90")
     (kernel,) = vendor.pack.llmfw_kernels(device)
     report = check_kernel(kernel, device)
     assert report.passed, report.failures
@@ -35,12 +35,15 @@ def test_the_grouped_product_is_the_references():
 @pytest.mark.parametrize(
     ("features", "dtype", "chosen"),
     [
-        (("cuda", "sm_80"), torch.bfloat16, "torch.grouped_linear"),
-        (("cuda", "sm_80"), torch.float32, "reference"),
+        (("cuda", "sm_90"), torch.bfloat16, "torch.grouped_linear"),
+        (("cuda", "sm_90", "sm_100"), torch.bfloat16, "torch.grouped_linear"),
+        (("cuda", "sm_90"), torch.float32, "reference"),
+        (("cuda", "sm_80"), torch.bfloat16, "reference"),
+        (("cuda", "sm_90", "sm_120"), torch.bfloat16, "reference"),
         (("cuda",), torch.bfloat16, "reference"),
     ],
 )
-def test_it_serves_bfloat16_from_sm_80_on(features: tuple[str, ...], dtype, chosen: str):
+def test_it_serves_where_torch_waits_for_nothing(features: tuple[str, ...], dtype, chosen: str):
     device = info(*features)
     table = OpTable(device, tuple(vendor.pack.llmfw_kernels(device)))
     table.resolve("grouped_linear", dtype, **SHAPE)
@@ -49,8 +52,8 @@ def test_it_serves_bfloat16_from_sm_80_on(features: tuple[str, ...], dtype, chos
 
 
 def test_an_old_torch_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vendor, "grouped_product", lambda: None)
-    device = info("cuda", "sm_80")
+    monkeypatch.setattr(vendor, "grouped_product", lambda info: None)
+    device = info("cuda", "sm_90")
     (kernel,) = vendor.pack.llmfw_kernels(device)
     refusal = kernel.refusal(OpContext("grouped_linear", torch.bfloat16, device, SHAPE))
-    assert refusal == "this torch has no grouped product"
+    assert refusal == "torch has no grouped product for this device"

@@ -171,7 +171,7 @@ def test_experts_with_many_rows_go_through_the_library(
         return grouped_linear(x, weight.transpose(1, 2), offs)
 
     monkeypatch.setattr(moe_experts, "MANY_ROWS", 0)
-    monkeypatch.setattr(moe_experts.vendor, "grouped_product", lambda: product)
+    monkeypatch.setattr(moe_experts.vendor, "grouped_product", lambda info: product)
     wanted = f"moe_experts-bfloat16-{label}"
     run(next(case for case in expert_cases() if str(case) == wanted), device)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
 
 ALIGNMENT = 8  # elements: torch's grouped product reads rows of 16 bytes
+SERVED = (9, 10)  # compute capabilities (major); on others torch loops over the groups on the host
 
 
 class TorchPack:
@@ -34,7 +35,7 @@ class TorchPack:
                 op="grouped_linear",
                 name="torch.grouped_linear",
                 factory="llmfw.kernels.vendor:grouped_linear",
-                requires=("cuda", "sm_80"),
+                requires=("cuda", "sm_90"),
                 dtypes=("bfloat16",),
                 supports=_grouped_refusal,
                 priority=5,
@@ -43,8 +44,8 @@ class TorchPack:
 
 
 def _grouped_refusal(context: OpContext) -> str | None:
-    if grouped_product() is None:
-        return "this torch has no grouped product"
+    if grouped_product(context.info) is None:
+        return "torch has no grouped product for this device"
     widths = (context["in_features"], context["out_features"])
     if any(width % ALIGNMENT for width in widths):
         return f"serves widths that are multiples of {ALIGNMENT}, not {widths[0]} x {widths[1]}"
@@ -53,7 +54,7 @@ def _grouped_refusal(context: OpContext) -> str | None:
 
 def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     """One launch for all groups."""
-    product = grouped_product()
+    product = grouped_product(context.info)
     assert product is not None
 
     def run(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -64,10 +65,16 @@ def grouped_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     return run
 
 
-def grouped_product() -> Callable[..., Any] | None:
-    """torch's grouped product (x by group, weight [groups, in, out], offs=ends), if it has one."""
+def grouped_product(info: DeviceInfo) -> Callable[..., Any] | None:
+    """torch's grouped product (x by group, weight [groups, in, out], offs=ends).
+
+    None where torch has none, or where it would read `offs` on the host: no graph can capture that.
+    """
     import torch
 
+    levels = [int(name[3:]) for name in info.features if name.startswith("sm_")]
+    if max(levels, default=0) // 10 not in SERVED:
+        return None
     return getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 

@@ -94,7 +94,7 @@ class CupyExperts:
         if context.info.device.type == "cuda":
             compile_ahead(context.info.device, context.dtype, uses_of(shape))
         self._experts = shape.experts
-        product = vendor.grouped_product()
+        product = vendor.grouped_product(context.info)
         self._library = product if context.dtype == torch.bfloat16 else None
         one, few, down = ways_of(shape)
         self._up_one, self._up_few = GemvUp(context, one), GemvUp(context, few)
