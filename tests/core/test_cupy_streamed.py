@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy import tensor_map
-from llmfw.kernels.cupy.products import STREAMED_ROWS
+from llmfw.kernels.cupy.compile import arch_of
+from llmfw.kernels.cupy.products import STREAMED_ROWS, serves
 from llmfw.kernels.cupy.streamed import CUTS, SHARED_BYTES, Streamed, streamed_variants
 from llmfw.ops.device import cuda_features
 from llmfw.ops.kernel import DeviceInfo, OpContext
@@ -69,6 +72,33 @@ def test_other_tensor_cores_are_left_to_the_library(capability: tuple[int, int])
     assert streamed_variants(32, linear_context(4096, 4096, capability), 4096) == ()
     assert streamed_variants(32, linear_context(4096, 4096, (9, 0)), 4096)
     assert streamed_variants(4, linear_context(4096, 4096, (9, 0)), 4096) == ()
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 6), "sm_86"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+    ],
+)
+def test_only_9_0_is_given_code_that_no_other_device_runs(
+    capability: tuple[int, int], arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvrtc = SimpleNamespace(getSupportedArchs=lambda: [80, 86, 87, 89, 90, 100, 120])
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nvrtc=nvrtc))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert arch_of.__wrapped__(0) == arch
+
+
+def test_only_aligned_rows_are_read_by_packs() -> None:
+    x, weight = torch.zeros(64, dtype=torch.float16), torch.zeros(65, dtype=torch.float16)
+    assert serves(x.view(1, 64), weight[:64].view(1, 64))
+    assert not serves(x.view(1, 64), weight[1:].view(1, 64))
+    assert not serves(x.view(2, 32).t(), weight[:64].view(2, 32))
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")

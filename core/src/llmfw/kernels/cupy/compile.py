@@ -207,7 +207,7 @@ def device_index(device: torch.device) -> int:
 def arch_of(index: int) -> str:
     """The newest architecture that both the device and NVRTC know, as "sm_89".
 
-    From 9.0 on a device's own architecture has instructions that no other has: "sm_90a".
+    9.0 has instructions that no other has, and that hopper.cuh uses: "sm_90a".
     """
     from cupy.cuda import nvrtc
 
@@ -220,4 +220,4 @@ def arch_of(index: int) -> str:
             hint="install a newer CuPy and CUDA runtime, or run with --kernels reference",
         )
     newest = max(known)
-    return f"sm_{newest}{'a' if newest == own >= 90 else ''}"
+    return f"sm_{newest}{'a' if newest == 90 else ''}"

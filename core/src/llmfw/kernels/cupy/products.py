@@ -52,4 +52,5 @@ def by_rows(compiled: Mapping[int, Product]) -> tuple[Product | None, ...]:
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether own kernels can read these tensors."""
-    return x.is_contiguous() and x.data_ptr() % 16 == 0 and weight.is_contiguous()
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    return aligned and x.is_contiguous() and weight.is_contiguous()
