@@ -118,7 +118,9 @@ class StepGraphs:
             step.compute()  # compiles, tunes and allocates what must not happen in a capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool):
+        # "thread_local": another model of the process goes on meanwhile, and may allocate.
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with torch.inference_mode(), capture:
             output = step.compute()
         self._pool = self._pool or graph.pool()
         # Not owned, so that the next graph's logits take the place of these: graphs run one at a

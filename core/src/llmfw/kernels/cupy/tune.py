@@ -227,7 +227,7 @@ def graph_time(runs: Sequence[Callable[[], object]], launches: int = 64, repeats
     with torch.cuda.stream(
         torch.cuda.Stream()
     ):  # `torch.cuda.graph` would empty the allocator each time
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")  # as StepGraphs captures
         for i in range(launches):
             runs[i % len(runs)]()
         graph.capture_end()
