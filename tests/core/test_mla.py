@@ -132,6 +132,15 @@ def test_a_norm_that_is_not_stock_is_called():
     torch.testing.assert_close(run(layer, hidden, 5), want)
 
 
+def test_a_norm_with_an_offset_is_called():
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2))
+    layer = ready(made())
+    want = run(layer, hidden, 5)
+    layer.kv_a_layernorm.offset = 1.0
+    layer.kv_a_layernorm.weight.data -= 1.0
+    torch.testing.assert_close(run(layer, hidden, 5), want)
+
+
 def test_generations_are_the_batch_without_its_contexts():
     requests = ((9, 9), (4, 17), (1, 21), (2, 6))
     metadata, _, _ = paged_batch(requests, 2, 4, torch.Generator().manual_seed(1), CPU)

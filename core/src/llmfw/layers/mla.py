@@ -114,7 +114,7 @@ class MLA(Layer):
             "latent_dim": self.mla.kv_lora_rank,
             "rotary_dim": self.mla.qk_rope_head_dim,
             "interleaved": int(self._interleaved),
-            "norm": int(isinstance(self.kv_a_layernorm, RMSNorm)),
+            "norm": int(self._norms_with_cache),
             "block_size": config.block_size,
         }
         shape = {
@@ -150,6 +150,13 @@ class MLA(Layer):
             block_size=config.block_size,
         )
         self._pays = getattr(self._expanded_attention, "pays", self._pays)
+
+    @property
+    def _norms_with_cache(self) -> bool:
+        """Whether the norm of latents is the one that the op for the cache has."""
+        norm = self.kv_a_layernorm
+        stock = isinstance(norm, RMSNorm) and not norm.offset
+        return stock and norm.dtype in (None, self.dtype)
 
     @property
     def _interleaved(self) -> bool:
@@ -219,7 +226,7 @@ class MLA(Layer):
         """Write the tokens' latents and keys to the cache; q_rope [tokens, heads, rope] rotated."""
         kv = self.kv_a_proj_with_mqa(hidden_states)  # [tokens, kv_lora_rank + qk_rope_head_dim]
         norm, eps = None, 0.0
-        if isinstance(self.kv_a_layernorm, RMSNorm):
+        if self._norms_with_cache:
             norm, eps = self.kv_a_layernorm.weight, self.kv_a_layernorm.eps
         else:
             latent, key = kv.split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1)
