@@ -69,5 +69,5 @@ def in_rows(width: int, dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
 
 
 def whole(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
-    """Whether they are contiguous."""
-    return all(x.dtype is dtype and x.is_contiguous() for x in tensors)
+    """Whether they are contiguous, and aligned to 16 bytes."""
+    return all(x.dtype is dtype and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors)
