@@ -35,8 +35,14 @@ def parameters_of(
 
 
 def logits_of(rows: int, vocab: int, spread: float, g: torch.Generator) -> torch.Tensor:
-    """Normal logits; some rows with equal values, with minus infinities, or not finite."""
+    """Normal logits; some rows with equal values, with minus infinities, or not finite.
+
+    In others both zeros are the greatest.
+    """
     x = torch.randn(rows, vocab, generator=g) * spread
+    x[2::7] = -x[2::7].abs()
+    x[2::7, : vocab // 2] = 0.0
+    x[2::7, 0] = -0.0
     x[3::7] = x[3::7].round()
     x[4::7] = 1.5
     x[5::7, 1::2] = -math.inf

@@ -21,7 +21,7 @@ static_assert(VOCAB % WIDTH == 0 && THREADS % 32 == 0, "a row is whole packs");
 
 // Keys are ordered as values are, equal values by the lower index; 0 is below all of them.
 __device__ __forceinline__ u64 key_of(float value, bool nan, int index) {
-  const u32 bits = __float_as_uint(value);
+  const u32 bits = __float_as_uint(value + 0.0f);  // of both zeros the same
   const u32 ordered = nan ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return u64(ordered) << 32 | u32(~index);
 }

@@ -78,7 +78,7 @@ __device__ __forceinline__ Row row_of(const scalar* logits, i64 token, const dou
   it.top_p = parameters[2 * rows + row];
   it.farthest = float(parameters[3 * rows + row]);
   it.uniform = parameters[4 * rows + row];
-  it.greatest = token < 0 ? 0.0f : to_float(it.logits[token]);
+  it.greatest = token < 0 ? 0.0f : __fadd_rn(to_float(it.logits[token]), 0.0f);  // of -0 a distance would be -0
   if (it.top_k > VOCAB) it.top_k = VOCAB;
   return it;
 }
