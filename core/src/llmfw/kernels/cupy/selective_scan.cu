@@ -24,7 +24,7 @@ constexpr int QUADS = STATE / 4;
 constexpr int LANES = lanes_for(QUADS);
 constexpr int PER = QUADS / LANES;             // float4s of a channel that a lane holds
 constexpr int BLOCK_CHANNELS = THREADS / LANES;
-constexpr int STEPS = LANES < 4 ? 8 * LANES : STATE <= 128 ? 32 : STATE <= 256 ? 16 : 8;  // tokens in shared memory
+constexpr int STEPS = STATE > 256 ? 8 : LANES < 4 ? 8 * LANES : STATE <= 128 ? 32 : 16;  // tokens in shared memory
 constexpr int SHARE = (STEPS * BLOCK_CHANNELS + THREADS - 1) / THREADS;  // of their channels that a thread prepares
 constexpr int PACKS = (STEPS * QUADS + THREADS - 1) / THREADS;           // of their b and c that a thread copies
 constexpr int TOKENS = LANES < 8 ? LANES : 8;  // tokens a round, whose sums are dealt out to the lanes
