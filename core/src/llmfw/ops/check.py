@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from llmfw.errors import KernelError
+from llmfw.ops.device import as_current
 from llmfw.ops.drawn import Case
 from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext, load_object
@@ -107,7 +108,8 @@ def check_kernel(
             if reason is not None:
                 declined.append((context, reason))
                 continue
-            run, tolerance = kernel.build(context), kernel.tolerance[dtype]
+            with as_current(info.device):
+                run, tolerance = kernel.build(context), kernel.tolerance[dtype]
             for case in _cases(draw, context, seed):
                 error, problem = _compare(run, reference, case, info.device)
                 results.append(CaseResult(context, case.label, error, tolerance, problem))
@@ -139,7 +141,7 @@ def _compare(
     run: Callable[..., object], reference: Callable[..., object], case: Case, device: torch.device
 ) -> tuple[float, str | None]:
     theirs, ours = _copied(case.arguments), _copied(case.arguments)
-    with torch.inference_mode():
+    with as_current(device), torch.inference_mode():
         wanted = _tensors(reference(*theirs)) + [theirs[i] for i in case.written]
         prepare = getattr(run, "prepare", None)
         if prepare is not None:

@@ -16,6 +16,7 @@ import torch
 
 from llmfw.errors import KernelError
 from llmfw.ops.costs import BENCHES, Arguments, Cost, CostOf, moved
+from llmfw.ops.device import as_current
 from llmfw.ops.drawn import Case
 from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import Kernel, OpContext, load_object
@@ -99,16 +100,18 @@ def time_kernel(
     """
     if kernel is not None and kernel.refusal(context) is not None:
         return
-    run = reference_of(context.op) if kernel is None else kernel.build(context)
+    device = context.info.device
+    with as_current(device):
+        run = reference_of(context.op) if kernel is None else kernel.build(context)
     name = "reference" if kernel is None else kernel.name
     cost_of = _cost_of(kernel, context)
     for case, arguments in _calls(kernel, context, tuple(tokens), kv_len):
-        with torch.inference_mode():
+        with as_current(device), torch.inference_mode():
             results = _tensors(run(*_prepared(run, _copied(arguments))))
             cost = cost_of(context, arguments, results)
             copies = _copies(arguments, cost)
             calls = [_prepared(run, _copied(arguments)) for _ in range(copies)]
-            us = _microseconds([_call(run, each) for each in calls], context.info.device)
+            us = _microseconds([_call(run, each) for each in calls], device)
         yield KernelTime(context.op, name, context, case, us, cost)
 
 

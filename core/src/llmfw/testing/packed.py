@@ -16,6 +16,7 @@ from llmfw.attention import (
     get_attention_backend,
 )
 from llmfw.models import PretrainedModel
+from llmfw.ops.device import as_current
 
 
 class PackedSession:
@@ -68,7 +69,7 @@ class PackedSession:
             self._grow(name, count)
         ids = torch.tensor([token for name in order for token in tokens[name]], device=self.device)
         metadata = self._metadata(order, query_lens, past)
-        with torch.inference_mode():
+        with as_current(self.device), torch.inference_mode():
             logits = self.model(metadata, ids, metadata.positions)
         return dict(zip(order, logits.split(query_lens), strict=True))
 
