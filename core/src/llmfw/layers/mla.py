@@ -195,9 +195,11 @@ class MLA(Layer):
         )
         if count == len(q):
             return contexts
+        # Made first: kernels may read lengths before the kernel right before them is done.
+        generations = attn_metadata.generations
         q_nope, q_rope = q[count:].split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
         query = torch.cat((self.kv_b_proj.absorb(q_nope), q_rope), dim=-1)
-        return torch.cat((contexts, self._absorbed(query, attn_metadata.generations)))
+        return torch.cat((contexts, self._absorbed(query, generations)))
 
     def _absorbed(self, query: torch.Tensor, attn_metadata: AttentionMetadata) -> torch.Tensor:
         """query [tokens, heads, latent_width] -> [tokens, heads * v_head_dim]."""
