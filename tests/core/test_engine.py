@@ -297,6 +297,9 @@ def test_prompt_logprobs_with_several_completions(engines):
     params = SamplingParams(n=2, seed=1, prompt_logprobs=1)
     output = run(engines(TinyAttentionModel()), [[1, 2, 3]], params)[0]
     assert [entry is None for entry in output.prompt_logprobs] == [True, False, False]
+    later = params.replace(prompt_logprobs_start=2)
+    output = run(engines(TinyAttentionModel()), [[1, 2, 3]], later)[0]
+    assert [entry is None for entry in output.prompt_logprobs] == [True, True, False]
 
 
 def test_timings_are_in_order(engines):

@@ -167,7 +167,9 @@ def _sequence(
     """One of the request's sequences; the first has its seed and tells of the prompt."""
     tells = sampling.prompt_logprobs is not None or sampling.return_context_logits
     if index and tells:
-        sampling = sampling.replace(prompt_logprobs=None, return_context_logits=False)
+        sampling = sampling.replace(
+            prompt_logprobs=None, prompt_logprobs_start=0, return_context_logits=False
+        )
     new = NewRequest(
         seq_id,
         request.prompt_token_ids,
