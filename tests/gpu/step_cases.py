@@ -39,6 +39,8 @@ def step_cases() -> Iterator[Case]:
                     x = torch.randn(r, v, generator=g)
                     for row, value in enumerate((float("nan"), float("inf"), float("-inf"))):
                         x[row + 1 : row + 2, (v // 3) * row : (v // 3) * row + 9] = value
+                    x[4:5] = -x[4:5].abs()
+                    x[4:5, v // 2], x[4:5, -1] = -0.0, 0.0  # equals
                     x[5:6] = float("-inf")
                     x[0, -1], x[0, v // 2] = 9.0, 9.0  # the first of equals counts
                     tokens = torch.full((2 * r + 1,), -7, dtype=torch.int32, device=d)
