@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine_models import CPU, HistoryModel
-from llmfw.engine import model_runner
+from llmfw.engine import cuda_graphs, model_runner
+from llmfw.engine.cuda_graphs import StepGraphs
+from llmfw.engine.decode_step import DecodeOutput
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import Chunk, NewRequest, StepInput
@@ -73,3 +76,50 @@ def test_a_buffer_waits_for_the_stream_of_the_device_it_was_copied_to(
     stage.copy_to(out, torch.ones(4))
     assert event.recorded == ("stream of", CPU)
     assert torch.equal(out, torch.ones(4))
+
+
+def test_all_captures_of_an_engine_take_one_stream_of_its_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams: list[object] = []
+    modes: list[object] = []
+
+    class FakeStream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    class FakeGraph:
+        def pool(self) -> str:
+            return "pool"
+
+    @contextmanager
+    def capture(
+        graph: object, pool: object, stream: object, capture_error_mode: str
+    ) -> Iterator[None]:
+        streams.append(stream)
+        modes.append((pool, capture_error_mode))
+        yield
+
+    @contextmanager
+    def on(stream: object) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    for name, fake in (
+        ("Stream", FakeStream),
+        ("current_stream", FakeStream),
+        ("CUDAGraph", FakeGraph),
+        ("graph", capture),
+        ("stream", on),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(cuda_graphs, "unowned", lambda x: x)
+    output = DecodeOutput(torch.empty(0), torch.empty(0))
+    graphs = StepGraphs.__new__(StepGraphs)
+    graphs._pool = graphs._stream = None
+    step = SimpleNamespace(compute=lambda: output)
+    for _ in range(2):
+        graphs._capture(step)
+    assert len(streams) == 4
+    assert len(set(streams)) == 1
+    assert modes == [(None, "thread_local"), ("pool", "thread_local")]

@@ -75,6 +75,7 @@ class StepGraphs:
         self.limits = limits
         self.lengths = [length for length in LENGTHS if length < limits[-1]]
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._decode: dict[tuple[int, int], _Captured[DecodeStep]] = {}
         self._context: dict[int, _Captured[ContextStep]] = {}
         self._capture_all(make_decode, make_context)
@@ -112,14 +113,18 @@ class StepGraphs:
         return captured.replay()
 
     def _capture(self, step: TStep) -> _Captured[TStep]:
-        stream = torch.cuda.Stream()
+        # One for all captures, for memory is reused within a stream; torch's own for captures is of
+        # the device of the process's first one.
+        self._stream = stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(stream):
             step.compute()  # compiles, tunes and allocates what must not happen in a capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": another model of the process goes on meanwhile, and may allocate.
-        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        )
         with torch.inference_mode(), capture:
             output = step.compute()
         self._pool = self._pool or graph.pool()

@@ -224,7 +224,7 @@ def _graph_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Ca
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             eager()
     except RuntimeError:  # it waits for the device, as references do
         torch.cuda.synchronize(device)
