@@ -114,7 +114,7 @@ class MLA(Layer):
             "latent_dim": self.mla.kv_lora_rank,
             "rotary_dim": self.mla.qk_rope_head_dim,
             "interleaved": int(self._interleaved),
-            "norm": int(self._norms_with_cache),
+            "norm": int(self._stock_norm is not None),
             "block_size": config.block_size,
         }
         shape = {
@@ -152,11 +152,12 @@ class MLA(Layer):
         self._pays = getattr(self._expanded_attention, "pays", self._pays)
 
     @property
-    def _norms_with_cache(self) -> bool:
-        """Whether the norm of latents is the one that the op for the cache has."""
+    def _stock_norm(self) -> RMSNorm | None:
+        """The norm of latents where the op that writes the cache has it too."""
         norm = self.kv_a_layernorm
-        stock = isinstance(norm, RMSNorm) and not norm.offset
-        return stock and norm.dtype in (None, self.dtype)
+        if not isinstance(norm, RMSNorm) or norm.offset or norm.dtype not in (None, self.dtype):
+            return None
+        return norm
 
     @property
     def _interleaved(self) -> bool:
@@ -227,9 +228,9 @@ class MLA(Layer):
     ) -> None:
         """Write the tokens' latents and keys to the cache; q_rope [tokens, heads, rope] rotated."""
         kv = self.kv_a_proj_with_mqa(hidden_states)  # [tokens, kv_lora_rank + qk_rope_head_dim]
-        norm, eps = None, 0.0
-        if self._norms_with_cache:
-            norm, eps = self.kv_a_layernorm.weight, self.kv_a_layernorm.eps
+        norm, eps, stock = None, 0.0, self._stock_norm
+        if stock is not None:
+            norm, eps = stock.weight, stock.eps
         else:
             latent, key = kv.split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1)
             kv = torch.cat((self.kv_a_layernorm(latent), key), dim=-1)
