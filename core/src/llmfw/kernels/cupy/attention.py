@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from llmfw.errors import KernelError
-from llmfw.kernels.cupy.paged_decode import PagedDecode
+from llmfw.kernels.cupy.paged_decode import PagedDecode, check_block_size
 from llmfw.kernels.cupy.prefill import ContextBatch, Prefill
 from llmfw.ops.kernel import OpContext
 
@@ -118,11 +117,7 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if view.block_size != heads.block_size:
-            raise KernelError(
-                f"attention was built for blocks of {heads.block_size} tokens, "
-                f"called with {view.block_size}"
-            )
+        check_block_size(heads.block_size, view.block_size)
         if q.stride(-1) != 1 or q.stride(1) != heads.head_dim or q.data_ptr() % 16:
             q = q.contiguous()
         if sinks is not None and sinks.dtype is not torch.float32:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from llmfw.errors import KernelError
 from llmfw.kernels.cupy.attention import Once, context_batch
 from llmfw.kernels.cupy.compile import load
 from llmfw.kernels.cupy.launch import Launcher, dense
+from llmfw.kernels.cupy.paged_decode import check_block_size
 from llmfw.kernels.cupy.prefill import KEYS, THREADS, ContextBatch, flash_attention
 from llmfw.ops.kernel import OpContext
 
@@ -202,11 +202,7 @@ def expanded_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         view: CacheGroupView,
         scale: float,
     ) -> torch.Tensor:
-        if view.block_size != heads.block_size:
-            raise KernelError(
-                f"attention was built for blocks of {heads.block_size} tokens, "
-                f"called with {view.block_size}"
-            )
+        check_block_size(heads.block_size, view.block_size)
         batch = batches.of(metadata)
         return attend(dense(q), cache, weight, view.block_tables, batch, scale)
 

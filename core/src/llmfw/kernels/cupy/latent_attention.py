@@ -12,7 +12,7 @@ from llmfw.errors import KernelError
 from llmfw.kernels.cupy.attention import Part, parts_of
 from llmfw.kernels.cupy.compile import device_index, load
 from llmfw.kernels.cupy.launch import Launcher, dense
-from llmfw.kernels.cupy.paged_decode import UNSETTLED
+from llmfw.kernels.cupy.paged_decode import UNSETTLED, check_block_size
 from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
@@ -273,13 +273,12 @@ def latent_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if view.block_size != heads.block_size:
-            raise KernelError(
-                f"attention was built for blocks of {heads.block_size} tokens, "
-                f"called with {view.block_size}"
-            )
+        check_block_size(heads.block_size, view.block_size)
         if window or softcap or sinks is not None:
-            raise KernelError("latent attention serves no window, cap or sinks")
+            raise KernelError(
+                "latent attention serves no window, cap or sinks",
+                hint="leave them out, or give the layer an ordinary cache",
+            )
         q = dense(q)
         width = heads.num_heads * heads.v_dim
         out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)

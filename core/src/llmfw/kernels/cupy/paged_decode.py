@@ -49,6 +49,19 @@ class Heads:
         )
 
 
+def check_block_size(built: int, called: int) -> None:
+    """Hold the cache of a call against the blocks that attention was built for.
+
+    Raises:
+        KernelError: If they differ.
+    """
+    if built != called:
+        raise KernelError(
+            f"attention was built for blocks of {built} tokens, called with {called}",
+            hint="give the cache the block_size of the model's configuration",
+        )
+
+
 def supports(context: OpContext) -> str | None:
     """Head sizes of whole mma tiles up to 256, blocks of whole half tiles."""
     heads = Heads.of(context)

@@ -12,7 +12,7 @@ from llmfw.errors import KernelError
 from llmfw.kernels.cupy.attention import parts_of
 from llmfw.kernels.cupy.compile import device_index, load
 from llmfw.kernels.cupy.launch import Launcher, pointer
-from llmfw.kernels.cupy.paged_decode import Heads
+from llmfw.kernels.cupy.paged_decode import Heads, check_block_size
 from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
@@ -133,10 +133,12 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if view.block_size != heads.block_size or bool(softcap) != heads.softcap:
+        check_block_size(heads.block_size, view.block_size)
+        if bool(softcap) != heads.softcap:
             raise KernelError(
-                f"attention was built for blocks of {heads.block_size} tokens and softcap "
-                f"{heads.softcap}, called with {view.block_size} and {softcap}"
+                f"attention was built {'with' if heads.softcap else 'without'} a soft cap, "
+                f"called with {softcap}",
+                hint="name the soft cap when the op is resolved",
             )
         if q.stride(-1) != 1 or q.stride(1) != heads.head_dim:
             q = q.contiguous()
