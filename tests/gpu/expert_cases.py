@@ -9,6 +9,9 @@ import torch
 
 from gpu.kernel_cases import Arguments, Case, randn
 from llmfw.ops.kernel import DTYPE_NAMES
+from llmfw.ops.reference_moe import _best_groups
+
+LEAST_GAP = 1e-5  # between scores to choose by, in shares of the greatest: 80 roundings of float32
 
 
 def route_cases() -> Iterator[Case]:
@@ -29,14 +32,55 @@ def route_cases() -> Iterator[Case]:
                         s=scoring,
                         grouped=groups,
                     ) -> Arguments:
-                        ranks = torch.rand(n, e, generator=g).argsort(-1)  # distinct in all dtypes
-                        bias = torch.rand(e, generator=g).to(d) / 512 if grouped > 1 else None
-                        routing = (bias, grouped, 2, 2, 2.5) if grouped > 1 else ()
-                        return ((ranks / 32).to(d, t), k, s, s != "softmax", *routing), {}
+                        groups = None
+                        if grouped > 1:
+                            groups = torch.rand(e, generator=g) / 512, grouped, 2, 2
+                        logits = clear_logits(n, e, k, s, groups, g)
+                        routing = (groups[0].to(d), *groups[1:], 2.5) if groups else ()
+                        return (logits.to(d, t), k, s, s != "softmax", *routing), {}
 
                     shape = {"num_experts": count, "top_k": top_k, "num_groups": groups}
                     label = f"{tokens}x{count}-{scoring}"
                     yield Case("moe_route", dtype, shape, draw, label, wide=wide, tolerance=1e-5)
+
+
+Groups = tuple[torch.Tensor, int, int, int]  # moe_route's bias, num_groups, top_groups, group_best
+
+
+def clear_logits(
+    tokens: int, count: int, top_k: int, scoring: str, groups: Groups | None, g: torch.Generator
+) -> torch.Tensor:
+    """Logits [tokens, count] for which float32 allows one choice and one order of experts.
+
+    Where two scores are as near as their roundings a sigmoid that ends in another last bit, or
+    another order of equals, is as right. All values are distinct, and the same in all dtypes.
+    """
+    kept = torch.empty(0, count)
+    while len(kept) < tokens:
+        drawn = torch.rand(tokens, count, generator=g).argsort(-1) / 32
+        kept = torch.cat((kept, drawn[is_clear(drawn, top_k, scoring, groups)]))
+    return kept[:tokens]
+
+
+def is_clear(logits: torch.Tensor, top_k: int, scoring: str, groups: Groups | None) -> torch.Tensor:
+    """Whether each row's choices, in float64, are further apart than LEAST_GAP: bool [rows]."""
+    scores = logits.double()
+    if scoring != "topk_softmax":
+        scores = scores.softmax(-1) if scoring == "softmax" else scores.sigmoid()
+    clear = torch.ones(len(logits), dtype=torch.bool)
+    if groups is not None:
+        bias, num_groups, top_groups, group_best = groups
+        scores = scores + bias
+        sums = scores.unflatten(-1, (num_groups, -1)).topk(group_best).values.sum(-1)
+        clear = gaps(sums, top_groups)[:, -1] > LEAST_GAP  # groups have no order
+        scores = _best_groups(scores, num_groups, top_groups, group_best)
+    return clear & (gaps(scores, top_k) > LEAST_GAP).all(-1)
+
+
+def gaps(values: torch.Tensor, count: int) -> torch.Tensor:
+    """How far each of the `count` greatest is above the next one, in shares of the greatest."""
+    best = values.topk(min(count + 1, values.shape[-1])).values
+    return -best.diff(dim=-1) / best[:, :1]
 
 
 EXPERT_CODES = {
