@@ -1,34 +1,45 @@
-"""Run every kernel's smallest shapes once, for compute-sanitizer:
+"""Run every kernel's smallest shapes once, for compute-sanitizer: all of them, or one of N parts.
 
 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
-compute-sanitizer --tool racecheck python tests/gpu/sanitize.py [OP ...]
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py [PART/PARTS] [OP ...]
+
+Results are not compared, as the tests do that: a sanitizer would watch the references too.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["LLMFW_TUNE"] = "off"
 
 from gpu.expert_cases import expert_cases, route_cases
-from gpu.kernel_cases import Case, all_cases, check, kernel_of, product_variants
+from gpu.kernel_cases import Case, all_cases, kernel_of, product_variants
 from gpu.latent_cases import latent_cases
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import step_cases
+from llmfw.kernels.cupy.products import bucket_of
+from llmfw.ops.kernel import DTYPE_NAMES
+
+ENVIRONMENT = {
+    "LLMFW_TUNE": "off",
+    # torch's allocator hands out parts of large blocks, whose ends memcheck does not know.
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+}
+PRODUCTS = ("linear", "gated_linear")
+SWITCHED = ("argmax", "copy_blocks", "draw_tokens", "moe_route", "penalise", "prepare_decode")
 
 
-def main(ops: list[str]) -> None:
-    """One case for each op (or those named), dtype and static shape, in the order of all_cases."""
-    device = torch.device("cuda", 0)
-    seen: set[tuple[object, ...]] = set()
-    experts = (*route_cases(), *expert_cases())
+def smallest_cases() -> list[Case]:
+    """One case for each op, dtype and static shape, and each way in which a kernel can go."""
+    found: dict[tuple[object, ...], Case] = {}
     for case in (
         *all_cases(),
         *step_cases(),
@@ -36,29 +47,93 @@ def main(ops: list[str]) -> None:
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *sampling_cases(),
-        *experts,
+        *route_cases(),
+        *expert_cases(),
     ):
-        batch = case.label.split("-")[0] if case.op in ("paged_attention", *RECURRENT) else ""
-        rows = case.facts.get("rows") if case.facts.get("rows") in (1, 4, 5) else 0
-        named = case.facts.get("kernel")
-        key = (case.op, case.dtype, tuple(case.shape.items()), batch, rows, named)
-        if ops and case.op not in ops:
-            continue
-        if case.wide or key in seen or (case.dtype == "float16" and case.op != "paged_attention"):
-            continue
-        seen.add(key)
-        check(case, kernel_of(case, device).build(case.context(device)), device)
-        if case.op in ("linear", "gated_linear"):
-            products(case, device)
-    torch.cuda.synchronize()
-    print(f"{len(seen)} cases ran")
+        if not case.wide and (case.dtype != "float16" or case.op == "paged_attention"):
+            found.setdefault((*build_of(case), way_of(case)), case)
+    return list(found.values())
 
 
-def products(case: Case, device: torch.device) -> None:
-    """All variants of a product, with the case's inputs."""
-    if case.shape["in_features"] == 192 and case.dtype != "float32":
-        for call in product_variants(case.context(device), int(case.facts["rows"])):
-            check(case, call, device)
+def build_of(case: Case) -> tuple[object, ...]:
+    """Cases that are equal here run the same machine code."""
+    return (case.op, case.dtype, tuple(case.shape.items()), case.code, case.facts.get("kernel"))
+
+
+def way_of(case: Case) -> object:
+    """What tells cases of one build apart: arguments, the batch's kind, or the number of rows."""
+    if case.op in SWITCHED:
+        return case.label
+    if case.op in ("paged_attention", *RECURRENT):
+        return case.label.split("-")[0]
+    rows = case.facts.get("rows")
+    if has_variants(case):
+        return bucket_of(int(str(rows)))
+    return rows if rows in (1, 4, 5) else None
+
+
+def has_variants(case: Case) -> bool:
+    """Whether all variants of a product are run with the case's inputs."""
+    return case.op in PRODUCTS and case.shape["in_features"] == 192 and case.dtype != "float32"
+
+
+def part_of(cases: Iterable[Case], part: int, parts: int) -> list[Case]:
+    """The cases of one part (from 1). Those of a build are together, as it is compiled for them."""
+    builds: dict[tuple[object, ...], list[Case]] = {}
+    for case in cases:
+        builds.setdefault(build_of(case), []).append(case)
+    return [case for group in list(builds.values())[part - 1 :: parts] for case in group]
+
+
+def chosen(words: list[str]) -> list[Case]:
+    """The cases that a command line names: [PART/PARTS] [OP ...].
+
+    Raises:
+        SystemExit: If the part is none, an op has no cases, or there are too many parts.
+    """
+    part, parts = 1, 1
+    if words and "/" in words[0]:
+        first, _, last = words[0].partition("/")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise SystemExit(f"{words[0]!r} is no part: use 1/7 to 7/7, for example")
+        part, parts, words = int(first), int(last), words[1:]
+    cases = smallest_cases()
+    ops = {case.op for case in cases}
+    unknown = [word for word in words if word not in ops]
+    if unknown:
+        raise SystemExit(f"no cases of {', '.join(unknown)}: there are {', '.join(sorted(ops))}")
+    mine = part_of([case for case in cases if case.op in (words or ops)], part, parts)
+    if not mine:
+        raise SystemExit(f"no cases in part {part} of {parts}: ask for fewer parts")
+    return mine
+
+
+def run(case: Case, device: torch.device) -> None:
+    """Draw a case's inputs and call what serves it with them."""
+    generator = torch.Generator().manual_seed(0)
+    args, kwargs = case.draw(device, DTYPE_NAMES[case.dtype], generator)
+    for call in calls(case, device):
+        call(*args, **kwargs)
+
+
+def calls(case: Case, device: torch.device) -> Iterator[Callable[..., Any]]:
+    """The op's kernel, and all variants of a product."""
+    context = case.context(device)
+    yield kernel_of(case, device).build(context)
+    if has_variants(case):
+        yield from product_variants(context, int(str(case.facts["rows"])))
+
+
+def main(words: list[str]) -> None:
+    """Tell of each case that it runs and that it ran, so that a log shows where a tool stopped."""
+    os.environ.update(ENVIRONMENT)
+    cases = chosen(words)
+    device = torch.device("cuda", 0)
+    for case in cases:
+        print(f"run {case}", flush=True)
+        run(case, device)
+        torch.cuda.synchronize()
+        print(f"ran {case}", flush=True)
 
 
 if __name__ == "__main__":
