@@ -170,7 +170,33 @@ def test_kernels_list_of_a_model_tells_each_choice(tmp_path: Path) -> None:
     assert {row["chosen"] for row in value["choices"]} == {"reference"}
     by_op = {row["op"]: row for row in value["choices"]}
     assert by_op["rms_norm"]["shape"] == "hidden_size=64"
+    assert by_op["rms_norm"]["details"] == ""
     assert "cupy.rms_norm: references were asked for" in by_op["rms_norm"]["passed over"]
+
+
+def test_kernels_list_tells_what_a_kernel_settled_for(site: Path, tmp_path: Path) -> None:
+    write_dist(
+        site,
+        "pack-tuned-cli",
+        entry_points={"llmfw.kernels": {"tuned": "pack_tuned_cli:pack"}},
+        code="from llmfw.plugins import hookimpl\n"
+        "from llmfw.ops.kernel import Kernel\n"
+        "def factory(context):\n"
+        "    def run(x, weight, eps, offset=0.0):\n"
+        "        return x\n"
+        "    run.details = '8 threads'\n"
+        "    return run\n"
+        "class Pack:\n"
+        "    @hookimpl\n"
+        "    def llmfw_kernels(self, device):\n"
+        "        return [Kernel('rms_norm', 'tuned', 'pack_tuned_cli:factory', priority=999)]\n"
+        "pack = Pack()\n",
+    )
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
+    done = run("kernels", "list", "--model", str(tmp_path), "--device", "cpu")
+    assert "rms_norm hidden_size=64: 8 threads" in done.stdout.splitlines()
 
 
 def test_kernels_check_tells_a_wrong_kernel(site: Path) -> None:

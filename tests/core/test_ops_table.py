@@ -33,6 +33,14 @@ def make_fast(context: OpContext) -> Callable[..., torch.Tensor]:
     return fast_norm
 
 
+def make_tuned(context: OpContext) -> Callable[..., torch.Tensor]:
+    def tuned_norm(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    tuned_norm.details = f"{context['hidden_size']} threads"  # type: ignore[attr-defined]
+    return tuned_norm
+
+
 def make_broken(context: OpContext) -> Callable[..., torch.Tensor]:
     raise RuntimeError("out of registers")
 
@@ -77,6 +85,15 @@ def test_the_callable_knows_its_static_shape_and_is_made_once() -> None:
     assert table.resolve("rms_norm", torch.float32, hidden_size=8) is run
     assert table.resolve("rms_norm", torch.float32, hidden_size=9) is not run
     assert table.resolve("rms_norm", torch.bfloat16, hidden_size=8) is not run
+
+
+def test_a_choice_tells_what_its_kernel_settled_for() -> None:
+    table = OpTable(CPU, (kernel("a.tuned", "make_tuned"),))
+    assert chosen(table) == "a.tuned"
+    assert [choice.details for choice in table.choices.values()] == ["8 threads"]
+    plain = OpTable(CPU, (kernel("a.slow"),))
+    assert chosen(plain) == "a.slow"
+    assert [choice.details for choice in plain.choices.values()] == [""]
 
 
 def test_every_refusal_is_explained() -> None:

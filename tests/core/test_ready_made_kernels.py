@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from llmfw import cache
 from llmfw.kernels.cupy import compile as compiling
 from llmfw.kernels.cupy import tune
+from llmfw.ops.kernel import DeviceInfo, OpContext
 
 
 class FakeNvrtc(ModuleType):
@@ -77,3 +81,36 @@ def test_timings_are_taken_along_and_added_to(
     second.put("another", {})
     assert set(json.loads(moved.read_text())["times"]) == {"a shape", "another"}
     assert set(json.loads(path.read_text())["times"]) == {"a shape"}
+
+
+@dataclass(frozen=True)
+class FakeVariant:
+    """A kernel that only has a name."""
+
+    name: str
+
+
+def contest() -> tune.Contest:
+    info = DeviceInfo(torch.device("cuda", 0), frozenset({"cuda"}))
+    shape = {"in_features": 64, "out_features": 96, "bias": 0}
+    fakes: Any = {1: (FakeVariant("slow"), FakeVariant("gemv_k2_u2")), 64: (FakeVariant("wide"),)}
+    context = OpContext("linear", torch.bfloat16, info, shape)
+    return tune.Contest(context, fakes, weight_rows=96, outputs=96, otherwise=torch.add)
+
+
+def test_what_tuning_chose_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tune._Table(tmp_path / "tune.json")
+    monkeypatch.setattr(tune._Table, "of", lambda index: table)
+    competing = contest()
+    times = {"1": {"otherwise": 5.2, "slow": 6.0, "gemv_k2_u2": 3.9}, "64": {"otherwise": 6.0}}
+    table.put("bfloat16 64 -> 96", {**times, "64": {"otherwise": 6.0, "wide": 6.5}})
+    monkeypatch.setenv("LLMFW_TUNE", "auto")
+    told = tune.details(competing, tune.choices(competing))
+    assert told == "1 row: gemv_k2_u2 3.9 us (otherwise 5.2)"
+    table.put("bfloat16 64 -> 96", {**times, "64": {"otherwise": 6.0, "wide": 5.5}})
+    told = tune.details(competing, tune.choices(competing))
+    assert told.endswith("; up to 64 rows: wide 5.5 us (otherwise 6.0)")
+    table.put("bfloat16 64 -> 96", {"1": {"otherwise": 1.0, "slow": 6.0}})
+    assert tune.details(competing, tune.choices(competing)) == "no own kernel"
+    monkeypatch.setenv("LLMFW_TUNE", "off")
+    assert tune.details(competing, tune.choices(competing)) == "1 row: gemv_k2_u2"

@@ -230,6 +230,9 @@ def _list_choices(model: str, device: str, dtype: str, kernels: str, as_json: bo
         return
     heads = ("op", "shape", "dtype", "chosen", "passed over")
     write_table(heads, [[str(row[head]) for head in heads] for row in rows])
+    for row in rows:
+        if row["details"]:
+            write(f"{row['op']} {row['shape']}: {row['details']}\n")
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
@@ -239,6 +242,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
         "shape": shape,
         "dtype": str(choice.context.dtype).removeprefix("torch."),
         "chosen": choice.chosen,
+        "details": choice.details,
         "passed over": "; ".join(f"{name}: {reason}" for name, reason in choice.refused),
     }
 

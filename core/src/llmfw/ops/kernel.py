@@ -77,7 +77,8 @@ class Kernel:
         op: Name of the op; its reference gives the meaning and the signature.
         name: Unique name such as "cupy.rms_norm".
         factory: "module:function", imported only when the kernel is chosen. `function(context)`
-            gives the callable, with the reference's signature. A callable for `linear` or
+            gives the callable, with the reference's signature. A callable may have `details`, a
+            text for people: what it settled for where it had a choice. One for `linear` or
             `head_linear` may have `prepare(weight) -> Tensor`, called once after loading, whose
             result is passed as `weight` from then on. One for `expanded_attention` must have
             `pays(metadata) -> bool`: whether it is quicker for a batch than `paged_attention`.

@@ -21,11 +21,12 @@ SELECT_VARIABLE = "LLMFW_KERNELS"
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one op and static shape, and why the others were not."""
+    """What was chosen for one op and static shape, what it settled for, and why not the others."""
 
     context: OpContext
     chosen: str
     refused: tuple[tuple[str, str], ...]
+    details: str = ""
 
 
 @dataclass
@@ -106,7 +107,8 @@ class OpTable:
                         "kernel %s of pack %s is left out: %s", kernel.name, kernel.pack, reason
                     )
                 else:
-                    return built, Choice(context, kernel.name, tuple(refused))
+                    details = getattr(built, "details", "")
+                    return built, Choice(context, kernel.name, tuple(refused), details)
             refused.append((kernel.name, reason))
         reference = reference_of(context.op, self.kernels)
         return reference, Choice(context, "reference", tuple(refused))

@@ -16,7 +16,7 @@ from llmfw.kernels.cupy.activation import supports as activation_supports
 from llmfw.kernels.cupy.gemv import gemv_variants
 from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves
 from llmfw.kernels.cupy.streamed import streamed_variants
-from llmfw.kernels.cupy.tune import Contest, choices
+from llmfw.kernels.cupy.tune import Contest, choices, details
 from llmfw.ops.kernel import OpContext
 
 
@@ -72,6 +72,7 @@ def gated_linear(context: OpContext) -> Callable[..., torch.Tensor]:
                 return out
         return apart(x, weight, bias)
 
+    call.details = details(competing, chosen)  # type: ignore[attr-defined]
     return call
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from llmfw.kernels.cupy.gemv import gemv_variants
 from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves
 from llmfw.kernels.cupy.streamed import streamed_variants
-from llmfw.kernels.cupy.tune import Contest, choices
+from llmfw.kernels.cupy.tune import Contest, choices, details
 from llmfw.ops.kernel import OpContext
 
 
@@ -46,12 +46,9 @@ def contest(context: OpContext) -> Contest:
 def linear(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `linear` for one weight shape, with the kernels that the tuning run chose."""
     in_features, out_features = context["in_features"], context["out_features"]
-    table = by_rows(
-        {
-            bucket: variant.build(bucket, context, out_features)
-            for bucket, variant in choices(contest(context)).items()
-        }
-    )
+    competing = contest(context)
+    chosen = choices(competing)
+    table = by_rows({b: variant.build(b, context, out_features) for b, variant in chosen.items()})
     limit = len(table)
 
     def call(
@@ -66,4 +63,5 @@ def linear(context: OpContext) -> Callable[..., torch.Tensor]:
                 return out
         return F.linear(x, weight, bias)
 
+    call.details = details(competing, chosen)  # type: ignore[attr-defined]
     return call

@@ -96,6 +96,21 @@ def choices(contest: Contest) -> dict[int, Variant]:
     }
 
 
+def details(contest: Contest, chosen: Mapping[int, Variant]) -> str:
+    """Which own kernel serves how many rows, with both times in microseconds where measured."""
+    entries: dict[str, dict[str, dict[str, float]]] = {}
+    if setting() != "off":
+        entries = _Table.of(device_index(contest.context.info.device)).entries
+    parts = []
+    for bucket, variant in chosen.items():
+        rows = f"{bucket} row{'s' if bucket > 1 else ''}"
+        rows = rows if bucket in GEMV_ROWS else f"up to {rows}"
+        times = entries.get(contest.key, {}).get(str(bucket))
+        took = f" {times[variant.name]} us (otherwise {times[OTHERWISE]})" if times else ""
+        parts.append(f"{rows}: {variant.name}{took}")
+    return "; ".join(parts) or "no own kernel"
+
+
 def guess(bucket: int, known: tuple[Variant, ...]) -> Variant | None:
     """A choice without measuring: own kernels for up to 4 rows only."""
     if bucket not in GEMV_ROWS:
