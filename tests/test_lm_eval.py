@@ -14,6 +14,7 @@ from cli_helpers import run
 from llmfw import SamplingParams
 from llmfw.engine.tokenizer import Tokenizer
 from llmfw.errors import RequestError, UsageError
+from llmfw_cli.lm_eval import evaluate
 from llmfw_cli.lm_eval.chat import render
 from llmfw_cli.summarize.data import Source, read_samples
 from test_summarize import write_llama
@@ -59,6 +60,31 @@ def test_the_extra_is_named_where_lm_eval_is_missing(monkeypatch: pytest.MonkeyP
     done = run("eval", "--model", "smollm2", "--tasks", "none")
     assert done.exit_code == 2
     assert 'pip install "llmfw-cli[eval]"' in done.stderr
+
+
+def test_what_lm_eval_refuses_is_no_internal_error() -> None:
+    samples = ("--samples", '{"a": [1]}', "--limit", "3")
+    done = run("eval", "--model", "smollm2", "--tasks", "a", *samples)
+    assert done.exit_code == 2
+    assert "error: lm-eval: If --samples is not None, then --limit must be None." in done.stderr
+    assert "python -m llmfw_cli.lm_eval ls tasks" in done.stderr
+
+
+def test_a_fault_of_ours_stays_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty() -> None:
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", faulty)
+    with pytest.raises(ValueError, match="a fault of ours") as caught:
+        evaluate(["run"])
+    assert not isinstance(caught.value, UsageError)
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_named() -> None:
+    done = run("eval", "--model", "smollm2", "--tasks", "nosuch")
+    assert done.exit_code == 2
+    assert "error: lm-eval: Tasks not found: nosuch" in done.stderr
 
 
 def test_a_model_is_named_once() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 NAME = "llmfw"
 _CLASS = "llmfw_cli.lm_eval.model:LlmfwLM"
+# What fails in these packages fails for what lm-eval was told, or for want of a task's data.
+_OF_THE_USER = ("lm_eval._cli", "lm_eval.config", "datasets")
 
 
 def register() -> None:
@@ -36,15 +38,33 @@ def evaluate(arguments: Sequence[str]) -> None:
     """Run lm-eval's command with these arguments, our model among its own.
 
     Raises:
-        UsageError: If lm-eval is not installed.
+        UsageError: If lm-eval is not installed, knows no such task or does not get its data.
         SystemExit: As lm-eval's command leaves.
     """
     register()
     from lm_eval.__main__ import cli_evaluate
 
+    from llmfw.errors import UsageError
+
     kept = sys.argv
     sys.argv = ["lm_eval", *arguments]  # the only way in that its command offers
     try:
         cli_evaluate()
+    except (ValueError, OSError) as exc:
+        if not _raised_in(exc).startswith(_OF_THE_USER):
+            raise
+        raise UsageError(
+            f"lm-eval: {exc}",
+            hint="python -m llmfw_cli.lm_eval ls tasks lists the tasks; --include_path adds a "
+            "folder of them, and their data comes from the Hugging Face hub",
+        ) from exc
     finally:
         sys.argv = kept
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module that raised an error, or "" where nothing tells."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
