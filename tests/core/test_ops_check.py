@@ -37,6 +37,24 @@ def last_element_unwritten(context: OpContext) -> object:
     return run
 
 
+def reads_from_an_aligned_address(context: OpContext) -> object:
+    def run(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        first = x.storage_offset() * x.itemsize // 16 * 16 // x.itemsize
+        there = x.as_strided(x.shape, x.stride(), first)
+        return reference.rms_norm(there, *rest)  # type: ignore[arg-type]
+
+    return run
+
+
+def leaves_rows_beyond_a_grid(context: OpContext) -> object:
+    def run(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        out = torch.empty_like(x)
+        out[:1024] = reference.rms_norm(x[:1024], *rest)  # type: ignore[arg-type]
+        return out
+
+    return run
+
+
 def raises(context: OpContext) -> object:
     def run(*args: object) -> torch.Tensor:
         raise RuntimeError("launch failed")
@@ -77,6 +95,8 @@ def test_every_op_of_core_has_inputs() -> None:
     [
         ("a_little_off", "error 5.0e-02, allowed 1.0e-05"),
         ("last_element_unwritten", "error inf"),
+        ("reads_from_an_aligned_address", "[tokens=3 unaligned]: error"),
+        ("leaves_rows_beyond_a_grid", "[tokens=2050]: error inf"),
         ("raises", "raised RuntimeError: launch failed"),
         ("wrong_shape", "gave (0, 1, 1) torch.float32, the reference (0, 1)"),
         ("two_results", "gave 2 tensors, the reference 1"),

@@ -43,6 +43,11 @@ def normal(context: OpContext, generator: torch.Generator, *size: int) -> torch.
     return values.to(context.info.device, context.dtype)
 
 
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same values one element behind the start of their memory."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x)
+
+
 def shapes(names: str, *rows: tuple[int, ...]) -> tuple[Shape, ...]:
     """Static shapes from the names of their facts and rows of values."""
     return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)

@@ -1,8 +1,8 @@
 """Inputs for checking kernels: for each op of core the static shapes worth trying and arguments
 drawn for them.
 
-Odd sizes, one token, none, and ragged batches are among them on purpose: that is where kernels go
-wrong.
+Odd sizes, one token, none, thousands, tensors that are not aligned and ragged batches are among
+them on purpose: that is where kernels go wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
-from llmfw.ops.drawn import Case, OpInputs, normal, shapes
+from llmfw.ops.drawn import Case, OpInputs, normal, shapes, unaligned
 from llmfw.ops.inputs_moe import MOE_INPUTS
 from llmfw.ops.kernel import OpContext
 from llmfw.ops.reference_step import argmax
@@ -24,16 +24,20 @@ def _linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     width, outs = context["in_features"], context["out_features"]
     weight = normal(context, generator, outs, width)
     bias = normal(context, generator, outs) if context["bias"] else None
-    for tokens in (0, 1, 2, 3, 4, 5, 7, 16, 33):
+    for tokens in (0, 1, 2, 3, 4, 5, 7, 16, 33, 1030):
         yield Case(f"tokens={tokens}", (normal(context, generator, tokens, width), weight, bias))
+    x = unaligned(normal(context, generator, 2, width))
+    yield Case("tokens=2 unaligned", (x, weight, bias))
 
 
 def _gated_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     width, outs = context["in_features"], 2 * context["intermediate_size"]
     weight = normal(context, generator, outs, width)
     bias = normal(context, generator, outs) if context["bias"] else None
-    for tokens in (0, 1, 2, 3, 4, 5, 33):
+    for tokens in (0, 1, 2, 3, 4, 5, 33, 1030):
         yield Case(f"tokens={tokens}", (normal(context, generator, tokens, width), weight, bias))
+    x = unaligned(normal(context, generator, 2, width))
+    yield Case("tokens=2 unaligned", (x, weight, bias))
 
 
 def _head_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -55,6 +59,10 @@ def _rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
         for offset in (0.0, 1.0):
             x = normal(context, generator, tokens, hidden)
             yield Case(f"tokens={tokens} offset={offset}", (x, weight, 1e-5, offset))
+    yield Case(
+        "tokens=3 unaligned", (unaligned(normal(context, generator, 3, hidden)), weight, 1e-5)
+    )
+    yield Case("tokens=2050", (normal(context, generator, 2050, hidden), weight, 1e-5))
 
 
 def _add_rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -86,9 +94,10 @@ def _layer_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case
 
 
 def _act_and_mul(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    for tokens in (0, 1, 3, 65):
-        x = 3 * normal(context, generator, tokens, 2 * context["intermediate_size"])
-        yield Case(f"tokens={tokens}", (x,))
+    width = 2 * context["intermediate_size"]
+    for tokens in (0, 1, 3, 65, 2050):
+        yield Case(f"tokens={tokens}", (3 * normal(context, generator, tokens, width),))
+    yield Case("tokens=3 unaligned", (unaligned(normal(context, generator, 3, width)),))
 
 
 def _embedding(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -163,6 +172,7 @@ BATCHES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
     "decode one": (((1, 1),), 0),
     "decode long": (((1, 403),), 0),
     "decode many": (tuple((1, 1 + 13 * i) for i in range(9)), 0),
+    "decode huge": (((1, 5001), (1, 2)), 0),
     "whole prompt": (((37, 37),), 1),
     "chunk": (((21, 90),), 1),
     "mixed": (((20, 20), (33, 70), (1, 65), (1, 130)), 2),
