@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llmfw.errors import KernelError
+from llmfw.errors import KernelError, UsageError
 from llmfw.ops import reference
 from llmfw.ops.device import cpu_features, cuda_features, device_info, find_compiler
 from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
@@ -39,6 +39,10 @@ def make_tuned(context: OpContext) -> Callable[..., torch.Tensor]:
 
     tuned_norm.details = f"{context['hidden_size']} threads"  # type: ignore[attr-defined]
     return tuned_norm
+
+
+def make_misused(context: OpContext) -> Callable[..., torch.Tensor]:
+    raise UsageError("LLMFW_TUNE is 'maybe'", hint="use one of auto, off, again")
 
 
 def make_broken(context: OpContext) -> Callable[..., torch.Tensor]:
@@ -116,6 +120,12 @@ def test_every_refusal_is_explained() -> None:
         "a.hidden": "serves only when asked for by name",
     }
     assert chosen(table) == "reference"
+
+
+def test_a_setting_that_cannot_be_is_told_rather_than_the_kernel_left_out() -> None:
+    table = OpTable(CPU, (kernel("a.misused", "make_misused", priority=20), kernel("a.next")))
+    with pytest.raises(UsageError, match="LLMFW_TUNE is 'maybe'"):
+        chosen(table)
 
 
 def test_a_kernel_that_cannot_be_built_is_left_out_with_a_warning(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmfw.errors import KernelError
+from llmfw.errors import KernelError, UsageError
 from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
 from llmfw.ops.reference import REFERENCES
 
@@ -66,6 +66,7 @@ class OpTable:
 
         Raises:
             KernelError: If neither a kernel nor a reference serves it.
+            UsageError: If a setting of the chosen kernel cannot be.
         """
         key = _key(op, dtype, code, shape)
         if key not in self._built:
@@ -99,6 +100,8 @@ class OpTable:
             if reason is None:
                 try:
                     built = kernel.build(context)
+                except UsageError:  # a setting that cannot be is no fault of the kernel
+                    raise
                 except Exception as exc:
                     if self._selection.rank(kernel):
                         raise KernelError(f"kernel {kernel.name} cannot be built: {exc}") from exc
