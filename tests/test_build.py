@@ -19,6 +19,7 @@ from llmfw import LLM, cache
 from llmfw.engine.build_engine import build_engine
 from llmfw.errors import CheckpointError, UsageError
 from llmfw.kernels.cpu import library
+from llmfw.models.convert import convert_checkpoint
 from llmfw.models.manifest import read_manifest
 from llmfw.ops.device import cpu_features, cpu_flags, find_compiler
 from llmfw.weights import resolve_model
@@ -99,6 +100,8 @@ def test_a_model_is_converted_on_the_way_and_a_checkpoint_may_be_copied(
         build_engine(tmp_path / "one", tmp_path / "three")
     with pytest.raises(CheckpointError, match="is there already"):
         build_engine(checkpoint, tmp_path / "two")
+    with pytest.raises(UsageError, match="is an engine already"):
+        convert_checkpoint(made / "engine", tmp_path / "again")
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,8 @@ def test_anything_else_is_an_internal_error(
     [
         (["run", "--promt", "x"], "No such option: --promt"),
         (["run"], "Missing option '--model'"),
-        (["run", "--model"], "'--model' requires an argument"),
+        (["run", "--model"], "--model needs a value"),
+        (["chat", "--model"], "'--model' requires an argument"),
         (["run", "--model", "x", "--top-k", "two"], "Invalid value for '--top-k'"),
         (["rum"], "No such command 'rum'"),
         (["plugins", "lst"], "No such command 'lst'"),
@@ -75,6 +76,7 @@ def test_a_bad_command_line_is_exit_code_2(arguments: list[str], text: str) -> N
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert text in done.stderr
+    assert done.stderr.count("\n") == 2, "the error and its cure"
 
 
 def test_a_model_that_does_not_exist_is_exit_code_3() -> None:

@@ -61,11 +61,17 @@ def test_every_alias_means_an_option_that_exists() -> None:
         ("-p --input_text x", "-p --input_text x"),
         ("--stop_words a - -- --input_text b", "--stop a --stop - -- --input_text b"),
         ("--json x y", "--json x y"),
-        ("--stop_words", "--stop"),
     ],
 )
 def test_the_guide_s_words_in_ours(theirs: str, ours: str) -> None:
     assert command().in_our_words(theirs.split()) == ours.split()
+
+
+@pytest.mark.parametrize("word", ["--stop_words", "--input-text", "--num_beams", "-p"])
+def test_an_option_without_its_value_is_named_as_it_was_given(word: str) -> None:
+    done = run("run", "--model", "x", word)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"error: {word} needs a value\n  llmfw run --help shows what there is\n"
 
 
 def test_its_lines(guide: list[str], tiny: list[str]) -> None:
@@ -126,6 +132,8 @@ def test_prompts_from_files(tiny: list[str], tmp_path: Path) -> None:
     [
         ("a.csv", b"1,2\n3,x\n", "a.csv, line 2: 'x' is not a token id"),
         ("a.csv", b"\n", "a.csv holds no prompt"),
+        ("a.txt", b"", "a.txt holds no prompt"),
+        ("a.txt", b"\n", "a.txt holds no prompt"),
         ("a.jsonl", b'"x"\n{"prompt"', "a.jsonl, line 2: no JSON at column 10"),
         ("a.jsonl", b'{"text": "x"}', "a.jsonl, line 1: an object with the keys ['text']"),
         ("a.jsonl", b"[1, 2.5]", "a.jsonl, line 1: [1, 2.5] is no prompt"),

@@ -42,6 +42,14 @@ def test_a_flipped_byte_is_noticed_when_its_tensor_is_read(tmp_path: Path):
     assert not (tmp_path / "back").exists()
 
 
+def test_two_architectures_in_one_checkpoint_are_refused(tmp_path: Path):
+    convert_checkpoint(written(LLAMA, tmp_path / "source"), tmp_path / "converted")
+    changed_config(tmp_path / "converted", architecture="LlamaForCausalLN")
+    wanted = r"names the architecture 'LlamaForCausalLN', .*hf/config.json 'LlamaForCausalLM'"
+    with pytest.raises(ConfigError, match=wanted):
+        load_model(tmp_path / "converted")
+
+
 def test_another_version_that_fills_alike_may_serve(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

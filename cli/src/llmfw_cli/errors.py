@@ -48,8 +48,8 @@ def report_usage(error: typer.TyperException) -> int:
         return int(error.exit_code)
     _say(f"error: {error.format_message()}")
     context = getattr(error, "ctx", None)
-    if context is not None:
-        _say(f"  {context.command_path} --help shows what there is")
+    command = "llmfw" if context is None else context.command_path
+    _say(f"  {command} --help shows what there is")
     return int(error.exit_code)
 
 

@@ -70,7 +70,7 @@ class GuideCommand(TyperCommand):
             if param.param_type_name == "option" and not getattr(param, "is_flag", False)
             for name in param.opts
         }
-        return list(_translated(args, valued, self.aliases))
+        return list(_translated(args, valued, self.aliases, self.name))
 
 
 class GuideSummarize(GuideCommand):
@@ -80,7 +80,7 @@ class GuideSummarize(GuideCommand):
 
 
 def _translated(
-    args: Iterable[str], valued: set[str], aliases: Mapping[str, Alias]
+    args: Iterable[str], valued: set[str], aliases: Mapping[str, Alias], command: str | None
 ) -> Iterator[str]:
     words = iter(args)
     labels = False
@@ -99,20 +99,25 @@ def _translated(
             yield alias.ours + equals + value
             many = alias.ours if alias.many else None
             if not equals and alias.ours in valued:
-                yield from _next(words)
+                yield _value(word, words, command)
         elif word.startswith("-") and word != "-":
             many = None
             yield word
             if word in valued:
-                yield from _next(words)
+                yield _value(word, words, command)
         elif many is not None:
             yield from (many, word)
         else:
             yield word
 
 
-def _next(words: Iterator[str]) -> Iterator[str]:
-    """The value that follows an option, whatever it looks like; nothing at the end."""
+def _value(option: str, words: Iterator[str], command: str | None) -> str:
+    """The value that follows an option, whatever it looks like."""
     value = next(words, None)
-    if value is not None:
-        yield value
+    if value is None:
+        from llmfw.errors import UsageError
+
+        raise UsageError(
+            f"{option} needs a value", hint=f"llmfw {command} --help shows what there is"
+        )
+    return value

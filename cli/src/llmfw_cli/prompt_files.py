@@ -43,9 +43,7 @@ def read_prompt_file(file: Path) -> list[FilePrompt]:
             hint="give a file of UTF-8 text, or one that ends in .csv, .npy or .jsonl",
         ) from exc
     reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        return [decode_text(data, f"--prompt-file {file}")]
-    prompts = reader(data, file)
+    prompts = _read_text(data, file) if reader is None else reader(data, file)
     if not prompts:
         raise usage_error(f"--prompt-file {file} holds no prompt", hint="give at least one")
     return prompts
@@ -68,6 +66,11 @@ def usage_error(message: str, hint: str) -> UsageError:
     from llmfw.errors import UsageError
 
     return UsageError(message, hint=hint)
+
+
+def _read_text(data: bytes, file: Path) -> list[FilePrompt]:
+    text = decode_text(data, f"--prompt-file {file}")
+    return [text] if text else []
 
 
 def _read_csv(data: bytes, file: Path) -> list[FilePrompt]:
@@ -131,7 +134,7 @@ def _read_npy(data: bytes, file: Path) -> list[FilePrompt]:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as exc:
         raise usage_error(
-            f"--prompt-file {file} is no .npy file of numbers: {exc}",
+            f"--prompt-file {file} is no .npy file of numbers",
             hint="write it with numpy.save(file, token_ids)",
         ) from exc
     if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):

@@ -40,6 +40,9 @@ from llmfw.weights.staging import Staging, refuse_existing, unwritable, write_js
 from llmfw.weights.streaming import SYNC_BYTES, PendingTensor, Progress, stream_tensors
 from llmfw.weights.travel import carry_over
 
+#: What is not converted again.
+_KINDS = {"checkpoint": "a converted checkpoint", "engine": "an engine"}
+
 
 @dataclass(frozen=True)
 class ConvertReport:
@@ -217,9 +220,9 @@ def _ranks(
             mapping=replace(mapping, rank=number),
             **settings,
         )
-        if prepared.source.kind in ("checkpoint", "engine"):
+        if prepared.source.kind in _KINDS:
             raise UsageError(
-                f"{model}: is a converted checkpoint already",
+                f"{model}: is {_KINDS[prepared.source.kind]} already",
                 hint="llmfw export gives back what it was converted from",
             )
         built = build(prepared.model_config, prepared.host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmfw.config import Mapping
+from llmfw.config.reading import architecture_of, read_config_json
 from llmfw.errors import ConfigError
 from llmfw.plugins import ResolvedPlugin
 from llmfw.weights import ModelSource
@@ -25,11 +26,13 @@ def converted_config(source: ModelSource, mapping: Mapping) -> ConvertedConfig |
     """The configuration of a converted checkpoint; None for any other model.
 
     Raises:
-        ConfigError: If it cannot be read, or was made for another number of ranks.
+        ConfigError: If it cannot be read, names another architecture than the configuration that
+            travelled along, or was made for another number of ranks.
     """
     if source.kind not in ("checkpoint", "engine"):
         return None
     config = read_converted_config(source.checkpoint_path)
+    _same_architecture(source, config)
     wanted, here = (config.tp_size, config.pp_size), (mapping.tp_size, mapping.pp_size)
     if wanted != here:
         raise ConfigError(
@@ -39,6 +42,18 @@ def converted_config(source: ModelSource, mapping: Mapping) -> ConvertedConfig |
             "runs of several ranks come with a later version",
         )
     return config
+
+
+def _same_architecture(source: ModelSource, config: ConvertedConfig) -> None:
+    original = f"{source.model_dir}/config.json"
+    architecture = architecture_of(read_config_json(source.model_dir), original)
+    if architecture != config.architecture:
+        raise ConfigError(
+            f"{source.checkpoint_path}/config.json names the architecture "
+            f"'{config.architecture}', {original} '{architecture}'",
+            hint="one of them is damaged: copy the whole directory again, or convert the model "
+            "again",
+        )
 
 
 def _ranks(tp_size: int, pp_size: int) -> str:
