@@ -1,15 +1,25 @@
-"""Where the time of a step goes: GPU kernels by name, and what the host does, for one shape.
+"""Where the time of decode steps goes: one step's GPU kernels, the gaps before them, and the host.
 
-python3 tests/gpu/profile_steps.py S 1 128      shape, batch, prompt length
+    python3 tests/gpu/profile_steps.py S 1x128 32x960 host      shape, batches x prompt lengths
+
+A row is one kind of kernel (name and grid): how often it runs in a step, its mean time, the time
+between the end of all kernels before it and its start (below zero where they overlap), and both
+times count (`in a row`; these add up to the step).
 """
 
 from __future__ import annotations
 
 import cProfile
 import io
+import itertools
+import json
 import pstats
 import sys
-import time
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,25 +30,72 @@ from llmfw.engine.engine import LLMEngine
 from llmfw_cli.bench.measure import Ours
 from llmfw_cli.bench.workload import fixed
 
+LAST = "argmax"  # the kernel that ends a step
+STEPS = 10  # in which all requests decode
+PROMPT_TOKENS = 8192  # of a step, as the engine's default is
+
+
+@dataclass
+class Kind:
+    """Sums over a step's kernels of one name and grid, in microseconds."""
+
+    count: int = 0
+    busy: float = 0.0
+    gap: float = 0.0
+
 
 def main() -> None:
-    """Profile a prefill alone, then decoding alone, then the host."""
-    shape, batch, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    with engine(shape, max_num_seqs=max(8, batch)) as (llm, _):
-        for number, (name, new) in enumerate((("prefill", 1), ("decode", 40))):
-            load = [fixed(batch, length, new, 10_000, 3 * number + seed) for seed in range(3)]
+    """Profile decoding at each point, then the host where asked for."""
+    shape, *points = sys.argv[1:]
+    sizes = [tuple(map(int, point.split("x"))) for point in points if point != "host"]
+    with engine(shape, max_num_seqs=max(8, *(batch for batch, _ in sizes))) as (llm, _):
+        for batch, length in sizes:
             ours = Ours(llm)
-            ours.run(load[0])
-            begin = time.perf_counter()
-            ours.run(load[1])
-            print(f"== {name}: {1e3 * (time.perf_counter() - begin):.2f} ms unprofiled")
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
-                ours.run(load[2])
-            events = prof.key_averages()
-            print(
-                events.table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=70)
-            )
-        profile_host(llm, batch, length)
+            reading = -(-batch * length // PROMPT_TOKENS) + 1  # steps until all requests decode
+            new = reading + STEPS
+            ours.run(fixed(batch, length, new, 10_000, 0))
+            with profile(activities=[ProfilerActivity.CUDA]) as prof:
+                ours.run(fixed(batch, length, new, 10_000, 1))
+            print(f"== {shape} {batch} x {length}")
+            show(kernels_of(prof), reading)
+        if "host" in points:
+            profile_host(llm, *sizes[-1])
+
+
+def kernels_of(prof: Any) -> list[dict[str, Any]]:
+    """All kernels and copies of a profile in the order of their starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        prof.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return sorted((e for e in events if e.get("cat") in kinds), key=lambda e: e["ts"])
+
+
+def show(events: list[dict[str, Any]], reading: int) -> None:
+    """The median of the steps in which all requests decode, kind by kind."""
+    ends = [i for i, event in enumerate(events) if LAST in event["name"]]
+    ends = ends[reading : reading + STEPS - 2]
+    steps = [events[a + 1 : b + 1] for a, b in itertools.pairwise(ends)]
+    if not steps:
+        print(f"no steps that end with {LAST}")
+        return
+    steps.sort(key=lambda step: step[-1]["ts"] - step[0]["ts"])
+    step = steps[len(steps) // 2]
+    kinds: dict[tuple[str, str], Kind] = defaultdict(Kind)
+    end = step[0]["ts"]
+    for event in step:
+        kind = kinds[event["name"][:60], str(event["args"].get("grid", ""))]
+        kind.count += 1
+        kind.busy += event["dur"]
+        kind.gap += event["ts"] - end
+        end = max(end, event["ts"] + event["dur"])
+    print(f"a step: {end - step[0]['ts']:.1f} us, {len(step)} kernels and copies")
+    print(f"{'kernel':60} {'grid':16} count   us each  gap before   in a row")
+    for (name, grid), kind in sorted(kinds.items(), key=lambda item: -item[1].busy):
+        each, gap = kind.busy / kind.count, kind.gap / kind.count
+        total = kind.busy + kind.gap
+        print(f"{name:60} {grid:16} {kind.count:5} {each:9.2f} {gap:11.2f} {total:10.1f}")
 
 
 def profile_host(llm: LLM, batch: int, length: int) -> None:

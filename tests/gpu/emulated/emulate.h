@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <tuple>
@@ -61,11 +62,19 @@ struct Warp {
   Operands operands[2];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, zeros;
+};
+
 struct Thread {
   ucontext_t context;
   Three index;
   int number, rounds = 0;
   bool done = false;
+  std::vector<Copy> open;                // asynchronous copies, made when they are waited for and no earlier
+  std::deque<std::vector<Copy>> closed;  // in groups
 };
 
 constexpr size_t SHARED_BYTES = 227 << 10;

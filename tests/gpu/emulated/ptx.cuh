@@ -42,14 +42,20 @@ inline int add_release_acquire(int* p, int x) { return atomicAdd(p, x); }
 inline float exp2_fast(float x) { return exp2f(x); }
 #define DYNAMIC_SHARED(name) u8* const name = emulated::block->dynamic_shared()
 inline void copy16_async(void* to, const void* from, int bytes) {
-  if (bytes)
-    memcpy(to, from, 16);
-  else
-    memset(to, 0, 16);
+  emulated::current->open.push_back({to, from, bytes, 16 - bytes});
 }
-inline void close_copies() {}
+inline void close_copies() {
+  emulated::current->closed.push_back(std::move(emulated::current->open));
+  emulated::current->open.clear();
+}
 template <int PENDING>
-inline void wait_for_copies() {}
+inline void wait_for_copies() {
+  for (auto& groups = emulated::current->closed; groups.size() > PENDING; groups.pop_front())
+    for (const emulated::Copy& one : groups.front()) {
+      if (one.bytes) memcpy(one.to, one.from, size_t(one.bytes));
+      memset(static_cast<u8*>(one.to) + one.bytes, 0, size_t(one.zeros));
+    }
+}
 
 #if DTYPE != F32
 inline u32 pack2(float low, float high) { return u32(from_float(low)) | u32(from_float(high)) << 16; }
