@@ -165,6 +165,7 @@ def test_a_dry_run_explains_a_gpu_that_is_not_there(made: Path, tmp_path: Path) 
     assert done.exit_code == 0, done.stderr
     assert "NVIDIA T4" in done.stdout
     assert "paged_attention" in done.stdout
+    assert "cupy.rms_norm: needs sm_80" in done.stdout
     assert "it does not fit" in done.stderr
 
 

@@ -97,6 +97,9 @@ def test_an_unknown_architecture_is_exit_code_6(tmp_path: Path) -> None:
     off = run("run", "--model", str(folder), "--prompt", "x", "--no-fallback")
     assert off.exit_code == 6
     assert "a fallback, might, but is switched off by --no-fallback\ninstalled: " in off.stderr
+    off = run("convert", str(folder), str(tmp_path / "out"), "--no-fallback")
+    assert off.exit_code == 6
+    assert "is switched off by --no-fallback" in off.stderr
     assert run("inspect", str(folder)).exit_code == 6
 
 

@@ -183,9 +183,26 @@ def test_files_of_results(tiny: list[str], tmp_path: Path) -> None:
     )
     assert beams.exit_code == 0, beams.stderr
     assert sorted(path.name for path in tmp_path.glob("b*")) == ["b_context.npy"]
-    nowhere = run(*tiny, "-p", "hello", "--output-csv", str(ids / "below"))
-    assert nowhere.exit_code == 2
-    assert "cannot be made" in nowhere.stderr
+
+
+@pytest.mark.parametrize("option", ["--output-csv", "--output_npy", "--debug-file"])
+def test_files_that_cannot_be_written_are_refused_before_the_run(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    (tmp_path / "file").write_text("as it was")
+    words = [*tiny, "-p", "hello", "--debug-mode", option]
+    done = run(*words, str(tmp_path / "file" / "below"))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "cannot be made" in done.stderr
+    assert run(*words, str(tmp_path)).stderr == f"error: {tmp_path} is a folder\n  name a file\n"
+
+    def refuse(file: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    done = run(*words, str(tmp_path / "other"))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"{tmp_path / 'other'} cannot be written: Permission denied" in done.stderr
 
 
 def test_profiling(tiny: list[str]) -> None:

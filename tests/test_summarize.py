@@ -355,4 +355,14 @@ def test_what_is_refused(llama: Path) -> None:
     assert "no room for an article" in done.stderr
     done = run("summarize", "--model", str(llama), *SMALL, "--max-ite", "1", "--check-accuracy")
     assert done.exit_code == 2
-    assert "say nothing of accuracy" in done.stderr
+    assert "one sample says nothing of accuracy" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--alpha", "0.5"), ("--rouge-margin", "0"), ("--ppl-margin", "-2"), ("--ppl-margin", "nan")],
+)
+def test_a_threshold_that_cannot_be_is_refused_before_the_run(option: str, value: str) -> None:
+    done = run("summarize", "--model", "no-such-model", "--eval-ppl", option, value)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"error: {option} {value} cannot be\n" in done.stderr

@@ -144,7 +144,7 @@ def test_quantised_weights_are_refused():
     [
         ("JambaForCausalLM", "keeps state that is not keys and values"),
         ("BloomForCausalLM", "takes no position_ids"),
-        ("FalconForCausalLM", "refuses an attention function from outside"),
+        ("FalconForCausalLM", "does not go through transformers' attention interface"),
         ("GPTNeoXJapaneseForCausalLM", "does not go through transformers' attention interface"),
         ("DiffLlamaForCausalLM", "attends more than once for a token"),
     ],

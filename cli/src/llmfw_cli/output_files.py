@@ -20,9 +20,12 @@ def check_output_files(options: RunOptions) -> None:
     """Refuse a place that nothing can be written to, before a model is loaded.
 
     Raises:
-        UsageError: If a file's folder cannot be made, or the file is a folder.
+        UsageError: If a file's folder cannot be made, or the file not be written.
     """
-    for file in (options.output_csv, options.output_npy, options.output_logits_npy):
+    files = [options.output_csv, options.output_npy, options.output_logits_npy]
+    if options.debug_mode:
+        files.append(options.debug_file)
+    for file in files:
         if file is None:
             continue
         try:
@@ -33,6 +36,20 @@ def check_output_files(options: RunOptions) -> None:
             ) from exc
         if file.is_dir():
             raise usage_error(f"{file} is a folder", hint="name a file")
+        _check_writable(file)
+
+
+def _check_writable(file: Path) -> None:
+    """Open a file as its writer will; one that was not there is not left behind."""
+    new = not file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as exc:
+        raise usage_error(
+            f"{file} cannot be written: {exc.strerror}", hint="name another file"
+        ) from exc
+    if new:
+        file.unlink()
 
 
 def write_output_files(requests: Sequence[RequestOutput], options: RunOptions) -> None:

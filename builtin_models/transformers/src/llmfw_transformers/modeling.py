@@ -111,7 +111,9 @@ def _declare(config: ModelConfig[Any]) -> tuple[Any, list[Table], Findings]:
     try:
         model = declared_model(config.pretrained_config, PROBE)
     except (KeyError, ValueError) as exc:
-        raise Unservable(f"it refuses an attention function from outside: {exc}") from exc
+        raise Unservable(
+            f"its attention does not go through transformers' attention interface: {exc!r}"
+        ) from exc
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise Unservable("it takes no position_ids, which packed inputs need")
     keep_in_float32(model, config.dtype)

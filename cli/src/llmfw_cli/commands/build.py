@@ -151,8 +151,8 @@ def _explain(
         return
     write_facts({name: _shown(name, value) for name, value in facts.items()})
     write("\n")
-    rows = [[each.op, each.shape, each.kernel] for each in told.kernels]
-    write_table(("op", "shape", "kernel"), sorted(rows))
+    rows = [[each.op, each.shape, each.kernel, "; ".join(each.reasons)] for each in told.kernels]
+    write_table(("op", "shape", "kernel", "why no other"), sorted(rows))
     if not told.fits:
         note("it does not fit: not one sequence of the full length")
 

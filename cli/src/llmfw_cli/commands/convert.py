@@ -33,6 +33,15 @@ ExtensionOption = Annotated[
     ),
 ]
 
+NoFallbackOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-fallback",
+        envvar="LLMFW_NO_FALLBACK",
+        help="Only a plugin that names the architecture may serve it.",
+    ),
+]
+
 
 @takes_groups
 def convert(
@@ -73,6 +82,7 @@ def convert(
     plugin: PluginOption = None,
     plugin_module: PluginModuleOption = None,
     extension: ExtensionOption = None,
+    no_fallback: NoFallbackOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a model as a checkpoint of our own: fused, cut and checksummed, one file a rank.
@@ -103,7 +113,7 @@ def convert(
                 mapping=mapping,
                 keep_ignored=keep_ignored,
                 progress=advance,
-                **plugin_arguments(plugin, plugin_module, extension),
+                **plugin_arguments(plugin, plugin_module, extension, no_fallback),
             )
     except KeyboardInterrupt:
         if staging_path(out).is_dir():
@@ -117,7 +127,10 @@ def convert(
 
 
 def plugin_arguments(
-    plugin: str | None, plugin_module: list[str] | None, extension: list[str] | None
+    plugin: str | None,
+    plugin_module: list[str] | None,
+    extension: list[str] | None,
+    no_fallback: bool,
 ) -> dict[str, Any]:
     """The arguments of `prepare_model` that say what serves the model."""
     from llmfw.plugins.switches import read_list
@@ -126,6 +139,7 @@ def plugin_arguments(
         "plugin": plugin,
         "plugin_modules": tuple(plugin_module or ()),
         "extensions": (*read_list("LLMFW_EXTENSIONS"), *(extension or ())),
+        "fallback": not no_fallback,
     }
 
 

@@ -9,6 +9,7 @@ import typer
 
 from llmfw_cli.commands.convert import (
     ExtensionOption,
+    NoFallbackOption,
     PluginModuleOption,
     PluginOption,
     plugin_arguments,
@@ -31,6 +32,7 @@ def export(
     plugin: PluginOption = None,
     plugin_module: PluginModuleOption = None,
     extension: ExtensionOption = None,
+    no_fallback: NoFallbackOption = False,
     json: JsonOption = False,
 ) -> None:
     """Give back the Hugging Face directory that a checkpoint was converted from.
@@ -46,7 +48,7 @@ def export(
             checkpoint,
             out,
             progress=advance,
-            **plugin_arguments(plugin, plugin_module, extension),
+            **plugin_arguments(plugin, plugin_module, extension, no_fallback),
         )
     same = "the source's, byte for byte" if report.identical else "not the source's"
     note(f"{report.tensors} tensors in {report.seconds:.1f} s; the files of weights are {same}")

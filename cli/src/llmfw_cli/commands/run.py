@@ -163,8 +163,15 @@ def _recorded(session: Session, options: RunOptions) -> Iterator[None]:
     with ModuleRecorder(session.llm.loaded.model, options.debug_modules or ("*",)) as recorder:
         yield
     recorder.save(options.debug_file)
-    silent = f"; nothing came of {', '.join(recorder.silent)}" if recorder.silent else ""
-    note(f"{len(recorder.arrays)} arrays in {options.debug_file}{silent}")
+    note(f"{len(recorder.arrays)} arrays in {options.debug_file}{_silent(recorder.silent)}")
+
+
+def _silent(names: Sequence[str]) -> str:
+    """The end of the note: modules that gave nothing, the first few by name."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"; nothing came of {', '.join(names[:4])}{more}"
 
 
 def _answer(

@@ -44,12 +44,15 @@ def summarize(
         write_files,
     )
     from llmfw_cli.summarize.scores import Rouge
-    from llmfw_cli.summarize.statistics import Verdict
+    from llmfw_cli.summarize.statistics import Verdict, require_several
 
     if check.check_accuracy and not (run.runs_llmfw and run.runs_hf):
         raise _needs_both()
+    threshold = Threshold(check.alpha, check.rouge_margin, check.ppl_margin)
     rouge = Rouge()
     samples = data.samples(run.max_ite * run.batch_size)
+    if check.check_accuracy:
+        require_several(len(samples))
     with ExitStack() as stack:
         opened = open_engines(stack, model, serving, engine, run)
         tasks = list(tasks_of(samples, opened, run, data))
@@ -71,7 +74,6 @@ def summarize(
     }
     tests = {}
     if len(runs) == 2 and (check.check_accuracy or len(samples) > 1):
-        threshold = Threshold(check.alpha, check.rouge_margin, check.ppl_margin)
         tests = compare(runs[0], runs[1], threshold, [task.article for task in tasks])
     report = as_json(about, runs, tests)
     if run.output_dir is not None:

@@ -33,6 +33,18 @@ class Threshold:
     rouge: float
     perplexity: float
 
+    def __post_init__(self) -> None:
+        """Refuse what is out of range, before anything runs.
+
+        Raises:
+            UsageError: If a margin or alpha cannot be.
+        """
+        if not 0 < self.alpha < 0.5:
+            raise UsageError(f"--alpha {self.alpha:g} cannot be", hint="between 0 and 0.5")
+        for name, value in (("rouge", self.rouge), ("ppl", self.perplexity)):
+            if not 0 < value < math.inf:
+                raise UsageError(f"--{name}-margin {value:g} cannot be", hint="above 0")
+
 
 def compare(
     ours: EngineRun, theirs: EngineRun, threshold: Threshold, articles: Sequence[int] | None = None

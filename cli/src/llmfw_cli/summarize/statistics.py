@@ -62,10 +62,7 @@ def equivalence(differences: Sequence[float], *, margin: float, alpha: float) ->
     Raises:
         UsageError: For fewer than two samples, or a margin or alpha out of range.
     """
-    if len(differences) < 2:
-        raise UsageError(
-            f"{len(differences)} samples say nothing of accuracy", hint="raise --max-ite"
-        )
+    require_several(len(differences))
     if not margin > 0 or not 0 < alpha < 0.5:
         raise UsageError(
             f"margin {margin:g} or alpha {alpha:g} cannot be",
@@ -88,6 +85,17 @@ def equivalence(differences: Sequence[float], *, margin: float, alpha: float) ->
         verdict = Verdict.NOT_SHOWN
         enough = _enough(spread, margin - abs(mean), alpha)
     return Equivalence(count, mean, low, high, margin, alpha, verdict, enough)
+
+
+def require_several(count: int) -> None:
+    """Refuse fewer samples than have a scatter.
+
+    Raises:
+        UsageError: For fewer than two.
+    """
+    if count < 2:
+        what = "one sample says" if count == 1 else "no samples say"
+        raise UsageError(f"{what} nothing of accuracy", hint="raise --max-ite")
 
 
 def means(values: Sequence[float], groups: Sequence[int]) -> list[float]:

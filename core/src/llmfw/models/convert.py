@@ -88,7 +88,8 @@ def convert_checkpoint(
         keep_ignored: Whether tensors that the model does not take are kept in a side file.
         progress: Called after each tensor with (bytes done, bytes in all, name).
         sync_bytes: How much is written between two entries of the journal.
-        **settings: `plugin`, `plugin_modules` and `extensions`, as `prepare_model` takes them.
+        **settings: `plugin`, `plugin_modules`, `fallback` and `extensions`, as `prepare_model`
+            takes them.
 
     Raises:
         UsageError: For more than one pipeline stage.
