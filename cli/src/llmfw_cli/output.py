@@ -12,9 +12,10 @@ from typing import Any
 import typer
 
 from llmfw_cli.errors import BROKEN_PIPE
-from llmfw_cli.logs import state
+from llmfw_cli.logs import state, told_to
 
 Progress = Callable[[int, int, str], None]
+TOLD = 60  # characters of a bar's title, so that the bar has room
 
 
 def write(text: str) -> None:
@@ -67,17 +68,25 @@ def shows_progress() -> bool:
 
 @contextmanager
 def progress(title: str) -> Iterator[Progress | None]:
-    """A progress bar on stderr as a callback (done, total, name); None where none is shown."""
+    """A progress bar on stderr as a callback (done, total, name); None where none is shown.
+
+    Until it is first called, the bar's title tells what happens: kernels that are compiled, say.
+    """
     if not shows_progress():
         yield None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress as Bars
 
     with Bars(console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(title, total=None)
 
         def advance(done: int, total: int, name: str) -> None:
-            bars.update(task, completed=done, total=total)
+            bars.update(task, description=title, completed=done, total=total)
 
-        yield advance
+        def tell(what: str) -> None:
+            bars.update(task, description=escape(f"{title}: {what}"[:TOLD]))
+
+        with told_to(tell):
+            yield advance
