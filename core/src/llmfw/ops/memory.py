@@ -9,8 +9,15 @@ import torch
 
 from llmfw.errors import DeviceError
 
-# torch's allocator of the CPU raises a plain RuntimeError with this text
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+# What raises a plain RuntimeError: torch's allocator of the CPU; CUDA itself, for graphs, contexts,
+# modules and page-locked memory, by torch and by CuPy; the library of matrix products.
+_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @contextmanager
@@ -49,7 +56,7 @@ def told_of_memory(exc: Exception, what: str, device: torch.device, *cures: str)
 
 def _is_out_of_memory(exc: BaseException) -> bool:
     known = isinstance(exc, (torch.OutOfMemoryError, MemoryError))
-    return known or _CPU_ALLOCATOR in str(exc)
+    return known or any(text in str(exc) for text in _TEXTS)
 
 
 def _free(device: torch.device) -> str:
