@@ -17,7 +17,7 @@ static_assert(WIDTH % VEC == 0, "a row is whole packs");
 
 template <float (*ACT)(float)>
 __device__ __forceinline__ void gated(scalar* out, const scalar* x, i64 packs) {
-  follow();
+  follow_briefly();
   const i64 index = i64(blockIdx.x) * THREADS + threadIdx.x;
   if (index >= packs) return;
   const i64 row = index / PACKS;

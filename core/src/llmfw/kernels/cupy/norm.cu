@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     rms_norm(scalar* out, const scalar* x, const scalar* weight, int rows, float eps, float offset) {
   Pack<VEC> weights[PER_LANE];
   read_weight(weights, weight);
-  follow();
+  follow_briefly();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
   float values[PER_LANE][VEC] = {};
@@ -105,7 +105,7 @@ __device__ __forceinline__ void add_norm(scalar* x, T* residual, const scalar* w
                                          float offset) {
   Pack<VEC> weights[PER_LANE];
   read_weight(weights, weight);
-  follow();
+  follow_briefly();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
   float values[PER_LANE][VEC] = {};
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
   const int group = int(row - token * groups);
   Pack<VEC> weights[PER_LANE];
   read_weight(weights, weight + i64(group) * HIDDEN);
-  follow();
+  follow_briefly();
   if (row >= rows) return;
   float values[PER_LANE][VEC] = {};
 #pragma unroll
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
 // weight and bias may be null.
 extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
     layer_norm(scalar* out, const scalar* x, const scalar* weight, const scalar* bias, int rows, float eps) {
-  follow();
+  follow_briefly();
   const i64 row = i64(blockIdx.x) * ROWS + threadIdx.y;
   if (row >= rows) return;
   float values[PER_LANE][VEC] = {};

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     rope_and_cache(scalar* q_out, const scalar* qkv, const i64* positions, const float* cos_sin, scalar* k_cache,
                    scalar* v_cache, const i64* slots, const scalar* q_norm, const scalar* k_norm, i64 qkv_stride,
                    i64 k_stride, i64 v_stride, int tokens, float eps, float offset) {
-  follow();
+  follow_briefly();
   const i64 item = i64(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
   const int unit = threadIdx.x % LANES;
   const bool inside = item < i64(tokens) * HEADS;  // the others stay for the shuffles
