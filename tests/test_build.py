@@ -159,13 +159,15 @@ def test_a_dry_run_explains_a_gpu_that_is_not_there(made: Path, tmp_path: Path) 
     assert told["gpu_name"].startswith("NVIDIA H100")
     assert told["weights_bytes"] == read_manifest(made / "engine").memory.weights
     assert (told["fits"], told["full_length_sequences"]) == (True, 2.0)
-    assert told["graph_batch_sizes"] == [1, 2]
+    assert told["graph_batch_sizes"] == []
+    assert told["no_graphs"] == "paged_attention runs by its reference"
     assert {"cupy.rms_norm"} <= {each["kernel"] for each in told["kernels"]}
     done = run("build", source, "--dry-run", "--gpu", "t4", "--kv-cache-memory", "1")
     assert done.exit_code == 0, done.stderr
     assert "NVIDIA T4" in done.stdout
     assert "paged_attention" in done.stdout
     assert "cupy.rms_norm: needs sm_80" in done.stdout
+    assert "no CUDA graphs: " in done.stderr
     assert "it does not fit" in done.stderr
 
 

@@ -80,6 +80,29 @@ def test_kernels_are_those_that_the_gpu_would_have(model: Path) -> None:
     assert any("needs sm_80" in reason for reason in attention.reasons)
 
 
+def test_there_are_no_graphs_where_a_start_would_capture_none(model: Path) -> None:
+    two = estimate(model, gpu_named("h100"), settings=EngineSettings(max_num_seqs=2))
+    assert (two.no_graphs, two.graphs.batch_sizes) == (None, (1, 2))
+    told = estimate(model, gpu_named("t4"))
+    assert told.no_graphs in {
+        f"{op} runs by its reference" for op in ("rope_and_cache", "paged_attention")
+    }
+    assert (told.graphs.count, told.graphs.batch_sizes) == (0, ())
+
+
+def test_parts_that_another_kernel_makes_needless_are_not_asked_for(tmp_path: Path) -> None:
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+    moe = {**CONFIG, **experts, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    (tmp_path / "config.json").write_text(json.dumps(moe))
+    told = estimate(tmp_path, gpu_named("a100-80gb"))
+    kernels = {each.op: each.kernel for each in told.kernels}
+    assert kernels["moe_experts"] == "cupy.moe_experts"
+    assert "grouped_linear" not in kernels
+    assert told.graphs.count > 0
+    told = estimate(tmp_path, gpu_named("a100-80gb"), kernels="-cupy.moe_experts")
+    assert told.no_graphs == "grouped_linear runs by its reference"
+
+
 def test_graphs_are_those_that_a_start_captures() -> None:
     plan = graph_plan(8, 2000)
     assert plan.batch_sizes == tuple(batch_sizes(8))

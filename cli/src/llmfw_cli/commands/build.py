@@ -149,10 +149,13 @@ def _explain(
     if as_json:
         write_json({"model": model, "gpu": gpu, **facts, "kernels": kernels})
         return
-    write_facts({name: _shown(name, value) for name, value in facts.items()})
+    shown = {name: value for name, value in facts.items() if value is not None}
+    write_facts({name: _shown(name, value) for name, value in shown.items()})
     write("\n")
     rows = [[each.op, each.shape, each.kernel, "; ".join(each.reasons)] for each in told.kernels]
     write_table(("op", "shape", "kernel", "why no other"), sorted(rows))
+    if told.no_graphs:
+        note(f"no CUDA graphs: {told.no_graphs}")
     if not told.fits:
         note("it does not fit: not one sequence of the full length")
 
@@ -175,6 +178,7 @@ def _estimate_facts(told: Estimate) -> dict[str, Any]:
         "tokens_per_second_at_most": told.tokens_per_second,
         "graphs": told.graphs.count,
         "graph_batch_sizes": list(told.graphs.batch_sizes),
+        "no_graphs": told.no_graphs,
     }
 
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from llmfw.attention.state import StateSpec
 from llmfw.engine.context_step import LENGTHS, ContextStep
 from llmfw.engine.decode_step import DecodeOutput, DecodeStep
+from llmfw.ops.table import Choice
 
 logger = logging.getLogger("llmfw.engine")
+
+#: Ops whose references read the batch on the host, which a capture forbids.
+_DEVICE_SIDE_OPS = (
+    "rope_and_cache",
+    "latent_rope_and_cache",
+    "paged_attention",
+    "grouped_linear",
+    "causal_conv1d",
+    "selective_scan",
+    "ssd_scan",
+)
 
 
 class Step(Protocol):
@@ -41,6 +54,21 @@ def kv_limits(max_model_len: int, attends: bool = True) -> list[int]:
         return [max_model_len]
     limits = [limit for limit in (1024, 8192) if limit < max_model_len]
     return [*limits, max_model_len]
+
+
+def no_graphs(states: Iterable[StateSpec], choices: Iterable[Choice]) -> str | None:
+    """Why the steps of a model cannot be captured, or None where they can.
+
+    Args:
+        states: Of its recurrent layers.
+        choices: What its ops run by.
+    """
+    if not all(spec.on_device for spec in states):
+        return "a recurrent layer does not read the batch on the device"
+    for choice in choices:
+        if choice.chosen == "reference" and choice.context.op in _DEVICE_SIDE_OPS:
+            return f"{choice.context.op} runs by its reference"
+    return None
 
 
 @dataclass

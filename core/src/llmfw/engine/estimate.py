@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from llmfw.attention.state import slot_bytes
 from llmfw.engine import kv_cache
 from llmfw.engine.context_step import LENGTHS
-from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
+from llmfw.engine.cuda_graphs import batch_sizes, kv_limits, no_graphs
 from llmfw.engine.gpus import GPU
 from llmfw.engine.settings import EngineSettings, parse_memory
 from llmfw.layers import Embedding, Linear, LMHead, MoE
@@ -22,7 +22,7 @@ from llmfw.models.prepare import PreparedModel, op_table, prepare_model
 from llmfw.models.pretrained import PretrainedModel
 from llmfw.ops.device import cuda_features
 from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
-from llmfw.ops.table import OpTable
+from llmfw.ops.table import Choice, OpTable, reference_of
 
 CONTEXT_BYTES = 600 << 20  # CUDA's own, with cuBLAS' workspaces; an estimate
 
@@ -62,8 +62,9 @@ class Estimate:
         max_num_seqs: Most sequences in flight.
         full_sequences: How many sequences of the full length the cache holds at once.
         tokens_per_second: Of one sequence at most: its weights are read once a token.
-        graphs: What would be captured.
+        graphs: What would be captured; nothing where `no_graphs` says why.
         kernels: What each op would run by.
+        no_graphs: Why nothing would be captured, or None.
     """
 
     gpu: GPU
@@ -80,6 +81,7 @@ class Estimate:
     tokens_per_second: float
     graphs: GraphPlan
     kernels: tuple[KernelChoice, ...]
+    no_graphs: str | None
 
     @property
     def fits(self) -> bool:
@@ -121,8 +123,7 @@ def estimate(
         model, dtype=dtype, device="cpu", max_model_len=settled.max_model_len, **more
     )
     table = _table_for(prepared, gpu, kernels)
-    notes = OpTable(table.info, table.kernels, "reference")  # takes note of every op, builds none
-    config = replace(prepared.model_config, device=table.info.device, ops=notes)
+    config = replace(prepared.model_config, device=table.info.device, ops=table)
     built = build(config, prepared.host)
     length, seqs = config.max_model_len, settled.max_num_seqs
     assert length is not None
@@ -133,6 +134,8 @@ def estimate(
     activations = _activations(built, settled, length)
     free = gpu.memory - CONTEXT_BYTES - weights - activations
     tokens = _cache_tokens(settled, free - state, per_token, length)
+    reason = no_graphs(built.state_specs().values(), table.choices.values())
+    graphs = graph_plan(seqs, length, bool(per_token)) if reason is None else GraphPlan((), (), ())
     return Estimate(
         gpu=gpu,
         dtype=str(config.dtype).removeprefix("torch."),
@@ -146,16 +149,40 @@ def estimate(
         max_num_seqs=seqs,
         full_sequences=round(tokens / length, 2) if per_token else float(seqs),
         tokens_per_second=round(gpu.bandwidth / _read_a_token(built), 1),
-        graphs=graph_plan(seqs, length, bool(per_token)),
-        kernels=tuple(_choices(table, (each.context for each in notes.choices.values()))),
+        graphs=graphs,
+        kernels=tuple(_shown(choice) for choice in table.choices.values()),
+        no_graphs=reason,
     )
+
+
+class _PlannedOps(OpTable):
+    """Chooses kernels without building one: what it resolves is the reference."""
+
+    def _choose(self, context: OpContext) -> tuple[Callable[..., Any], Choice]:
+        refused: list[tuple[str, str]] = []
+        chosen = "reference"
+        for kernel in self.ranked(context.op):
+            reason = self._asked(kernel, context)
+            if reason is None:
+                chosen = kernel.name
+                break
+            refused.append((kernel.name, reason))
+        reference = reference_of(context.op, self.kernels)
+        return reference, Choice(context, chosen, tuple(refused))
+
+    def _asked(self, kernel: Kernel, context: OpContext) -> str | None:
+        try:
+            return self.refusal(kernel, context)
+        except Exception as exc:  # a pack's own predicate may want the device
+            return f"cannot be asked here: {type(exc).__name__}: {exc}"
 
 
 def _table_for(prepared: PreparedModel, gpu: GPU, select: str) -> OpTable:
     """The packs' kernels for such a GPU, with CuPy."""
     features = {"cuda", "cupy", *cuda_features(*gpu.capability)}
     info = DeviceInfo(torch.device("cuda", 0), frozenset(features))
-    return op_table(prepared.host, info, select)
+    table = op_table(prepared.host, info, select)
+    return _PlannedOps(info, table.kernels, select)
 
 
 def _cache_tokens(settings: EngineSettings, free: int, per_token: int, length: int) -> int:
@@ -199,22 +226,9 @@ def _read_a_token(model: PretrainedModel[Any]) -> int:
     return total
 
 
-def _choices(table: OpTable, contexts: Iterable[OpContext]) -> Iterator[KernelChoice]:
-    """The kernels that would be chosen, without building any."""
-    for context in contexts:
-        chosen, reasons = "reference", []
-        for kernel in table.ranked(context.op):
-            reason = _refusal(table, kernel, context)
-            if reason is None:
-                chosen = kernel.name
-                break
-            reasons.append(f"{kernel.name}: {reason}")
-        shape = " ".join(f"{name}={value}" for name, value in context.shape.items())
-        yield KernelChoice(context.op, shape, chosen, tuple(reasons))
-
-
-def _refusal(table: OpTable, kernel: Kernel, context: OpContext) -> str | None:
-    try:
-        return table.refusal(kernel, context)
-    except Exception as exc:  # a pack's own predicate may want the device
-        return f"cannot be asked here: {type(exc).__name__}: {exc}"
+def _shown(choice: Choice) -> KernelChoice:
+    """A choice as it is told."""
+    context = choice.context
+    shape = " ".join(f"{name}={value}" for name, value in context.shape.items())
+    reasons = tuple(f"{name}: {reason}" for name, reason in choice.refused)
+    return KernelChoice(context.op, shape, choice.chosen, reasons)

@@ -15,6 +15,7 @@ from llmfw.attention.metadata import AttentionMetadata, CacheSpec
 from llmfw.attention.state import StateCache, StateSpec, slot_bytes
 from llmfw.engine import kv_cache
 from llmfw.engine.batch import Batch, BatchBuilder, upload
+from llmfw.engine.cuda_graphs import no_graphs
 from llmfw.engine.graph_runner import GraphRunner, Replayed
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.sampler import Places, sample
@@ -35,15 +36,6 @@ logger = logging.getLogger("llmfw.engine")
 _STEP_CURES = ("lower max_num_batched_tokens or max_num_seqs", "or load a smaller dtype")
 _CACHE_CURES = ("lower kv_cache_memory, max_num_seqs or max_model_len",)
 _GRAPH_CURES = ("lower max_num_seqs or kv_cache_memory", "or turn CUDA graphs off")
-_DEVICE_SIDE_OPS = (
-    "rope_and_cache",
-    "latent_rope_and_cache",
-    "paged_attention",
-    "grouped_linear",
-    "causal_conv1d",
-    "selective_scan",
-    "ssd_scan",
-)
 
 
 class Model(Protocol):
@@ -244,14 +236,10 @@ class ModelRunner:
         config = getattr(self.model, "model_config", None)
         if config is None or self._backend.reference_only:
             return False
-        if not all(spec.on_device for spec in self.state_specs.values()):
-            logger.info("no CUDA graphs: a recurrent layer does not read the batch on the device")
-            return False
-        for choice in config.ops.choices.values():
-            if choice.chosen == "reference" and choice.context.op in _DEVICE_SIDE_OPS:
-                logger.info("no CUDA graphs: %s runs by its reference", choice.context.op)
-                return False
-        return True
+        reason = no_graphs(self.state_specs.values(), config.ops.choices.values())
+        if reason is not None:
+            logger.info("no CUDA graphs: %s", reason)
+        return reason is None
 
     def _sample(self, step_id: int, batch: Batch, logits: torch.Tensor) -> PendingStep:
         seq_ids, rows, positions = batch.sample_seq_ids, batch.sample_rows, batch.sample_positions
