@@ -111,3 +111,19 @@ def test_beams_copy_the_state_of_their_parents(checkpoint: Any) -> None:
     prompts = random_prompts(4, VOCAB, 1, 60, seed=5)
     plain = tokens(engine(folder), prompts, beams)
     assert plain == tokens(engine(folder, cuda_graphs=False), prompts, beams)
+
+
+@pytest.mark.parametrize("checkpoint", ["Mamba2ForCausalLM"], indirect=True)
+def test_prompts_by_chunks_have_the_probabilities_of_the_scan(checkpoint: Any) -> None:
+    folder, _ = checkpoint
+    prompts = random_prompts(6, VOCAB, 9, 290, seed=7)
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, ignore_eos=True)
+    found = []
+    for name in ("cupy.ssd_chunks", "cupy.ssd_scan"):
+        with engine(folder, dtype="bfloat16", kernels=f"ssd_scan={name}") as llm:
+            outputs = llm.generate(prompts, params)
+        found.append([out.outputs[0].logprobs[0] for out in outputs])
+    for chunks, scan in zip(*found, strict=True):
+        both = chunks.keys() & scan.keys()
+        assert len(both) >= 4
+        assert max(abs(chunks[i].logprob - scan[i].logprob) for i in both) < 0.05

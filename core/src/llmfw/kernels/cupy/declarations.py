@@ -72,8 +72,14 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("causal_conv1d", "causal_conv", "causal_conv1d", ALL),
     _kernel("selective_scan", "scans", "selective_scan", ALL),
     _kernel("ssd_scan", "scans", "ssd_scan", ALL),
-    # Timed on a GPU, compared with the reference on the emulator only: serves when asked for.
-    _kernel("ssd_scan", "ssd_chunks", "ssd_scan", ("bfloat16",), name="ssd_chunks", priority=-1),
+    _kernel(
+        "ssd_scan",
+        "ssd_chunks",
+        "ssd_scan",
+        ("bfloat16",),
+        name="ssd_chunks",
+        priority=PRIORITY + 1,
+    ),
     _kernel("moe_route", "moe_route", "moe_route", ALL),
     _kernel("moe_experts", "moe_experts", "moe_experts", HALVES),
     _kernel("prepare_decode", "step", "prepare_decode", ALL),
