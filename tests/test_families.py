@@ -33,6 +33,13 @@ def test_the_page_lists_it_with_its_lines(family: str):
     assert int(cells[-1]) == sum(lines.values()), "run: python tests/line_count.py"
 
 
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"transformers"}))
+def test_its_lines_stand_beside_those_of_other_engines(family: str):
+    (row,) = re.findall(rf"^\| {family} \|.*$", PAGE, re.MULTILINE)
+    lines = line_count.count_folder(ROOT / "builtin_models" / family / "src")
+    assert int(row.split("|")[2]) == sum(lines.values()), "run: python tests/line_count.py"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_architecture_has_its_tests(family: str):
     parity = (ROOT / f"tests/test_against_hf_{family}.py").read_text("utf-8")
