@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -53,6 +54,31 @@ def test_anything_else_is_an_internal_error(
     told = capsys.readouterr().err
     assert told.startswith("internal error: ZeroDivisionError: division by zero\n  raised in")
     assert "--debug shows the traceback" in told
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_what_the_system_refuses_is_no_internal_error(
+    code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(OSError(code, "it says why", "some/file")) == 2
+    told, cure, _ = capsys.readouterr().err.split("\n")
+    assert told == "error: some/file: it says why"
+    assert "choose another place" in cure
+    assert report(OSError(errno.EBADF, "ours")) == 16
+
+
+def test_a_model_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny_model(tmp_path)
+
+    def refuse(path: Path, *_: object, **__: object) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("read_text", "is_file"):  # the file, then its folder
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, refuse)
+            done = run("inspect", str(folder))
+        assert done.exit_code == 3
+        assert f"{folder / 'config.json'} cannot be read: Permission denied\n  ask" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 
@@ -14,12 +15,22 @@ INTERNAL = 16
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+_PERMISSION = "choose another place, or ask for permission to read and write there"
+_ROOM = "make room there, or choose another place; LLMFW_CACHE says where the cache is"
+_CURES = {
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: _PERMISSION,
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+}
+
 
 def report(error: BaseException) -> int:
     """Tell of `error` on stderr; returns the exit code.
 
-    Errors of llmfw are a message and its cure. Anything else is a fault of ours or of a plugin and
-    is called an internal error. The traceback is shown with --debug only.
+    Errors of llmfw are a message and its cure. So is what the system forbids or has no room for.
+    Anything else is a fault of ours or of a plugin and is called an internal error. The traceback is shown with --debug only.
     """
     from llmfw.errors import LlmfwError
 
@@ -30,6 +41,11 @@ def report(error: BaseException) -> int:
         for line in (error.hint or "").splitlines():
             _say(f"  {line}")
         code = error.exit_code
+    elif isinstance(error, OSError) and error.errno in _CURES:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"error: {where}{error.strerror}")
+        _say(f"  {_CURES[error.errno]}")
+        code = USAGE
     else:
         _say(f"internal error: {type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", ()):

@@ -140,3 +140,15 @@ class EngineError(LlmfwError):
     """The engine stopped: an internal failure, with the cause chained."""
 
     exit_code = 16
+
+
+def reading_cure(error: OSError, otherwise: str) -> str:
+    """The hint where a file or folder cannot be read.
+
+    Args:
+        error: What the system said.
+        otherwise: The hint where it is not a matter of permissions.
+    """
+    if isinstance(error, PermissionError):
+        return "ask its owner for permission to read it, or take a copy of your own"
+    return otherwise

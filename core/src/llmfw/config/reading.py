@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmfw.errors import ConfigError
+from llmfw.errors import ConfigError, reading_cure
+
+_DAMAGED = "it is damaged: mend it, or get it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -19,12 +21,15 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_hook=_plain_float)
     except FileNotFoundError as exc:
         raise ConfigError(f"{path} does not exist") from exc
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path} cannot be read: {exc}") from exc
-    except json.JSONDecodeError as exc:
+    except OSError as exc:
         raise ConfigError(
-            f"{path} is not JSON: {exc}", hint="it is damaged: mend it, or get it again"
+            f"{path} cannot be read: {exc.strerror or exc}",
+            hint=reading_cure(exc, "check the path"),
         ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not UTF-8 text: {exc}", hint=_DAMAGED) from exc
+    except json.JSONDecodeError as exc:
+        raise ConfigError(f"{path} is not JSON: {exc}", hint=_DAMAGED) from exc
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

@@ -27,9 +27,9 @@ def cached_folder(group: str, stem: str, key: str, fill: Callable[[Path], None])
         ConfigError: If the cache cannot be written.
     """
     target = cache_dir() / group / f"{stem}-{key}"
-    if target.is_dir():
-        return target
     try:
+        if target.is_dir():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target.parent))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llmfw.errors import CheckpointError
+from llmfw.errors import CheckpointError, reading_cure
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -76,7 +76,11 @@ def read_gguf_header(file: Path) -> GGUFHeader:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Parser(file, data).header()
     except OSError as exc:
-        raise CheckpointError(f"{file}: cannot be read: {exc.strerror or exc}") from exc
+        raise CheckpointError(
+            f"{file}: cannot be read: {exc.strerror or exc}",
+            hint=reading_cure(exc, "check the path"),
+            file=str(file),
+        ) from exc
     except (struct.error, UnicodeDecodeError, ValueError) as exc:
         raise CheckpointError(
             f"{file}: damaged or truncated within its header ({exc})",

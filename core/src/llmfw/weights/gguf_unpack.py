@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llmfw.errors import CheckpointError
+from llmfw.errors import CheckpointError, reading_cure
 from llmfw.weights.cache import cached_folder
 from llmfw.weights.gguf_config import config_of, generation_config_of
 from llmfw.weights.gguf_reader import GGUFCheckpoint
@@ -51,7 +51,11 @@ def unpack_gguf(file: Path, *, unpack_below: int = _UNPACK_BELOW) -> UnpackedGGU
         file = file.resolve(strict=True)
         stat = file.stat()
     except OSError as exc:
-        raise CheckpointError(f"{file}: cannot be read: {exc.strerror or exc}") from exc
+        raise CheckpointError(
+            f"{file}: cannot be read: {exc.strerror or exc}",
+            hint=reading_cure(exc, "check the path"),
+            file=str(file),
+        ) from exc
     origin = hashlib.sha256(str(file).encode()).hexdigest()[:8]
     version = f"{_LAYOUT}:{stat.st_size}:{stat.st_mtime_ns}:{unpack_below}"
     stem = re.sub(r"[^\w.-]", "_", file.stem)[:80]

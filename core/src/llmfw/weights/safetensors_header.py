@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from llmfw.errors import CheckpointError
+from llmfw.errors import CheckpointError, reading_cure
 from llmfw.weights.checkpoint import TensorInfo
 
 _DTYPES = {
@@ -80,7 +80,9 @@ def read_header_text(file: Path) -> tuple[bytes, int]:
             text = stream.read(length)
     except OSError as exc:
         raise CheckpointError(
-            f"{file}: cannot be read: {exc.strerror or exc}", hint=_DOWNLOAD, file=str(file)
+            f"{file}: cannot be read: {exc.strerror or exc}",
+            hint=reading_cure(exc, _DOWNLOAD),
+            file=str(file),
         ) from exc
     return text, size
 

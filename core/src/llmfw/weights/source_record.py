@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmfw.errors import CheckpointError
+from llmfw.errors import CheckpointError, reading_cure
 from llmfw.weights.block_scales import BlockScaledCheckpoint
 from llmfw.weights.checkpoint import Checkpoint, TensorInfo
 from llmfw.weights.dequantising import Dequantising, dequantising
@@ -188,7 +188,9 @@ def digest_of(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as exc:
         raise CheckpointError(
-            f"{file}: cannot be read: {exc.strerror or exc}", file=str(file)
+            f"{file}: cannot be read: {exc.strerror or exc}",
+            hint=reading_cure(exc, "check the disk, or get the file again"),
+            file=str(file),
         ) from exc
 
 

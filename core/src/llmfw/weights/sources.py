@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from llmfw.errors import ConfigError, LlmfwError, PluginLoadError, UsageError
+from llmfw.errors import ConfigError, LlmfwError, PluginLoadError, UsageError, reading_cure
 from llmfw.weights.converted_config import HF_FOLDER, is_converted
 
 logger = logging.getLogger("llmfw.weights")
@@ -56,8 +56,13 @@ def resolve_model(model: str | Path) -> ModelSource:
     """
     name = str(model)
     path = Path(model).expanduser()
-    if path.is_dir():
-        return _directory(name, path)
+    try:
+        if path.is_dir():
+            return _directory(name, path)
+    except PermissionError as exc:
+        raise ConfigError(
+            f"{exc.filename or path} cannot be read: {exc.strerror}", hint=reading_cure(exc, "")
+        ) from exc
     if path.is_file() or path.suffix == ".gguf":
         return _file(name, path)
     aliases = _aliases()
