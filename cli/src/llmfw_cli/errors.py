@@ -30,7 +30,8 @@ def report(error: BaseException) -> int:
     """Tell of `error` on stderr; returns the exit code.
 
     Errors of llmfw are a message and its cure. So is what the system forbids or has no room for.
-    Anything else is a fault of ours or of a plugin and is called an internal error. The traceback is shown with --debug only.
+    Anything else is a fault of ours or of a plugin and is called an internal error. The traceback
+    is shown with --debug only.
     """
     from llmfw.errors import LlmfwError
 
