@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,20 @@ def test_what_was_used_is_known(tmp_path: Path) -> None:
 def test_ready_made_files_by_the_beginning_of_their_names(tmp_path: Path) -> None:
     cache.add_ready_made({"kernels/cpu/a-1": tmp_path, "kernels/cpu/b-1": tmp_path})
     assert list(cache.find_ready_made("kernels/cpu/a-")) == ["kernels/cpu/a-1"]
+
+
+def test_a_cache_that_may_not_be_entered_is_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = written(tmp_path / "engine" / "a")
+    cache.add_ready_made({"kernels/a": ready})
+    real = os.stat
+
+    def refuse(path: object, *more: object, **options: object) -> os.stat_result:
+        if str(path).startswith(str(cache.cache_dir())):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert cache.find("kernels/a") == ready
+    assert cache.find("kernels/b") is None

@@ -32,7 +32,8 @@ def find(name: str) -> Path | None:
         name: Its path inside of the cache, with "/" between the parts.
     """
     own = cache_dir() / name
-    path = own if own.is_file() else _ready_made.get(name)
+    there = os.path.isfile(own)  # Path.is_file raises where a folder above may not be entered
+    path = own if there else _ready_made.get(name)
     if path is not None:
         _used[name] = path
     return path

@@ -100,7 +100,7 @@ def _load() -> dict[str, NativeFunction]:
 
 
 def _load_or_build(compiler: str, path: Path) -> dict[str, NativeFunction]:
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises where a folder above may not be entered
         try:
             return load_object_file(path)
         except OSError as exc:
