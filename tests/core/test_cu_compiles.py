@@ -26,10 +26,14 @@ USES: dict[str, list[dict[str, int | str]]] = {
     ],
     "paged_decode.cu": [
         {"DTYPE": BF16},
-        {"DTYPE": BF16, "HEAD_DIM": 256, "MIN_BLOCKS": 1},
         {"DTYPE": F16, "HEAD_DIM": 80, "ROWS": 16, "BLOCK_SIZE": 8, "SOFTCAP": 1},
         {"DTYPE": F16, "HEAD_DIM": 96, "V_DIM": 64},
         {"DTYPE": BF16, "WARPS": 8, "MIN_BLOCKS": 1},
+    ],
+    "paged_staged.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "WARPS": 8, "STAGES": 2, "SOFTCAP": 1},
+        {"DTYPE": BF16, "HEAD_DIM": 144, "V_DIM": 112, "BLOCK_SIZE": 8, "STAGES": 1},
     ],
     "paged_simt.cu": [
         {"DTYPE": F32},

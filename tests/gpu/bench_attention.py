@@ -74,7 +74,7 @@ def attention() -> None:
                 us,
                 nbytes,
                 splits=plan.splits,
-                warps=plan.warps,
+                warps=plan.cut.warps,
                 best=f"{best}: {sweep[best]}",
                 sweep=sweep,
             )

@@ -284,18 +284,22 @@ class Batch:
 
 
 ATTENTION_LAYOUTS = [
-    # heads, kv heads, dim, block size, window, softcap, sinks
-    (4, 2, 64, 16, 0, 0, 0),
-    (8, 2, 128, 16, 0, 0, 0),
-    (2, 2, 80, 16, 0, 0, 0),
-    (12, 2, 96, 32, 0, 0, 0),
-    (10, 1, 64, 8, 0, 0, 0),
-    (8, 1, 256, 16, 0, 0, 0),
-    (40, 1, 64, 24, 0, 0, 0),
-    (4, 2, 64, 16, 20, 0, 0),
-    (4, 1, 128, 16, 33, 1, 0),
-    (8, 2, 64, 16, 0, 0, 1),
-    (8, 2, 64, 16, 17, 1, 1),
+    # heads, kv heads, dim, v dim, block size, window, softcap, sinks
+    (4, 2, 64, 64, 16, 0, 0, 0),
+    (8, 2, 128, 128, 16, 0, 0, 0),
+    (2, 2, 80, 80, 16, 0, 0, 0),
+    (12, 2, 96, 96, 32, 0, 0, 0),
+    (10, 1, 64, 64, 8, 0, 0, 0),
+    (8, 1, 256, 256, 16, 0, 0, 0),
+    (40, 1, 64, 64, 24, 0, 0, 0),
+    (4, 2, 64, 64, 16, 20, 0, 0),
+    (4, 1, 128, 128, 16, 33, 1, 0),
+    (8, 2, 64, 64, 16, 0, 0, 1),
+    (8, 2, 64, 64, 16, 17, 1, 1),
+    (4, 2, 144, 112, 8, 0, 0, 0),
+    (6, 1, 192, 128, 16, 20, 0, 1),
+    (8, 4, 256, 256, 16, 0, 0, 0),
+    (4, 1, 256, 256, 8, 17, 1, 0),
 ]
 BATCHES = [
     ("one", Batch(((1, 1),)), False),
@@ -312,13 +316,13 @@ BATCHES = [
 def attention_cases() -> Iterator[Case]:
     """paged_attention: groups, head sizes, windows, caps, sinks, block sizes, batches."""
     for dtype in ("bfloat16", "float16", "float32"):
-        for heads, kv_heads, dim, block_size, window, softcap, sinks in ATTENTION_LAYOUTS:
+        for heads, kv_heads, dim, v_dim, block_size, window, softcap, sinks in ATTENTION_LAYOUTS:
             for name, batch, wide in BATCHES:
                 shape = {
                     "num_heads": heads,
                     "num_kv_heads": kv_heads,
                     "head_dim": dim,
-                    "v_head_dim": dim,
+                    "v_head_dim": v_dim,
                     "window": window,
                     "softcap": softcap,
                     "sinks": sinks,
@@ -331,7 +335,8 @@ def attention_cases() -> Iterator[Case]:
                     return attention_arguments(d, t, g, s, b)
 
                 extras = f"w{window}" * bool(window) + "c" * softcap + "s" * sinks
-                label = f"{name}-{heads}/{kv_heads}x{dim}b{block_size}{extras}"
+                narrow = f"v{v_dim}" * (v_dim != dim)
+                label = f"{name}-{heads}/{kv_heads}x{dim}{narrow}b{block_size}{extras}"
                 yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
 
 
@@ -349,16 +354,16 @@ def attention_arguments(
     order = torch.randperm(total, generator=g)
     tables = torch.full((len(counts), max(counts) + 1), 2**30, dtype=torch.int32)
     k = torch.full((total, block_size, kv_heads, dim), float("nan"))
-    v = k.clone()
+    v = torch.full((total, block_size, kv_heads, shape["v_head_dim"]), float("nan"))
     taken = 0
     for i, (count, (_, kv)) in enumerate(zip(counts, batch.lengths, strict=True)):
         mine = order[taken : taken + count]
         taken += count
         tables[i, :count] = mine.int()
         for cache, spread in ((k, 1.0), (v, 0.5)):
-            filled = torch.randn(count * block_size, kv_heads, dim, generator=g) * spread
+            filled = torch.randn(count * block_size, *cache.shape[2:], generator=g) * spread
             filled[kv:] = float("nan")
-            cache[mine] = filled.view(count, block_size, kv_heads, dim)
+            cache[mine] = filled.view(count, *cache.shape[1:])
     tokens = sum(q for q, _ in batch.lengths)
     cumulative = torch.tensor([0, *(q for q, _ in batch.lengths)]).cumsum(0).int()
     query_lens, kv_lens = zip(*batch.lengths, strict=True)

@@ -38,8 +38,9 @@ from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import step_cases
 from llmfw import MLA, MLAParams, ModelConfig, RopeParams
 from llmfw.attention.metadata import LayerCache
-from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, prefill
+from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, paged_plan, prefill
 from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.kernels.cupy.paged_plan import Cut
 from llmfw.layers import stock_layer
 from llmfw.models import bind_tree
 from llmfw.models.build import finish_loading
@@ -178,6 +179,19 @@ def test_experts_with_many_rows_go_through_the_library(
 
 @pytest.mark.parametrize("case", small(list(attention_cases()), 7))
 def test_paged_attention_matches_its_reference(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("label", ["split-4/2x144v112b8", "drafts-4/1x256b8w17c"])
+def test_paged_attention_keeps_any_number_of_tiles_under_way(
+    label: str, warps: int, stages: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_plan, "staged_cut", lambda *_: Cut(warps, 1, stages))
+    case = next(
+        case for case in attention_cases() if str(case) == f"paged_attention-float16-{label}"
+    )
     run(case, device)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llmfw.kernels.cupy import compile as cu_compile
-from llmfw.kernels.cupy import paged_decode, tensor_map
+from llmfw.kernels.cupy import paged_plan, tensor_map
 from llmfw.kernels.cupy.launch import TENSOR_MAP, TENSOR_MAP_BYTES
 from llmfw.kernels.cupy.tensor_map import Matrix
 
@@ -83,7 +83,9 @@ def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], fo
     """The shared library with one kernel of `source`, kept by the digest of all that went in."""
     options = sorted(f"-D{key}={value}" for key, value in defines.items())
     texts = [path.read_bytes() for path in sorted(HERE.glob("*.*h"))]
-    texts += [(cu_compile.FOLDER / file).read_bytes() for file in (source, "common.cuh")]
+    own = [cu_compile.FOLDER / file for file in (source, *cu_compile.HEADERS)]
+    own = [path for path in own if not (HERE / path.name).exists()]
+    texts += [path.read_bytes() for path in own]
     key = hashlib.sha256(
         b"\n".join([*texts, name.encode(), *map(str.encode, options)])
     ).hexdigest()[:20]
@@ -92,11 +94,7 @@ def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], fo
         return library
     work = folder / key
     work.mkdir(parents=True, exist_ok=True)
-    for path in (
-        cu_compile.FOLDER / source,
-        cu_compile.FOLDER / "common.cuh",
-        *HERE.glob("*.*h"),
-    ):
+    for path in (*own, *HERE.glob("*.*h")):
         shutil.copy(path, work)
     (work / "main.cpp").write_text(
         f'#include "emulate.h"\n#include "{source}"\n'
@@ -135,7 +133,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> torch.device:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**PROPERTIES)
     )
-    monkeypatch.setattr(paged_decode, "COUNTERS", 4096)
+    monkeypatch.setattr(paged_plan, "COUNTERS", 4096)
     monkeypatch.setattr(cu_compile, "overlap", lambda _: 1)
     monkeypatch.setattr(tensor_map, "encode", encode)
     return torch.device("cpu", 0)

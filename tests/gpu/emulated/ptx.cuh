@@ -44,6 +44,10 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline void copy16_async(void* to, const void* from, int bytes) {
   emulated::current->open.push_back({to, from, bytes, 16 - bytes});
 }
+template <int BYTES>
+inline void copy_async(void* to, const void* from) {
+  emulated::current->open.push_back({to, from, BYTES, 0});
+}
 inline void close_copies() {
   emulated::current->closed.push_back(std::move(emulated::current->open));
   emulated::current->open.clear();

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llmfw.kernels.cupy")
 
 FOLDER = Path(__file__).parent
-HEADERS = ("common.cuh", "ptx.cuh", "hopper.cuh")
+HEADERS = ("common.cuh", "ptx.cuh", "hopper.cuh", "joined.cuh", "paged.cuh")
 OVERLAPS = ("0", "1", "2")
 DEFAULT_OVERLAP = "1"
 Constant = int | str  # of a source; a text is C++ as it stands

@@ -1,52 +1,26 @@
-"""Launcher of paged_decode.cu: attention of few query tokens a request over the paged cache."""
+"""Launcher of paged_decode.cu and paged_staged.cu: attention of few query tokens a request."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llmfw.errors import KernelError
+from llmfw.kernels.cupy import paged_plan
 from llmfw.kernels.cupy.compile import device_index, load
 from llmfw.kernels.cupy.launch import Launcher, pointer
+from llmfw.kernels.cupy.paged_plan import (
+    LEAST_SHARED_BYTES,
+    Cut,
+    Device,
+    Heads,
+    Plan,
+    plan_launch,
+)
 from llmfw.ops.kernel import OpContext
 
-MAX_SPLITS = 64
-COUNTERS = 1 << 16
-KEYS_OF_A_TILE = 16
-SHARED_BYTES = 48 << 10
-LONG_SHARE = 2048  # keys that a block walks at least where the requests alone fill the device
-LONG_WAVES = 2  # of blocks, so that such requests are split at all
 UNSETTLED = 1 << 30  # more keys than any request has
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The static shape of one kind of attention layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_dim: int
-    block_size: int
-    softcap: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @classmethod
-    def of(cls, context: OpContext) -> Heads:
-        """From the op's context."""
-        return cls(
-            context["num_heads"],
-            context["num_kv_heads"],
-            context["head_dim"],
-            context.shape.get("v_head_dim") or context["head_dim"],
-            context["block_size"],
-            bool(context.shape.get("softcap", 0)),
-        )
 
 
 def check_block_size(built: int, called: int) -> None:
@@ -76,59 +50,6 @@ def supports(context: OpContext) -> str | None:
     return None
 
 
-def resident_blocks(dim: int, warps: int) -> int:
-    """Blocks of one multiprocessor at once, which sets the registers that each may use."""
-    of_four_warps = 4 if dim <= 64 else 3 if dim <= 96 else 2 if dim <= 128 else 1
-    return max(1, of_four_warps * 4 // warps)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one launch is divided.
-
-    Args:
-        rows: Query rows of a block.
-        warps: Warps of a block.
-        columns: Blocks a request and split.
-        splits: Most parts that a request's keys are divided into.
-        least_share: Fewest tiles of 16 keys that a part has.
-    """
-
-    rows: int
-    warps: int
-    columns: int
-    splits: int
-    least_share: int
-
-
-def plan_launch(
-    heads: Heads, requests: int, max_q: int, max_kv: int, sms: int, splits: int | None = None
-) -> Plan:
-    """Divide a batch of at most these lengths over the device; `splits` overrides the rule.
-
-    Few blocks get 8 warps each, so that less is left to combine. Splits fill the device once: more
-    cost more than they gain. Where the requests alone fill it, only very long ones are split.
-    """
-    widest = max(heads.head_dim, heads.v_dim)
-    rows = 16 if heads.group * max_q > 8 and widest <= 128 else 8
-    columns = heads.num_kv_heads * -(-heads.group * max_q // rows)
-    blocks = columns * requests
-    resident = resident_blocks(widest, 8)
-    wide = blocks <= sms * resident and 8 * rows * (widest + 4) * 4 < SHARED_BYTES - 2048
-    warps = 8 if wide else 4
-    slots = sms * resident_blocks(widest, warps)
-    round_keys = KEYS_OF_A_TILE * warps
-    if splits is not None:
-        return Plan(rows, warps, columns, splits, warps)
-    if blocks > COUNTERS:
-        return Plan(rows, warps, columns, 1, warps)
-    if blocks <= slots // 2:
-        splits = min(slots // blocks, -(-max_kv // round_keys))
-        return Plan(rows, warps, columns, min(splits, MAX_SPLITS), warps)
-    splits = min(-(-LONG_WAVES * slots // blocks), -(-max_kv // LONG_SHARE), MAX_SPLITS)
-    return Plan(rows, warps, columns, splits, LONG_SHARE // KEYS_OF_A_TILE)
-
-
 class PagedDecode:
     """The compiled kernels for one head layout, and the counters that its blocks meet at.
 
@@ -139,22 +60,24 @@ class PagedDecode:
         self.heads = Heads.of(context)
         self._context = context
         device = context.info.device
-        self._launchers: dict[tuple[int, int], Launcher] = {}
-        properties = torch.cuda.get_device_properties(device_index(device))
-        self._sms = properties.multi_processor_count
-        self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self._launchers: dict[tuple[int, Cut], Launcher] = {}
+        properties: Any = torch.cuda.get_device_properties(device_index(device))
+        shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES)
+        self._device = Device(properties.multi_processor_count, shared)
+        self._counters = torch.zeros(paged_plan.COUNTERS, dtype=torch.int32, device=device)
 
     def plan(self, requests: int, max_q: int, max_kv: int, splits: int | None = None) -> Plan:
         """How a batch of at most these lengths is launched."""
-        return plan_launch(self.heads, requests, max_q, max_kv, self._sms, splits)
+        return plan_launch(self.heads, requests, max_q, max_kv, self._device, splits)
 
-    def launcher(self, rows: int, warps: int) -> Launcher:
-        """The kernel for blocks of so many rows and warps, compiled when first wanted."""
-        found = self._launchers.get((rows, warps))
+    def launcher(self, rows: int, cut: Cut) -> Launcher:
+        """The kernel for blocks of so many rows and such a cut, compiled when first wanted."""
+        found = self._launchers.get((rows, cut))
         if found is None:
             heads, context = self.heads, self._context
+            name = "paged_staged" if cut.stages else "paged_decode"
             found = load(
-                "paged_decode.cu",
+                f"{name}.cu",
                 context.info.device,
                 context.dtype,
                 HEAD_DIM=heads.head_dim,
@@ -163,10 +86,11 @@ class PagedDecode:
                 ROWS=rows,
                 BLOCK_SIZE=heads.block_size,
                 SOFTCAP=int(heads.softcap),
-                WARPS=warps,
-                MIN_BLOCKS=resident_blocks(max(heads.head_dim, heads.v_dim), warps),
-            ).launcher("paged_decode", "PPPPPPPPPPPqqqqqqiiiiiiff")
-            self._launchers[rows, warps] = found
+                WARPS=cut.warps,
+                MIN_BLOCKS=cut.resident,
+                **({"STAGES": cut.stages} if cut.stages else {}),
+            ).launcher(name, "PPPPPPPPPPPqqqqqqiiiiiiff", cut.shared_bytes(heads))
+            self._launchers[rows, cut] = found
         return found
 
     def __call__(
@@ -208,9 +132,9 @@ class PagedDecode:
             workspace = torch.empty(slots * (heads.v_dim + 2), dtype=torch.float32, device=q.device)
             partial = workspace.data_ptr()
             stats = partial + slots * heads.v_dim * 4
-        self.launcher(plan.rows, plan.warps)(
+        self.launcher(plan.rows, plan.cut)(
             (plan.columns, plan.splits, requests),
-            (plan.warps * 32, 1, 1),
+            (plan.cut.warps * 32, 1, 1),
             out.data_ptr(),
             q.data_ptr(),
             k_cache.data_ptr(),

@@ -4,8 +4,8 @@
 // Shapes: q [tokens, KV_HEADS * GROUP, HEAD_DIM], tokens q_stride apart; k_cache, v_cache [blocks, BLOCK_SIZE,
 //   kv_heads, dim], heads contiguous; block_tables int32 [requests, table_stride]; cu_query_lens int32
 //   [requests + 1]; kv_lens int32 [requests]; sinks float32 [heads] or null; out [tokens, heads * V_DIM]; partial
-//   [requests, columns, splits, ROWS, V_DIM], partial_stats [requests, columns, splits, ROWS]. Dims are whole packs of 4.
-// Launch: block WARPS * 32, grid (kv_heads * row tiles, splits, requests), as paged_decode: a block walks its split of
+//   [requests, columns, splits, ROWS, V_DIM], partial_stats [requests, columns, splits, ROWS]. Dims are whole quads.
+// Launch: block WARPS * 32, grid (kv_heads * row tiles, splits, requests), as paged.cuh has it: a block walks its split of
 //   the keys that its ROWS rows see, its warps take tiles of 32 keys in turn, the last of a request's blocks combines
 //   (counters return to zero). With BY_ROWS, for prompts, each warp has ROWS rows of its own and walks all their keys,
 //   which the others of the block find in L1; splits is 1.
@@ -50,34 +50,26 @@
 #define MIN_BLOCKS 2
 #endif
 
+constexpr int THREADS = WARPS * 32;
+static_assert(HEAD_DIM % 4 == 0 && V_DIM % 4 == 0, "whole quads");
+
+#include "joined.cuh"
+
 constexpr int KEYS = 32;    // of a tile
 constexpr int K_LANES = 8;  // that share a key
 constexpr int K_PACKS = HEAD_DIM / 4;
 constexpr int K_EACH = (K_PACKS + K_LANES - 1) / K_LANES;
-constexpr int V_PACKS = V_DIM / 4;
-constexpr int V_LANES = V_PACKS > 16 ? 32 : V_PACKS > 8 ? 16 : 8;  // that share a value row
+constexpr int V_LANES = QUADS > 16 ? 32 : QUADS > 8 ? 16 : 8;  // that share a value row
 constexpr int V_KEYS = 32 / V_LANES;
-constexpr int V_EACH = (V_PACKS + V_LANES - 1) / V_LANES;
+constexpr int V_EACH = (QUADS + V_LANES - 1) / V_LANES;
 constexpr int SHARERS = BY_ROWS ? 1 : WARPS;
 constexpr int PARTIES = WARPS / SHARERS;
 constexpr int AT_ONCE_K = KEYS_AT_ONCE, AT_ONCE_V = VALUES_AT_ONCE;  // as a pragma takes them
-constexpr int THREADS = WARPS * 32;
-static_assert(HEAD_DIM % 4 == 0 && V_DIM % 4 == 0, "whole packs");
 
 __device__ __forceinline__ float4 load4(const scalar* p) {
   const Pack<4> x = load<4>(p);
   return make_float4(to_float(x.at[0]), to_float(x.at[1]), to_float(x.at[2]), to_float(x.at[3]));
 }
-
-__device__ __forceinline__ void add(float4& sum, float4 x, float factor) {
-  sum.x += x.x * factor;
-  sum.y += x.y * factor;
-  sum.z += x.z * factor;
-  sum.w += x.w * factor;
-}
-
-// e^(x - y) for exponents of base 2, where both may be minus infinity.
-__device__ __forceinline__ float weight_of(float x, float y) { return x == NEG_INF ? 0.0f : exp2_fast(x - y); }
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -187,8 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         const float fade = exp2_fast(top[r] - base);
         sum[r] *= fade;
 #pragma unroll
-        for (int i = 0; i < V_EACH; ++i)
-          o[r][i] = make_float4(o[r][i].x * fade, o[r][i].y * fade, o[r][i].z * fade, o[r][i].w * fade);
+        for (int i = 0; i < V_EACH; ++i) o[r][i] = scaled(o[r][i], fade);
         top[r] = high;
       }
       p[r] = exp2_fast(p[r] - base);
@@ -206,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
       for (int i = 0; i < V_EACH; ++i) {
         const int pack = i * V_LANES + lane % V_LANES;
-        if (V_PACKS % V_LANES && pack >= V_PACKS) break;
+        if (QUADS % V_LANES && pack >= QUADS) break;
         const float4 v = load4(row + pack * 4);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) add(o[r][i], v, factors[r]);
@@ -214,24 +205,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
   }
 
-  const auto write = [&](int r, int pack, float4 y, float high, float total) {
-    const int row = row0 + r, head = kv_head * GROUP + row % GROUP;
-    if (sinks) {
-      const float sink = sinks[head] * LOG2E, peak = fmaxf(high, sink), fade = weight_of(high, peak);
-      total = total * fade + exp2_fast(sink - peak);
-      y = make_float4(y.x * fade, y.y * fade, y.z * fade, y.w * fade);
-    }
-    const float inverse = total > 0 ? 1.0f / total : 0.0f;
-    Pack<4> result;
-    result.at[0] = from_float(y.x * inverse);
-    result.at[1] = from_float(y.y * inverse);
-    result.at[2] = from_float(y.z * inverse);
-    result.at[3] = from_float(y.w * inverse);
-    store<4>(out + (i64(q_start + row / GROUP) * kv_heads * GROUP + head) * V_DIM + pack * 4, result);
-  };
-
+  const Rows own = {out, sinks, partial, partial_stats, counters, row0, rows_here, q_start, kv_head, kv_heads, active};
   // Rows of a warp alone are done; the warps of a block that share rows leave maximum, sum and unscaled output.
-  alignas(16) __shared__ float4 slab[SHARERS][ROWS][V_PACKS];
+  alignas(16) __shared__ float4 slabs[SHARERS][ROWS][QUADS];
   __shared__ float2 stats[SHARERS][ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -248,62 +224,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         x.w += __shfl_xor_sync(ALL, x.w, step);
       }
       const int pack = i * V_LANES + lane;
-      if (lane >= V_LANES || pack >= V_PACKS) continue;
+      if (lane >= V_LANES || pack >= QUADS) continue;
       if (SHARERS > 1)
-        slab[warp][r][pack] = x;
+        slabs[warp][r][pack] = x;
       else if (r < rows_here)
-        write(r, pack, x, top[r], all);
+        finish(own, r, pack, x, top[r], all);
     }
   }
   if (SHARERS == 1) return;
   __syncthreads();
-
-  const i64 place = i64(blockIdx.z) * gridDim.x + blockIdx.x;
-  for (int item = threadIdx.x; item < rows_here * V_PACKS; item += THREADS) {
-    const int r = item / V_PACKS, pack = item % V_PACKS;
-    float high = NEG_INF, total = 0;
-    float4 y = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int w = 0; w < SHARERS; ++w) high = fmaxf(high, stats[w][r].x);
-#pragma unroll
-    for (int w = 0; w < SHARERS; ++w) {
-      const float part = weight_of(stats[w][r].x, high);
-      total += stats[w][r].y * part;
-      add(y, slab[w][r][pack], part);
-    }
-    if (active == 1) {
-      write(r, pack, y, high, total);
-      continue;
-    }
-    const i64 index = (place * splits + split) * ROWS + r;
-    partial[index * V_PACKS + pack] = y;
-    if (pack == 0) partial_stats[index] = make_float2(high, total);
-  }
-  if (active == 1) return;
-
-  // The last of the request's blocks for these rows combines what all left.
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    is_last = add_release_acquire(counters + place, 1) == active - 1;
-    if (is_last) counters[place] = 0;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  for (int item = threadIdx.x; item < rows_here * V_PACKS; item += THREADS) {
-    const int r = item / V_PACKS, pack = item % V_PACKS;
-    float high = NEG_INF, total = 0;
-    float4 y = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-    for (int other = 0; other < active; ++other) {
-      const i64 index = (place * splits + other) * ROWS + r;
-      const float2 its = load_l2(partial_stats + index);
-      const float4 x = load_l2(partial + index * V_PACKS + pack);
-      const float peak = fmaxf(high, its.x), fade = weight_of(high, peak), part = weight_of(its.x, peak);
-      total = total * fade + its.y * part;
-      y = make_float4(y.x * fade + x.x * part, y.y * fade + x.y * part, y.z * fade + x.z * part, y.w * fade + x.w * part);
-      high = peak;
-    }
-    write(r, pack, y, high, total);
-  }
+  join(own, stats, [&](int w, int r, int quad) { return slabs[w][r][quad]; });
 }

@@ -12,7 +12,8 @@ from llmfw.errors import KernelError
 from llmfw.kernels.cupy.attention import parts_of
 from llmfw.kernels.cupy.compile import device_index, load
 from llmfw.kernels.cupy.launch import Launcher, pointer
-from llmfw.kernels.cupy.paged_decode import Heads, check_block_size
+from llmfw.kernels.cupy.paged_decode import check_block_size
+from llmfw.kernels.cupy.paged_plan import Heads
 from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:

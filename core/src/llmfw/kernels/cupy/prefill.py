@@ -12,7 +12,7 @@ import torch
 
 from llmfw.kernels.cupy.compile import load
 from llmfw.kernels.cupy.launch import Launcher
-from llmfw.kernels.cupy.paged_decode import Heads
+from llmfw.kernels.cupy.paged_plan import Heads
 from llmfw.ops.kernel import OpContext
 
 THREADS = 256

@@ -97,6 +97,16 @@ __device__ __forceinline__ void copy16_async(void* to, const void* from, int byt
                : "memory");
 }
 
+// Copies 16, 8 or 4 bytes likewise.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES)
+                 : "memory");
+}
+
 // Closes a group of this thread's copies; waits until all but the latest PENDING groups are there (for this thread).
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

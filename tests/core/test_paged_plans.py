@@ -1,0 +1,123 @@
+"""How attention over the paged cache is divided: what needs no GPU to decide."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llmfw.errors import KernelError
+from llmfw.kernels.cupy import paged_decode
+from llmfw.kernels.cupy.paged_plan import (
+    RESERVED_BYTES,
+    SYSTEM_BYTES,
+    Cut,
+    Device,
+    Heads,
+    plan_launch,
+    staged_cut,
+)
+from llmfw.ops.kernel import DeviceInfo, OpContext
+
+SMS = 132
+WIDE_HEADS = [(144, 144), (192, 192), (256, 128), (256, 256), (64, 256)]
+
+
+def heads(head_dim: int, v_dim: int, group: int = 2) -> Heads:
+    return Heads(4 * group, 4, head_dim, v_dim, 16, False)
+
+
+@pytest.mark.parametrize("shared", [227, 163, 99])
+@pytest.mark.parametrize(("head_dim", "v_dim"), WIDE_HEADS)
+@pytest.mark.parametrize("blocks", [1, SMS, SMS + 1, 4096])
+def test_tiles_under_way_fit_every_gpu_we_name(
+    shared: int, head_dim: int, v_dim: int, blocks: int
+) -> None:
+    """In a block's shared memory, and as many blocks in a multiprocessor's, which has 1 KB more."""
+    layer = heads(head_dim, v_dim)
+    cut = staged_cut(layer, blocks, Device(SMS, shared << 10))
+    block = cut.shared_bytes(layer) + RESERVED_BYTES - SYSTEM_BYTES
+    assert block <= shared << 10
+    assert cut.resident * (block + SYSTEM_BYTES) <= (shared + 1) << 10
+    assert cut.warps * cut.resident <= 8
+    assert 2 <= cut.stages <= (3 if blocks <= SMS else 2)
+
+
+@pytest.mark.parametrize(
+    ("shared", "few", "many"),
+    [
+        (227, Cut(4, 1, 3), Cut(4, 1, 2)),
+        (163, Cut(4, 1, 2), Cut(4, 1, 2)),
+        (99, Cut(2, 1, 3), Cut(2, 1, 2)),
+    ],
+)
+def test_less_shared_memory_means_fewer_tiles_then_fewer_warps(
+    shared: int, few: Cut, many: Cut
+) -> None:
+    device = Device(SMS, shared << 10)
+    assert staged_cut(heads(256, 256), SMS, device) == few
+    assert staged_cut(heads(256, 256), SMS + 1, device) == many
+
+
+def test_smaller_tiles_let_more_warps_and_blocks_in() -> None:
+    device = Device(SMS, 227 << 10)
+    assert staged_cut(heads(144, 144), 8, device) == Cut(8, 1, 3)
+    assert staged_cut(heads(144, 144), 300, device) == Cut(4, 2, 2)
+
+
+def test_too_little_shared_memory_is_an_error() -> None:
+    with pytest.raises(KernelError, match="49152 bytes of shared memory are too few"):
+        staged_cut(heads(256, 256), 1, Device(SMS, 48 << 10))
+
+
+@pytest.mark.parametrize(("head_dim", "v_dim"), [(64, 64), (128, 128), (96, 64), *WIDE_HEADS])
+def test_plans_fill_the_device_once(head_dim: int, v_dim: int) -> None:
+    layer, device = heads(head_dim, v_dim), Device(SMS, 227 << 10)
+    for requests in (1, 8, 16, 17, 64, 300):
+        for longest in (1, 192, 1024, 9000):
+            plan = plan_launch(layer, requests, 1, longest, device)
+            slots, blocks = SMS * plan.cut.resident, plan.columns * requests
+            assert (plan.cut.stages > 0) == (max(head_dim, v_dim) > 128)
+            assert plan.columns == 4
+            assert 1 <= plan.splits <= max(1, -(-longest // (16 * plan.cut.warps)))
+            if blocks <= slots // 2:
+                assert blocks * plan.splits <= slots
+
+
+def test_rows_of_drafts_share_a_block_as_far_as_registers_go() -> None:
+    device = Device(SMS, 227 << 10)
+    plans = [plan_launch(heads(dim, dim, 4), 1, 4, 100, device) for dim in (128, 256)]
+    assert [(plan.rows, plan.columns) for plan in plans] == [(16, 4), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "source", "cut", "shared"),
+    [
+        (128, "paged_decode", Cut(8, 1), 0),
+        (256, "paged_staged", Cut(4, 1, 3), 4 * 3 * 16 * 2 * 256 * 2),
+    ],
+)
+def test_the_head_size_chooses_the_source(
+    head_dim: int, source: str, cut: Cut, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = SimpleNamespace(multi_processor_count=SMS, shared_memory_per_block_optin=227 << 10)
+    loaded: list[object] = []
+
+    def load(file: str, device: torch.device, dtype: torch.dtype, **defines: int) -> object:
+        def launcher(name: str, signature: str, shared_bytes: int) -> object:
+            loaded.append((file, name, defines["WARPS"], defines.get("STAGES", 0), shared_bytes))
+            return object()
+
+        return SimpleNamespace(launcher=launcher)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    monkeypatch.setattr(paged_decode, "load", load)
+    info = DeviceInfo(torch.device("cpu", 0), frozenset({"cuda", "cupy"}))
+    shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": head_dim, "block_size": 16}
+    decode = paged_decode.PagedDecode(OpContext("paged_attention", torch.bfloat16, info, shape))
+    plan = decode.plan(1, 1, 192)
+    assert plan.cut == cut
+    first, second = (decode.launcher(plan.rows, plan.cut) for _ in range(2))
+    assert first is second
+    assert loaded == [(f"{source}.cu", source, cut.warps, cut.stages, shared)]
