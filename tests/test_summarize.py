@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from cli_helpers import run
 from llmfw.engine.tokenizer import Tokenizer
-from llmfw.errors import UsageError
+from llmfw.errors import TokenizerError, UsageError
+from llmfw.models.convert import convert_checkpoint
 from llmfw.testing.reference import write_checkpoint
 from llmfw_cli.summarize.data import Source, read_samples
 from llmfw_cli.summarize.measure import Task, run_engines
@@ -344,6 +345,18 @@ def test_beams(llama: Path) -> None:
     done = run("summarize", "--model", str(llama), *SMALL, "--num_beams", "3", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["same_summaries"] == 3
+
+
+def test_transformers_alone_with_the_tokenizer_of_another_model(
+    llama: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(llama, tmp_path / "converted")  # its tokenizer is in a folder of it
+    words = ["summarize", "--model", str(llama), *SMALL, "--test-hf", "--tokenizer"]
+    done = run(*words, str(tmp_path / "converted"))
+    assert done.exit_code == 0, done.output
+    done = run(*words, "no-such-model")
+    assert done.exit_code == TokenizerError.exit_code
+    assert "tokenizer 'no-such-model' is neither a directory nor a model\n" in done.stderr
 
 
 def test_what_is_refused(llama: Path) -> None:

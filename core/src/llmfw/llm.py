@@ -20,14 +20,13 @@ from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.prompts import Prompt, as_batch, failed_output, token_ids_of
 from llmfw.engine.settings import EngineSettings, completed_by
 from llmfw.engine.stats import EngineStats
-from llmfw.engine.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from llmfw.errors import ConfigError, RequestError, UsageError
+from llmfw.engine.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llmfw.errors import RequestError, UsageError
 from llmfw.models import LoadedModel, load_model
 from llmfw.ops.device import as_current
 from llmfw.phases import Phases
 from llmfw.request import Request, RequestOutput
 from llmfw.sampling_params import SamplingParams, unknown_name
-from llmfw.weights import resolve_model
 
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -436,12 +435,7 @@ def _tokenizer(given: str | Path | Tokenizer | None, loaded: LoadedModel) -> Tok
         return given
     if given is None:
         return load_tokenizer(loaded.source.model_dir)
-    if any((Path(given) / name).is_file() for name in TOKENIZER_FILES):
-        return load_tokenizer(given)
-    try:
-        return load_tokenizer(resolve_model(given).model_dir)
-    except ConfigError:
-        return load_tokenizer(given)  # which tells what is missing there
+    return find_tokenizer(given)
 
 
 def _start_engine(

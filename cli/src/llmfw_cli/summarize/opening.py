@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmfw.engine.tokenizer import Tokenizer, load_tokenizer
+from llmfw.engine.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llmfw.errors import UsageError
 from llmfw.models import prepare_model
 from llmfw.weights import ModelSource, resolve_model
@@ -62,7 +62,8 @@ def open_engines(
     else:
         prepared = prepare_model(model, **serving.arguments())
         config, source, longest = prepared.model_config, prepared.source, None
-        tokenizer = load_tokenizer(engine.tokenizer or source.model_dir)
+        named = engine.tokenizer
+        tokenizer = load_tokenizer(source.model_dir) if named is None else find_tokenizer(named)
         dtype = str(config.dtype).removeprefix("torch.")
         about = {"model": source.name, "dtype": dtype, "device": str(config.device)}
     if run.runs_hf:

@@ -136,7 +136,10 @@ def _transformers_config(raw: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(dict(raw))
     except Exception as exc:
-        raise ConfigError(f"config.json is not a valid {model_type} configuration: {exc}") from exc
+        raise ConfigError(
+            f"config.json is not a valid {model_type} configuration: {exc}",
+            hint="mend the field, or get the model's config.json again",
+        ) from exc
 
 
 def _values_of(config: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmfw.engine import chat_template
-from llmfw.errors import RequestError, TokenizerError
+from llmfw.errors import ConfigError, RequestError, TokenizerError
+from llmfw.weights import resolve_model
 
 logger = logging.getLogger("llmfw.engine")
 
@@ -119,6 +120,26 @@ class Tokenizer:
             tools=tools,
             **{**self.special_tokens, **variables},
         )
+
+
+def find_tokenizer(named: str | Path) -> Tokenizer:
+    """The tokenizer that a user names: a directory, or a model as `resolve_model` finds it.
+
+    Raises:
+        TokenizerError: If there is none, or it cannot be read.
+    """
+    folder = Path(named)
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return load_tokenizer(folder)
+    try:
+        return load_tokenizer(resolve_model(named).model_dir)
+    except ConfigError as exc:
+        if folder.is_dir():
+            return load_tokenizer(folder)  # which tells what is missing there
+        raise TokenizerError(
+            f"tokenizer '{named}' is neither a directory nor a model",
+            hint="give a directory with tokenizer.json, or a model that has one",
+        ) from exc
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
