@@ -1,4 +1,4 @@
-"""How attention of few query tokens a request is divided over a device. Needs no GPU to decide."""
+"""How attention of few query tokens a request is divided over a device."""
 
 from __future__ import annotations
 
