@@ -100,10 +100,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     bs[j] = load4(b + token * b_stride + at.group * STATE + at.column + j * 4 * LANES);
     cs[j] = load4(c + token * c_stride + at.group * STATE + at.column + j * 4 * LANES);
   }
-  float inputs[ROWS], sums[ROWS] = {};
+  float inputs[ROWS], sums[ROWS];
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < ROWS; ++i) {
     inputs[i] = at.has(i) ? to_float(x[token * x_stride + at.head * HEAD_DIM + at.row + i]) : 0.0f;
+    sums[i] = at.column == 0 ? skip * inputs[i] : 0.0f;  // in one lane's part
+  }
   const float step = step_of(to_float(dt[token * dt_stride + at.head]), bias, least, most);
   const float decay = expf(step * rate);
 #pragma unroll
@@ -115,9 +117,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       store_once(at.in(slot, i, j), h[i][j]);
     }
   Summed<ROWS, LANES>(sums).each([&](int i, float sum) {
-    if (!at.has(i)) return;
-    const float input = to_float(x[token * x_stride + at.head * HEAD_DIM + at.row + i]);
-    out[(token * HEADS + at.head) * HEAD_DIM + at.row + i] = from_float(sum + skip * input);
+    if (at.has(i)) out[(token * HEADS + at.head) * HEAD_DIM + at.row + i] = from_float(sum);
   });
 }
 
