@@ -61,6 +61,11 @@ def test_every_alias_means_an_option_that_exists() -> None:
         ("-p --input_text x", "-p --input_text x"),
         ("--stop_words a - -- --input_text b", "--stop a --stop - -- --input_text b"),
         ("--json x y", "--json x y"),
+        (
+            "--kv_cache_free_gpu_memory_fraction 0.5 --enable_chunked_context x",
+            "--kv-cache-memory 0.5 --chunked-prefill x",
+        ),
+        ("--kv_cache_enable_block_reuse", "--prefix-caching"),
     ],
 )
 def test_the_guide_s_words_in_ours(theirs: str, ours: str) -> None:

@@ -44,6 +44,9 @@ ALIASES = {
     "--min-length": Alias("--min-tokens"),
     "--end-id": Alias("--stop-token-id"),
     "--num-return-sequences": Alias("--n"),
+    "--kv-cache-free-gpu-memory-fraction": Alias("--kv-cache-memory"),
+    "--kv-cache-enable-block-reuse": Alias("--prefix-caching"),
+    "--enable-chunked-context": Alias("--chunked-prefill"),
 }
 SUMMARIZE_ALIASES = {
     "--engine-dir": Alias("--model"),
