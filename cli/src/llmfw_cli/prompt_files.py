@@ -29,8 +29,8 @@ def read_prompt_file(file: Path) -> list[FilePrompt]:
     .csv: token ids, a prompt a line. .npy: token ids, a prompt a row; ids below 0 are padding, and
     so is the tokenizer's padding token at a row's ends.
     .jsonl: on each line a text, a list of token ids, or an object with `prompt` or
-    `prompt_token_ids`. Any other file is one prompt, UTF-8 text, as the first versions of
-    TensorRT-LLM's run.py have it; later ones take each line of a .txt as a prompt.
+    `prompt_token_ids`. Any other file is one prompt, UTF-8 text (TensorRT-LLM's run.py takes each
+    line of a .txt as one; that is what .jsonl is for).
 
     Raises:
         UsageError: If it cannot be read; the message names file and line.
