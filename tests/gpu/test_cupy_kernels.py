@@ -188,10 +188,14 @@ def test_attention_in_a_graph_follows_lengths_that_change(device: torch.device) 
         assert relative_error(out, expected) <= 8e-3
 
 
-def test_splits_do_not_change_the_result_and_repeats_are_equal(device: torch.device) -> None:
+@pytest.mark.parametrize("layout", ["8/2x128", "8/4x256"])
+def test_splits_do_not_change_the_result_and_repeats_are_equal(
+    layout: str, device: torch.device
+) -> None:
     from llmfw.kernels.cupy.paged_decode import PagedDecode
 
-    case = next(c for c in attention_cases() if "few-8/2x128" in c.label and c.dtype == "bfloat16")
+    wanted = f"paged_attention-bfloat16-few-{layout}b16"
+    case = next(case for case in attention_cases() if str(case) == wanted)
     decode = PagedDecode(case.context(device))
     batch = Batch(((1, 4000), (1, 100), (1, 2049)))
     args, _ = attention_arguments(
@@ -202,7 +206,7 @@ def test_splits_do_not_change_the_result_and_repeats_are_equal(device: torch.dev
     for splits in (1, 2, 3, 7, 16, 33, 64):
         outs = []
         for _ in range(3):
-            out = torch.full((3, 8 * 128), float("nan"), dtype=q.dtype, device=device)
+            out = torch.full_like(expected, float("nan"))
             decode(
                 out,
                 q,

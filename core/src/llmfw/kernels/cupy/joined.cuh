@@ -4,8 +4,8 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int QUADS = V_DIM / 4;    // of a row
-constexpr int READ_AT_ONCE = 8;     // parts that a thread reads at once when it joins those of blocks
+constexpr int QUADS = V_DIM / 4;  // of a row
+constexpr int READ_AT_ONCE = 8;   // parts that a thread reads at once when it joins those of blocks
 
 struct Rows {  // of a block
   scalar* out;
@@ -15,7 +15,7 @@ struct Rows {  // of a block
   int* counters;       // [requests, columns], zero between launches
   int first, count;    // of the rows of its KV head: GROUP heads times the request's tokens
   int q_start, kv_head, kv_heads;
-  int active;          // blocks that the keys are divided between
+  int active;  // blocks that the keys are divided between
 };
 
 // e^(x - y) for exponents of base 2, where both may be minus infinity.

@@ -68,13 +68,13 @@ __device__ __forceinline__ Lane this_lane() {
   return {warp, lane / 4, lane % 4};
 }
 
-struct Share {          // of a block
+struct Share {  // of a block
   int kv_head, q_start;
-  int rows, row0;       // of the KV head in this request, and the block's first
-  int past;             // keys before the request's new ones
-  int last;             // greatest key that may be read
-  int begin, stop;      // tiles
-  int active;           // blocks that have a share of the same rows' keys
+  int rows, row0;   // of the KV head in this request, and the block's first
+  int past;         // keys before the request's new ones
+  int last;         // greatest key that may be read
+  int begin, stop;  // tiles
+  int active;       // blocks that have a share of the same rows' keys
 };
 
 // Keys that some row of the tile sees, and this block's share of them: whole rounds of its warps. False without any.
@@ -134,8 +134,8 @@ __device__ __forceinline__ int guess_page(const int* table, int table_width, int
   return table[min(tile * 16 / BLOCK_SIZE, table_width - 1)];
 }
 
-// Rows g and g + 8 of the tile: lane 4g + c has of steps 2j and 2j + 1 dims 32 j + 8 c .. + 7, then 32 FULL + 4 c .. + 3,
-// and the range of keys that each row sees.
+// Rows g and g + 8 of the tile: lane 4g + c has of steps 2j and 2j + 1 dims 32 j + 8 c .. + 7, then 32 FULL + 4 c ..
+// + 3, and the range of keys that each row sees.
 struct Queries {
   u32 of[PARTS][STEPS][2];
   int from[PARTS], to[PARTS];
@@ -175,8 +175,8 @@ __device__ __forceinline__ void score(Scores& s, const Queries& a, int step, u32
       PARTS == 2 ? a.of[PARTS - 1][step][1] : 0, k0, k1);
 }
 
-// What a warp has summed of rows g and g + 8: running maximum in base 2, this lane's part of the sum of weights, and its
-// dims of the sum of weighted values.
+// What a warp has summed of rows g and g + 8: running maximum in base 2, this lane's part of the sum of weights, and
+// its dims of the sum of weighted values.
 struct Sums {
   float top[PARTS], sum[PARTS], o[OUT_TILES][2 * PARTS];
 };

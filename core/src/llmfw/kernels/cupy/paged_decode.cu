@@ -1,8 +1,8 @@
-// paged_attention for few query tokens a request: split-KV flash decoding on tensor cores, 16-bit types. For head sizes up
-// to 128, whose tiles fit in registers. Shapes, launch and numbers: paged.cuh.
+// paged_attention for few query tokens a request: split-KV flash decoding on tensor cores, 16-bit types, for head sizes
+// up to 128, whose tiles fit in registers. Shapes, launch and numbers: paged.cuh.
 //
-// K and V go from memory straight to mma operands. K of the next tile is requested as soon as this tile's scores are done,
-// V as soon as its product is: loads are always in flight, without shared memory.
+// K and V go from memory straight to mma operands. K of the next tile is requested as soon as this tile's scores are
+// done, V as soon as its product is: loads are always in flight, without shared memory.
 #include "common.cuh"
 
 #if DTYPE != F32

@@ -5,10 +5,10 @@
 //   kv_heads, dim], heads contiguous; block_tables int32 [requests, table_stride]; cu_query_lens int32
 //   [requests + 1]; kv_lens int32 [requests]; sinks float32 [heads] or null; out [tokens, heads * V_DIM]; partial
 //   [requests, columns, splits, ROWS, V_DIM], partial_stats [requests, columns, splits, ROWS]. Dims are whole quads.
-// Launch: block WARPS * 32, grid (kv_heads * row tiles, splits, requests), as paged.cuh has it: a block walks its split of
-//   the keys that its ROWS rows see, its warps take tiles of 32 keys in turn, the last of a request's blocks combines
-//   (counters return to zero). With BY_ROWS, for prompts, each warp has ROWS rows of its own and walks all their keys,
-//   which the others of the block find in L1; splits is 1.
+// Launch: block WARPS * 32, grid (kv_heads * row tiles, splits, requests), as paged.cuh has it: a block walks its split
+//   of the keys that its ROWS rows see, its warps take tiles of 32 keys in turn, the last of a request's blocks
+//   combines (counters return to zero). With BY_ROWS, for prompts, each warp has ROWS rows of its own and walks all
+//   their keys, which the others of the block find in L1; splits is 1.
 // Numbers: everything in float32.
 //
 // For the scores 8 lanes share a key, so that 4 keys are read at once, and the sum over the lanes is dealt out: each lane

@@ -1,8 +1,8 @@
 // paged_attention as paged_decode.cu does it, for head sizes above 128, whose tiles of K and V do not fit in registers
 // beside the sums. Shapes, launch and numbers: paged.cuh.
 //
-// K and V go to shared memory by asynchronous copies, STAGES tiles of every warp under way. Each lane copies just what it
-// will read itself, so that lanes wait for their own copies alone.
+// K and V go to shared memory by asynchronous copies, STAGES tiles of every warp under way. Each lane copies just what
+// it will read itself, so that lanes wait for their own copies alone.
 #include "common.cuh"
 
 #if DTYPE != F32
