@@ -79,6 +79,19 @@ def test_an_option_without_its_value_is_named_as_it_was_given(word: str) -> None
     assert done.stderr == f"error: {word} needs a value\n  llmfw run --help shows what there is\n"
 
 
+def test_one_option_by_two_names_is_refused() -> None:
+    for words in (
+        ("--model", "a", "--engine_dir", "b"),
+        ("--max_output_len=3", "--max-tokens", "4"),
+    ):
+        done = run("run", *words)
+        first, second = (word.split("=")[0].replace("_", "-") for word in (words[0], words[-2]))
+        assert done.exit_code == 2
+        assert f"error: {first} and {second} are the same option\n" in done.stderr
+    given = "--input_text a --prompt b --num-beams 2 --num_beams 3"
+    assert command().in_our_words(given.split())  # several may be given, or the last counts
+
+
 def test_its_lines(guide: list[str], tiny: list[str]) -> None:
     done = run(*guide, "--input_text", "hello world", "one two", "--num_beams", "2")
     assert done.exit_code == 0, done.stderr

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from typer.core import TyperCommand
 
@@ -67,13 +67,11 @@ class GuideCommand(TyperCommand):
 
     def in_our_words(self, args: Iterable[str]) -> list[str]:
         """The same arguments with our options only."""
-        valued = {
-            name
-            for param in self.params
-            if param.param_type_name == "option" and not getattr(param, "is_flag", False)
-            for name in param.opts
-        }
-        return list(_translated(args, valued, self.aliases, self.name))
+        options = [param for param in self.params if param.param_type_name == "option"]
+        valued = [param for param in options if not getattr(param, "is_flag", False)]
+        names = {name for param in valued for name in param.opts}
+        once = {name for param in valued if not param.multiple for name in param.opts}
+        return list(_translated(args, names, once, self.aliases, self.name))
 
 
 class GuideSummarize(GuideCommand):
@@ -83,10 +81,15 @@ class GuideSummarize(GuideCommand):
 
 
 def _translated(
-    args: Iterable[str], valued: set[str], aliases: Mapping[str, Alias], command: str | None
+    args: Iterable[str],
+    valued: set[str],
+    once: set[str],
+    aliases: Mapping[str, Alias],
+    command: str | None,
 ) -> Iterator[str]:
     words = iter(args)
     labels = False
+    said: dict[str, str] = {}  # options of one value, as they were given
     many: str | None = None  # the option that the words to come belong to
     for word in words:
         if word == "--":
@@ -96,6 +99,8 @@ def _translated(
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
             alias = aliases.get(name, Alias(name))
+            if alias.ours in once and said.setdefault(alias.ours, name) != name:
+                _refuse(f"{said[alias.ours]} and {name} are the same option", "give one of them")
             if alias.labels and not labels:
                 labels = True
                 yield LABELS
@@ -118,9 +123,11 @@ def _value(option: str, words: Iterator[str], command: str | None) -> str:
     """The value that follows an option, whatever it looks like."""
     value = next(words, None)
     if value is None:
-        from llmfw.errors import UsageError
-
-        raise UsageError(
-            f"{option} needs a value", hint=f"llmfw {command} --help shows what there is"
-        )
+        _refuse(f"{option} needs a value", f"llmfw {command} --help shows what there is")
     return value
+
+
+def _refuse(message: str, hint: str) -> NoReturn:
+    from llmfw.errors import UsageError
+
+    raise UsageError(message, hint=hint)
