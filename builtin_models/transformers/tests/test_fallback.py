@@ -11,10 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from llmfw import LLM, SamplingParams
-from llmfw.errors import ConfigError, UnknownArchitectureError, UsageError, WeightError
+from llmfw.errors import (
+    ConfigError,
+    RequestError,
+    UnknownArchitectureError,
+    UsageError,
+    WeightError,
+)
 from llmfw.layers import GatedMLP, LMHead, RMSNorm
 from llmfw.models import load_model
 from llmfw.testing.selection import model_entries, subjects_of
@@ -55,6 +61,15 @@ def refusal(folder: Path, architecture: str, **changes: Any) -> str:
     with pytest.raises(UnknownArchitectureError) as caught:
         load_model(folder, load_format="dummy", plugin="llmfw-transformers")
     return str(caught.value)
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path):
+    folder = checkpoint(tmp_path, "Olmo2ForCausalLM")
+    with LLM(folder, skip_tokenizer_init=True, device="cpu", kernels="reference") as llm:
+        vocab = AutoConfig.from_pretrained(folder).vocab_size
+        with pytest.raises(RequestError, match=f"token id {vocab} in prompt_token_ids"):
+            llm.generate([3, vocab])
+        assert llm.generate([3, vocab - 1], SamplingParams(max_tokens=2)).outputs[0].token_ids
 
 
 def test_what_it_replaced_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):

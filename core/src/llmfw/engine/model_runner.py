@@ -290,7 +290,7 @@ class ModelRunner:
         step = self._warm_up(max_model_len)
         if self.device.type != "cuda" or not settings.cuda_graphs or not self._capturable():
             return step
-        row = getattr(self.model, "vocab_size", 0) * torch.float32.itemsize
+        row = (getattr(self.model, "vocab_size", None) or 0) * torch.float32.itemsize
         tokens = settings.max_num_batched_tokens
         attends = bool(self.specs)
         return step + graph_bytes(step, tokens, settings.max_num_seqs, max_model_len, row, attends)

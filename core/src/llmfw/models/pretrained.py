@@ -12,6 +12,7 @@ from llmfw.attention.metadata import AttentionMetadata, CacheSpec
 from llmfw.attention.state import StateSpec
 from llmfw.config import Mapping as RankMapping
 from llmfw.config import ModelConfig, TConfig
+from llmfw.config.reading import text_config
 from llmfw.errors import ConfigError, UsageError
 from llmfw.layers.layer import Layer
 
@@ -48,6 +49,10 @@ class PretrainedModel(Layer, Generic[TConfig]):
     def __init__(self, config: ModelConfig[TConfig]) -> None:
         super().__init__()
         self.model_config = config
+        #: Token ids are below it; the configuration's unless the model says otherwise.
+        self.vocab_size: int | None = getattr(
+            text_config(config.pretrained_config), "vocab_size", None
+        )
         self._came_from: tuple[str | Path, dict[str, Any]] | None = None
 
     @property
