@@ -230,6 +230,19 @@ def test_bad_words_never_come(engines):
     assert not any(word in text for word in words)
 
 
+def test_bad_words_that_the_model_has_no_tokens_for_change_nothing(engines):
+    class Larger(Tokenizer):
+        """A tokenizer with a token that the model lacks."""
+
+        def encode(self, text, *, add_special_tokens=True):
+            return [VOCAB]
+
+    free = run(engines(), [[1, 2, 3]], GREEDY)[0].outputs[0].token_ids
+    engine = engines(tokenizer=Larger(tiny_backend()))
+    banned = run(engine, [[1, 2, 3]], GREEDY.replace(bad_words=["word"]))[0]
+    assert banned.outputs[0].token_ids == free
+
+
 def test_logprobs_match_the_model(engines):
     tokenizer = Tokenizer(tiny_backend())
     model = TinyAttentionModel()

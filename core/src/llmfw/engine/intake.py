@@ -143,7 +143,10 @@ class Intake:
                 )
 
     def _bad_word_ids(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of each bad word, at the start of a text and after a space."""
+        """Token sequences of each bad word, at the start of a text and after a space.
+
+        A sequence with a token of the tokenizer that the model lacks cannot come out.
+        """
         found: set[tuple[int, ...]] = set()
         for word in sampling.bad_words or ():
             if not isinstance(word, str):
@@ -152,7 +155,8 @@ class Intake:
             assert self._tokenizer is not None
             for text in (word, " " + word.lstrip()):
                 found.add(tuple(self._tokenizer.encode(text, add_special_tokens=False)))
-        return tuple(sorted(found - {()}))
+        vocab = self._vocab_size
+        return tuple(sorted(ids for ids in found if ids and (vocab is None or max(ids) < vocab)))
 
 
 def _sequence(
