@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,8 @@ from llmfw.engine.step import NewRequest
 from llmfw.errors import RequestError
 from llmfw.request import Request
 from llmfw.sampling_params import SamplingParams
+
+logger = logging.getLogger("llmfw.engine")
 
 _EVERY = 1 << 62  # candidates: the whole vocabulary
 
@@ -61,7 +64,7 @@ class Intake:
         eos_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
     ) -> None:
-        self.eos_ids = eos_ids
+        self.eos_ids = _within(eos_ids, vocab_size)
         self._scheduler = scheduler
         self._seed = seed
         self._tokenizer = tokenizer
@@ -157,6 +160,17 @@ class Intake:
                 found.add(tuple(self._tokenizer.encode(text, add_special_tokens=False)))
         vocab = self._vocab_size
         return tuple(sorted(ids for ids in found if ids and (vocab is None or max(ids) < vocab)))
+
+
+def _within(eos_ids: frozenset[int], vocab_size: int | None) -> frozenset[int]:
+    """Those that the model has; a configuration may name others, or -1 for none."""
+    known = frozenset(
+        token for token in eos_ids if token >= 0 and (vocab_size is None or token < vocab_size)
+    )
+    if known != eos_ids:
+        others = ", ".join(map(str, sorted(eos_ids - known)))
+        logger.warning("the model has no token %s, which is to end its sequences", others)
+    return known
 
 
 def _sequence(
