@@ -133,6 +133,9 @@ def test_throughput(tiny: list[str]) -> None:
     heads, row = done.stdout.splitlines()
     assert heads.split()[:2] == ["engine", "workload"]
     assert row.startswith("llmfw   3 x 4..9 + 2..4")
+    facts = dict(line.split(": ", 1) for line in done.stderr.splitlines() if ": " in line)
+    assert 0 < float(facts["of_floor"]) < 1
+    assert float(facts["floor_s"]) > 0
     swapped = run("bench", "throughput", *tiny, "--prompt-len", "9..4")
     assert swapped.exit_code == 2
 
@@ -233,6 +236,13 @@ def test_costs_of_a_model(tiny_model: Path) -> None:  # noqa: F811
     attention = 2 * (2 * 4 * 16 * (5 * 6 / 2))
     assert costs.prefill_operations(5) == 2 * 2 * layer * 5 + 2 * 320 + attention
     assert costs.prefill_operations(5, batch=3) == 3 * costs.prefill_operations(5)
+    # prompts of 2 and 4 tokens: contexts of 3 and 4, and of 5, are read in two steps
+    load = Workload("", ((1, 2), (1, 2, 3, 4)), (3, 2))
+    nbytes = 2 * costs.weight_bytes(1) + 12 * costs.cache_bytes(1)
+    operations = costs.prefill_operations(2) + costs.prefill_operations(4)
+    assert costs.workload_seconds(load, 10.0, 4.0) == nbytes / 10 + operations / 4
+    only_prompts = Workload("", load.prompts, (1, 1))
+    assert costs.workload_seconds(only_prompts, 10.0, 4.0) == operations / 4
 
 
 def test_costs_of_experts() -> None:

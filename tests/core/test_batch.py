@@ -6,7 +6,7 @@ import torch
 from engine_models import CPU, HistoryModel
 from llmfw.attention.backend import get_attention_backend
 from llmfw.engine import kv_cache
-from llmfw.engine.batch import BatchBuilder, upload
+from llmfw.engine.batch import BatchBuilder, in_one_copy, upload, upload_all
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.step import Chunk, NewRequest, StepInput
 from llmfw.sampling_params import SamplingParams
@@ -119,6 +119,20 @@ def test_groups_share_one_table():
     batch = build(made, StepInput(1, (Chunk(1, 0, 2, True, (3,), True),), 0, (new(1, [1, 2]),)))
     assert len(batch.metadata.groups) == 2
     assert {cache.group for cache in batch.metadata.caches.values()} == {0, 1}
+
+
+def test_one_copy_holds_several_dtypes():
+    wide, narrow = [np.array([1, 2, 1 << 40]), np.array([], dtype=np.int64)], [np.arange(3)]
+    groups = [(torch.int64, wide), (torch.int32, narrow)]
+    for found in (upload_all(groups, CPU), in_one_copy(groups, CPU)):
+        (first, empty), (second,) = found
+        assert first.tolist() == [1, 2, 1 << 40]
+        assert second.tolist() == [0, 1, 2]
+        assert (len(empty), first.dtype, second.dtype) == (0, torch.int64, torch.int32)
+    *_, (second,) = in_one_copy(groups, CPU)
+    (first, _), _ = in_one_copy(groups, CPU)
+    assert second.storage_offset() == 6
+    assert first.is_contiguous()
 
 
 def test_upload_makes_the_dtype():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from llmfw.attention.metadata import CacheSpec
 from llmfw.attention.state import StateSpec
 from llmfw.layers import Embedding, LMHead, MoE
+
+if TYPE_CHECKING:
+    from llmfw_cli.bench.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,31 @@ class ModelCosts:
             context: Tokens of each in the cache.
         """
         return self.weight_bytes(batch) + batch * self.cache_bytes(context)
+
+    def workload_seconds(self, workload: Workload, bandwidth: float, matrix_rate: float) -> float:
+        """The least time of a workload: its prompts' operations, then its decode steps' bytes.
+
+        A request's first token comes from its prompt, each other from a decode step. There are as
+        many of them as the longest request wants, if all run at once; experts count as in steps
+        of equal size.
+
+        Args:
+            workload: Prompts and new tokens.
+            bandwidth: Bytes a second of reading memory.
+            matrix_rate: Operations a second.
+        """
+        prompts = [len(prompt) for prompt in workload.prompts]
+        decoded = [new - 1 for new in workload.new_tokens]
+        operations = sum(self.prefill_operations(each) for each in prompts)
+        steps = max(decoded)
+        weights = steps * self.weight_bytes(round(sum(decoded) / steps)) if steps else 0.0
+        ends = [prompt + new for prompt, new in zip(prompts, decoded, strict=True)]
+        of_context = (self.cache_bytes(context) for context in range(max(ends) + 1))
+        below = list(itertools.accumulate(of_context, initial=0.0))  # of all smaller contexts
+        caches = sum(
+            below[end + 1] - below[prompt + 1] for prompt, end in zip(prompts, ends, strict=True)
+        )
+        return operations / matrix_rate + (weights + caches) / bandwidth
 
     def prefill_operations(self, prompt: int, batch: int = 1) -> float:
         """Multiplications and additions of `batch` prompts, causal attention included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,6 +95,9 @@ def throughput(
 ) -> None:
     """Many prompts at once: new tokens a second over all of them, and percentiles of requests.
 
+    Beside them stands the least time of such a load: operations of the prompts at the rate of a
+    large matrix product, then a step for each token of the longest request, reading weights, keys,
+    values and state at the memory's bandwidth, both rates measured in the same run.
     End-of-sequence tokens are ignored; where a request makes another number of tokens than asked
     for there is an error and no figure.
     """
@@ -245,6 +249,8 @@ def _measure(
         workloads = _workloads(count, prompt, new, session.vocab_size, repeat)
         figures = measure(Ours(session.llm), workloads, warmups=repeat.warmups)
         about = {**_about(session), **_of_bandwidth(session, figures)}
+        if count > 1:
+            about |= _of_floor(session, figures, workloads[repeat.warmups :])
     report_figures({"llmfw": [figures]}, about, as_json=as_json)
 
 
@@ -304,4 +310,20 @@ def _of_bandwidth(session: Session, figures: Figures) -> dict[str, Any]:
         "read_gb_per_s": round(bandwidth / 1e9, 2),
         "decode_gb_a_token": round(nbytes / 1e9, 4),
         "decode_of_floor": round(figures.decode_tokens_per_s * nbytes / bandwidth, 3),
+    }
+
+
+def _of_floor(session: Session, figures: Figures, timed: list[Workload]) -> dict[str, Any]:
+    """The least time of such workloads at the machine's measured rates, and its share of ours."""
+    from llmfw_cli.bench.costs import ModelCosts
+    from llmfw_cli.bench.machine import matrix_rate, read_bandwidth
+
+    config, costs = session.config, ModelCosts(session.llm.loaded.model)
+    bandwidth, rate = read_bandwidth(config.device), matrix_rate(config.device, config.dtype)
+    floor = statistics.median(costs.workload_seconds(each, bandwidth, rate) for each in timed)
+    return {
+        "read_gb_per_s": round(bandwidth / 1e9, 2),
+        "matrix_tflops": round(rate / 1e12, 4),
+        "floor_s": float(f"{floor:.4g}"),
+        "of_floor": round(floor / figures.total_s, 3),
     }

@@ -12,6 +12,8 @@ from llmfw.attention.metadata import AttentionMetadata, CacheGroupView, LayerCac
 from llmfw.engine.request_table import RequestTable
 from llmfw.engine.step import Chunk, StepInput
 
+Group = tuple[torch.dtype, list[np.ndarray]]  # flat arrays, and what they become
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -159,11 +161,10 @@ class BatchBuilder:
             wide.append(logits_indices)
         if self.states:
             wide.append(rows)
-        token_index, position_ids, slots_, targets, *indices = self._upload(wide, torch.int64)
         tables = table.blocks[rows, : -(-max_kv_len // size)]
-        cu, kv, flat_tables = self._upload(
-            [cu_query_lens, kv_lens, tables.reshape(-1)], torch.int32
-        )
+        narrow = [cu_query_lens, kv_lens, tables.reshape(-1)]
+        both = upload_all([(torch.int64, wide), (torch.int32, narrow)], self.device)
+        (token_index, position_ids, slots_, targets, *indices), (cu, kv, flat_tables) = both
         view = CacheGroupView(flat_tables.view(tables.shape), slots_, size)
         metadata = AttentionMetadata(
             query_lens=query_lens,
@@ -207,21 +208,36 @@ class BatchBuilder:
                 indices.append(np.arange(start, end) + (offsets[index] - chunk.start))
         return tuple(wanted), indices
 
-    def _upload(self, arrays: list[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-        return upload(arrays, dtype, self.device)
-
 
 def upload(
     arrays: list[np.ndarray], dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
     """Flat arrays as tensors on the device: as they are on a CPU, in one copy elsewhere."""
-    numpy_dtype = _NUMPY[dtype]
+    return upload_all([(dtype, arrays)], device)[0]
+
+
+def upload_all(groups: list[Group], device: torch.device) -> list[list[torch.Tensor]]:
+    """The same for several dtypes, the widest first, so that all are aligned in their one copy."""
     if device.type == "cpu":
-        return [torch.from_numpy(array.astype(numpy_dtype, copy=False)) for array in arrays]
-    sizes = [len(array) for array in arrays]
-    staged = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
-    np.concatenate(arrays, out=staged.numpy(), casting="same_kind")
-    return list(staged.to(device, non_blocking=True).split(sizes))
+        return [
+            [torch.from_numpy(array.astype(_NUMPY[dtype], copy=False)) for array in arrays]
+            for dtype, arrays in groups
+        ]
+    return in_one_copy(groups, device)
+
+
+def in_one_copy(groups: list[Group], device: torch.device) -> list[list[torch.Tensor]]:
+    """Put all arrays side by side into one buffer, page-locked for a GPU, and copy that."""
+    sizes = [[len(array) for array in arrays] for _, arrays in groups]
+    nbytes = [dtype.itemsize * sum(each) for (dtype, _), each in zip(groups, sizes, strict=True)]
+    staged = torch.empty(sum(nbytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for (dtype, arrays), part in zip(groups, staged.split(nbytes), strict=True):
+        np.concatenate(arrays, out=part.view(dtype).numpy(), casting="same_kind")
+    parts = staged.to(device, non_blocking=True).split(nbytes)
+    return [
+        list(part.view(dtype).split(each))
+        for (dtype, _), part, each in zip(groups, parts, sizes, strict=True)
+    ]
 
 
 _NUMPY = {
