@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -437,8 +437,13 @@ def gated_linear_cases() -> Iterator[Case]:
     yield from product_cases("gated_linear", sizes, "intermediate_size", 2)
 
 
-def product_variants(context: OpContext, rows: int) -> Iterator[Callable[..., torch.Tensor]]:
-    """Every variant that can serve so many rows, worth it or not, called as the op is."""
+def product_variants(
+    context: OpContext, rows: int, without: Collection[str] = ()
+) -> Iterator[Callable[..., torch.Tensor]]:
+    """Every variant that can serve so many rows, worth it or not, called as the op is.
+
+    without: Sources whose variants are left out.
+    """
     module, outputs, gated = linear, context.shape.get("out_features"), False
     if outputs is None:
         module, outputs, gated = gated_linear, context["intermediate_size"], True
@@ -448,7 +453,7 @@ def product_variants(context: OpContext, rows: int) -> Iterator[Callable[..., to
     found = module.variants(bucket, context)
     if bucket in STREAMED_ROWS and servable(context):
         found = tuple(Streamed(*cut, gated=gated) for cut in CUTS)
-    for variant in found:
+    for variant in (each for each in found if each.source not in without):
         product = variant.build(bucket, context, outputs)
 
         def call(

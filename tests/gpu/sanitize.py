@@ -4,6 +4,7 @@ compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 compute-sanitizer --tool racecheck python tests/gpu/sanitize.py [PART/PARTS] [OP ...]
 
 Results are not compared, as the tests do that: a sanitizer would watch the references too.
+Sources named in WITHOUT, in the environment, are left out.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def calls(case: Case, device: torch.device) -> Iterator[Callable[..., Any]]:
     context = case.context(device)
     yield kernel_of(case, device).build(context)
     if has_variants(case):
-        yield from product_variants(context, int(str(case.facts["rows"])))
+        without = os.environ.get("WITHOUT", "").split()
+        yield from product_variants(context, int(str(case.facts["rows"])), without)
 
 
 def main(words: list[str]) -> None:
