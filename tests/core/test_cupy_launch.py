@@ -61,6 +61,11 @@ int cuLaunchKernelEx(const Config* config, void* function, void** args, void** e
   int right = sizeof(Config) == 56 && sizeof(Attribute) == 72 && function == (void*)77 && !extra;
   return right ? result : -1;
 }
+int seen_allowed;
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  seen_allowed = attribute == 8 ? value : -1;
+  return result;
+}
 int cuGetErrorName(int code, const char** text) { *text = "SOME_ERROR"; return 0; }
 """
 
@@ -108,6 +113,20 @@ def test_a_launch_in_clusters_takes_tensor_maps(driver: ctypes.CDLL) -> None:
     assert list(cluster) == [launch.CLUSTER_DIMENSION, 4, 1, 1]
     seen = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(driver, "seen")), 32)
     assert int.from_bytes(seen[24:28], "little") == 5
+
+
+@pytest.mark.parametrize(("shared", "allowed"), [(46 << 10, 0), (48 << 10, 48 << 10)])
+def test_shared_memory_is_asked_for_before_the_sources_own_makes_it_too_much(
+    driver: ctypes.CDLL, shared: int, allowed: int
+) -> None:
+    launch.Launcher(SimpleNamespace(ptr=77), "k", "i", 0, shared_bytes=shared)
+    assert ctypes.c_int.in_dll(driver, "seen_allowed").value == allowed
+
+
+def test_shared_memory_that_a_device_lacks_is_an_error(driver: ctypes.CDLL) -> None:
+    ctypes.c_int.in_dll(driver, "result").value = 1
+    with pytest.raises(KernelError, match="k needs 300000 bytes of shared memory"):
+        launch.Launcher(SimpleNamespace(ptr=77), "k", "i", 0, shared_bytes=300_000)
 
 
 def test_a_refused_launch_says_which(driver: ctypes.CDLL) -> None:

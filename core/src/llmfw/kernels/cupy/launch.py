@@ -23,7 +23,7 @@ CONFIG = "7I4xQPI4x"  # CUlaunchConfig: grid, block, shared bytes, stream, attri
 CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_...
 PROGRAMMATIC_SERIALIZATION = 6  # ..._PROGRAMMATIC_STREAM_SERIALIZATION
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
-STATIC_SHARED_BYTES = 48 << 10  # more must be asked for
+UNASKED_SHARED_BYTES = 46 << 10  # more must be asked for: 48 KB with what a source declares itself
 ATTRIBUTE_BYTES = 72  # CUlaunchAttribute: its number, padding, a union of 64 bytes
 TENSOR_MAP = "T"  # in a signature: the bytes of a tensor map
 TENSOR_MAP_BYTES = 128
@@ -83,7 +83,7 @@ class Launcher:
         self._function = function
         self._handle = function.ptr
         self._shared_bytes = shared_bytes
-        if shared_bytes > STATIC_SHARED_BYTES:
+        if shared_bytes > UNASKED_SHARED_BYTES:
             self._allow_shared(shared_bytes)
         codes = [f"{TENSOR_MAP_BYTES}s" if one == TENSOR_MAP else one for one in signature]
         packing = struct.Struct("@" + CONFIG + "".join(codes))
