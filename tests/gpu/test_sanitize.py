@@ -13,18 +13,15 @@ import torch
 
 from gpu import sanitize
 from gpu.emulated import emulator
-from gpu.kernel_cases import Case
+from gpu.kernel_cases import Case, kernel_of
 from llmfw.kernels.cupy.declarations import KERNELS
 
 CASES = sanitize.smallest_cases()
 
 
-def test_every_kernel_has_a_case() -> None:
-    assert {case.op for case in CASES} == {kernel.op for kernel in KERNELS}
-    named = {
-        kernel.name for kernel in KERNELS if kernel.priority < 0
-    }  # those that must be asked for
-    assert named <= {case.facts.get("kernel") for case in CASES}
+def test_every_kernel_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = emulator.install(monkeypatch, tmp_path)
+    assert {kernel_of(case, device).name for case in CASES} == {kernel.name for kernel in KERNELS}
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 14])
