@@ -63,6 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const bool mine = channel < CHANNELS;
   const int own = mine ? channel : 0;  // lanes without a channel read channel 0 and write nothing
   const i64 place = i64(own) * STATE + column;
+  follow_older();
   float4* row = reinterpret_cast<float4*>(state + slots[first + blockIdx.y] * slot_stride + place);
   float4 rates[PER], h[PER];
 #pragma unroll

@@ -81,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   const Place at;
   const int request = first + blockIdx.y;
   const float rate = a[at.head], skip = d[at.head], bias = dt_bias[at.head];
+  follow_older();
   float* slot = state + slots[request] * slot_stride;
 #pragma unroll
   for (int i = 0; i < ROWS; ++i)
