@@ -163,13 +163,13 @@ class Intake:
 
 
 def _within(eos_ids: frozenset[int], vocab_size: int | None) -> frozenset[int]:
-    """Those that the model has; a configuration may name others, or -1 for none."""
+    """Those that the model has; a configuration may say -1 for none, or name one by mistake."""
     known = frozenset(
         token for token in eos_ids if token >= 0 and (vocab_size is None or token < vocab_size)
     )
-    if known != eos_ids:
-        others = ", ".join(map(str, sorted(eos_ids - known)))
-        logger.warning("the model has no token %s, which is to end its sequences", others)
+    beyond = ", ".join(str(token) for token in sorted(eos_ids - known) if token >= 0)
+    if beyond:
+        logger.warning("the model has no token %s, which is to end its sequences", beyond)
     return known
 
 
