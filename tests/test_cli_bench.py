@@ -214,6 +214,10 @@ def test_a_batch_that_the_cache_does_not_hold(tiny: list[str]) -> None:
     assert done.exit_code == 16
     assert "8 requests of 40 + 8 tokens need 24 blocks" in done.stderr
     assert done.stdout == ""
+    long = run("bench", "decode", *tiny, "--context", "100000", "--new-tokens", "4")
+    assert long.exit_code == 2
+    assert "sequences have at most" in long.stderr
+    assert "give --context, here at most" in long.stderr
     few = run("bench", "decode", *tiny, "--batch", "8", "--max-num-seqs", "4")
     assert few.exit_code == 2
     assert "--max-num-seqs" in few.stderr

@@ -169,3 +169,14 @@ def test_the_foreign_distribution_is_told_of(tmp_path: Path) -> None:
 def test_no_command_raises_past_the_program() -> None:
     assert app.info.cls is not None
     assert app.pretty_exceptions_enable is False
+
+
+def test_a_model_without_its_option_is_told_of_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llmfw_cli", "bench", "decode", "somewhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "a model is named with --model" in done.stderr

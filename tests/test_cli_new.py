@@ -265,7 +265,43 @@ def test_a_model_without_positions_is_told(tmp_path: Path) -> None:
     )
     done = run("new", "--from", str(model), "--output", str(tmp_path))
     assert "nothing tells how positions enter" in done.stdout
+    assert "ALiBi" in done.stdout
     assert "transformer.word_embeddings_layernorm.bias [64]" in done.stdout
+    assert done.stdout.count("word_embeddings_layernorm.bias") == 1
+    assert "surplus    what is not recognised" in done.stdout
+
+
+def test_a_bias_that_an_object_of_the_configuration_asks_for_is_told(tmp_path: Path) -> None:
+    sizes = {"d_model": 64, "vocab_size": 160, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2}
+    model = saved(tmp_path / "model", "mpt", alone=True, **sizes)
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert "config.json says alibi" in done.stdout
+
+
+HYBRID = {"hidden_size": 64, "vocab_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("bamba", {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]}),
+        ("jamba", {"mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}),
+    ],
+)
+def test_a_hybrid_is_told_without_a_long_list(
+    kind: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes = {**HYBRID, "num_key_value_heads": 2, "intermediate_size": 96, **sizes}
+    model = saved(tmp_path / "model", kind, alone=True, **sizes)
+    done = run("new", "--from", str(model), "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "NOT a stock decoder" in done.stdout
+    assert "not every layer has attention: write the layers out" in done.stdout
+    assert "not compared with transformers: its weights do not fit yet" in done.stdout
+    assert "model.layers.{i}.mamba.D" in done.stdout
+    assert done.stdout.count("mamba.D") == 1
+    assert "nearest" not in done.stdout
+    assert ("rope is a guess" in done.stdout) is (kind == "jamba")
 
 
 def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
@@ -367,3 +403,8 @@ def test_source_is_broken_where_it_is_too_long() -> None:
     assert chain([rule("transpose", '"x"')]) == 'WeightMap().transpose("x")'
     long = "y" * 90
     assert chain(renames({"a": "b", long: "c", "d": "e"})).count(".rename(") == 2
+
+
+def test_more_key_heads_than_query_heads_are_not_divided_by_zero() -> None:
+    raw = {"num_attention_heads": 4, "num_key_value_heads": 8, "hidden_size": 64}
+    assert shrink(raw, {})["num_key_value_heads"] >= 1

@@ -164,7 +164,8 @@ def test_an_exception_is_attributed_to_the_plugin_that_raised_it() -> None:
 
     with pytest.raises(PluginError) as caught:
         host(plugin_of(llmfw_config=llmfw_config)).hook.llmfw_config(raw={}, model_dir=None)
-    check_golden("exception_in_hook", caught.value)
+    line = llmfw_config.__code__.co_firstlineno + 1
+    check_golden("exception_in_hook", caught.value, PLACE=f"{__file__}, line {line}")
     assert isinstance(caught.value.__cause__, KeyError)
 
 

@@ -66,6 +66,11 @@ def report_usage(error: typer.TyperException) -> int:
     _say(f"error: {error.format_message()}")
     context = getattr(error, "ctx", None)
     command = "llmfw" if context is None else context.command_path
+    options = context.command.params if context is not None else ()
+    if "unexpected extra argument" in error.format_message() and any(
+        "--model" in option.opts for option in options
+    ):
+        _say("  a model is named with --model")
     _say(f"  {command} --help shows what there is")
     return int(error.exit_code)
 

@@ -182,6 +182,7 @@ def decode(
 
     batches, contexts = parse_numbers(batch, "--batch"), parse_numbers(context, "--context")
     with subject.opened(serving, _room_for(max(batches), engine)) as session:
+        _require_room(max(contexts), new_tokens, session)
         bandwidth = read_bandwidth(session.config.device)
         bench = _step_bench(session, repeat)
         points = list(bench.decode(batches, contexts, new_tokens, bandwidth))
@@ -276,6 +277,21 @@ def _room_for(batch: int, engine: EngineOptions) -> EngineOptions:
             hint="raise --max-num-seqs or leave it out",
         )
     return engine
+
+
+def _require_room(context: int, new_tokens: int, session: Session) -> None:
+    """Refuse contexts that the model has no positions for, before anything is measured."""
+    from llmfw.errors import UsageError
+
+    longest = session.llm.loaded.model_config.max_model_len
+    if longest is not None and context + new_tokens > longest:
+        raise UsageError(
+            f"a context of {context} and {new_tokens} new tokens, but sequences have at most "
+            f"{longest}",
+            hint=f"give --context, here at most {longest - new_tokens}, or fewer --new-tokens"
+            if longest > new_tokens
+            else "give a smaller --context and fewer --new-tokens",
+        )
 
 
 def _step_bench(session: Session, repeat: RepeatOptions) -> StepBench:

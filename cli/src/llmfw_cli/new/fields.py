@@ -74,6 +74,11 @@ def switches_of(config: Any) -> Iterator[tuple[str, str]]:
         yield "activation", "config.activation"
 
 
+def tells_of_rope(raw: Mapping[str, Any]) -> bool:
+    """Whether a field names a rotary embedding's base, scaling or part of a head."""
+    return any(re.search(r"rope|rotary", name) for name in raw)
+
+
 def width_expression(config: Any, width: int) -> str:
     """How to write a width of the MLP: the field that has it, else the number."""
     for field in WIDTHS:

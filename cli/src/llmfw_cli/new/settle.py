@@ -45,8 +45,7 @@ def settle(found: Recognition) -> Settled:
     try:
         reference = Reference(found)
     except Exception as exc:  # whatever an unknown model's code may raise
-        told = f"{type(exc).__name__}: {str(exc).splitlines()[0]}"
-        return Settled(found, None, f"transformers could not build it small: {told}")
+        return Settled(found, None, f"transformers could not build it small: {_told(exc)}")
     best: tuple[float, dict[str, Any]] | None = None
     reason = ""
     for number, changes in enumerate(alternatives(found)):
@@ -55,7 +54,7 @@ def settle(found: Recognition) -> Settled:
         try:
             distance = reference.distance(changes)
         except Exception as exc:  # the tiny model does not load: nothing to compare
-            reason = reason or f"{type(exc).__name__}: {str(exc).splitlines()[0]}"
+            reason = reason or _told(exc)
             continue
         logger.debug("%s: %.2e", changes, distance)
         if best is None or distance < best[0]:
@@ -81,6 +80,14 @@ def alternatives(found: Recognition) -> Iterator[dict[str, Any]]:
             if "qkv_order" in option:
                 changes["qkv_order"] = option["qkv_order"]
         yield changes
+
+
+def _told(exc: Exception) -> str:
+    from llmfw.errors import WeightError
+
+    if isinstance(exc, WeightError):
+        return "its weights do not fit yet"
+    return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"
 
 
 def _questions(found: Recognition) -> Iterator[list[dict[str, Any]]]:

@@ -45,7 +45,7 @@ def shrink(raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> di
 
     hidden, heads = read("hidden_size") or HIDDEN, read("num_attention_heads") or HEADS
     layers = read("num_hidden_layers") or 2
-    group = heads // (read("num_key_value_heads") or heads)
+    group = max(1, heads // (read("num_key_value_heads") or heads))
     head_dim = read("head_dim") or hidden // heads
     ours = HIDDEN // HEADS
     varied = any(isinstance(value, list) and len(value) == layers for value in raw.values())

@@ -49,7 +49,7 @@ def sort_tensors(shapes: Mapping[str, Shape], num_layers: int) -> Modules:
         del layers[index]
     by_number = [layers[index] for index in sorted(layers, key=int)]
     sparse = tuple(
-        any("expert" in rest or len(shape) == 3 for rest, shape in layer.items())
+        any("expert" in rest or (len(shape) == 3 and shape[1] > 1) for rest, shape in layer.items())
         for layer in by_number
     )
     shared: dict[str, Shape] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmfw_cli.new import fields, source
@@ -13,6 +13,7 @@ from llmfw_cli.new.settle import Settled
 from llmfw_cli.new.shrink import names_of, shrink
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
+_NEAREST = re.compile(r" \(nearest: [^)]*\)$", re.MULTILINE)
 _ENDINGS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model)$")
 
 
@@ -62,6 +63,7 @@ def report(settled: Settled, problems: str) -> dict[str, Any]:
         "unread_fields": fields.unread(
             found.raw, found.switches, experts=found.experts is not None
         ),
+        "mixes_layers": mixes_layers(found),
         "hints": list(_hints(found)),
         "problems": problems,
     }
@@ -88,12 +90,37 @@ def unrecognised(found: Recognition) -> list[str]:
 
 def _hints(found: Recognition) -> Iterator[str]:
     """Known reasons why a stock decoder may not be the model."""
-    if getattr(found.config, "alibi", False):
+    if mixes_layers(found):
+        yield (
+            "not every layer has attention: write the layers out, beginning from "
+            "`llmfw new NAME --base blank`; docs/plugins/layers.md has layers that keep a state"
+        )
+    elif _says_alibi(found.raw):
         yield "config.json says alibi: the stock attention has no such bias"
     elif not positions_known(found):
-        yield "nothing tells how positions enter: there is neither a table nor a rotary embedding"
+        yield (
+            "nothing tells how positions enter: there is neither a table nor a rotary embedding; "
+            "a bias by distance (ALiBi) is none of the stock attention's"
+        )
+    if "rope" in found.switches and not fields.tells_of_rope(found.raw):
+        yield "rope is a guess: no field of config.json tells of a rotary embedding"
     if found.experts is None and any("expert" in path for path in found.modules.layer):
         yield "a mixture of experts: give the spec moe=MoEParams(...), stack the experts' weights"
+
+
+def mixes_layers(found: Recognition) -> bool:
+    """Whether some layers have attention and others something else."""
+    modules, path = found.modules, found.places.get("self_attn.o_proj")
+    if path is None:
+        return bool(modules.uneven)
+    names = (f"{modules.prefix}.{index}.{path}.weight" for index in range(modules.count))
+    return any(name not in found.shapes for name in names)
+
+
+def _says_alibi(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json, or an object in it, asks for a bias by distance."""
+    parts = [raw, *(value for value in raw.values() if isinstance(value, Mapping))]
+    return any(part.get("alibi") is True for part in parts)
 
 
 def positions_known(found: Recognition) -> bool:
@@ -110,13 +137,28 @@ def collapsed(text: str) -> list[str]:
     return list(dict.fromkeys(general))
 
 
+def _other_problems(told: Mapping[str, Any]) -> list[str]:
+    """The problems beside what is listed as not recognised."""
+    listed = {name.split()[0] for name in collapsed("\n".join(told["unrecognised"]))}
+    kept = []
+    first, *rest = collapsed(_NEAREST.sub("", told["problems"]))
+    for line in rest:
+        kind, name, *_ = line.split()
+        if kind != "surplus" or name.rstrip(":") not in listed:
+            kept.append(line)
+    return [
+        first,
+        *kept,
+        *(["  surplus    what is not recognised"] if len(kept) < len(rest) else []),
+    ]
+
+
 def lines(told: dict[str, Any]) -> list[str]:
     """A report as lines of text."""
     text = [f"read {told['tensors']} tensors, {told['layers']} layers of {told['architecture']}"]
     switches = ", ".join(f"{name}={value}" for name, value in told["switches"].items())
-    text.append(
-        f"stock decoder with {switches}" if switches else "stock decoder, as its config says"
-    )
+    decoder = "NOT a stock decoder; begun as one" if told["mixes_layers"] else "stock decoder"
+    text.append(f"{decoder} with {switches}" if switches else f"{decoder}, as its config says")
     if told["extra_layers"]:
         text.append(
             f"{told['extra_layers']} more than config.json says: ignored, as such layers predict "
@@ -146,7 +188,7 @@ def lines(told: dict[str, Any]) -> list[str]:
         text.append("fields of config.json that nobody looked at:")
         text += [f"  {name}: {value}" for name, value in told["unread_fields"].items()]
     if told["problems"]:
-        text += ["the checkpoint does not load yet:", *collapsed(told["problems"])]
+        text += ["the checkpoint does not load yet:", *_other_problems(told)]
     else:
         text.append("every tensor of the checkpoint is accounted for")
     return text

@@ -130,9 +130,11 @@ def raise_attributed(exc: Exception, hook: str, implementations: Sequence[pluggy
     if owner == DEFAULTS or isinstance(exc, LlmfwError):
         exc.add_note(f"{_NOTE}{hook} of {owner}")
         raise exc
+    place = _place_of(exc.__traceback__, implementations, owner)
     error = PluginError(
         f"{hook} of {owner} raised {type(exc).__name__}: {exc}",
-        hint="this is a fault of the plugin: update it, or report it to its authors\n"
+        hint=f"raised at {place}\n"
+        "this is a fault of the plugin: update it, or report it to its authors\n"
         "--debug shows the traceback",
         plugin=owner,
         hook=hook,
@@ -151,6 +153,21 @@ def _owner_of(
         found = owners.get(traceback.tb_frame.f_code, found)
         traceback = traceback.tb_next
     return found
+
+
+def _place_of(
+    traceback: TracebackType | None, implementations: Sequence[pluggy.HookImpl], owner: str
+) -> str:
+    """File and line of the innermost frame in the owner's own package."""
+    modules = (each.function.__module__ for each in implementations if each.plugin_name == owner)
+    packages = {str(module).partition(".")[0] for module in modules}
+    place = "a place that is not in its package"
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in packages:
+            place = f"{frame.f_code.co_filename}, line {traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
 
 
 def _code_of(function: Any) -> object:

@@ -29,6 +29,7 @@ STAGES = {
     "v": "v",
     "context": "attention output before the output projection",
 }
+BETWEEN = "residual, scales, activation, gate and up exchanged, embedding scale, positions"
 ADVICE = {
     "input": "what happens before",
     "q": "rope base, rotated part, pair layout, q norm, attention scale, q/k/v order",
@@ -85,10 +86,7 @@ class Divergence:
         """What to look at."""
         what = ADVICE[self.pair.stage] if self.pair.ours else "logit scale, soft cap of logits"
         if self.pair.stage == "input":
-            what = (
-                f"forward() of {self.module}: what happens before {self.pair.ours} (residual, "
-                "scales, activation, embedding scale, positions)"
-            )
+            what = f"forward() of {self.module}: what happens before {self.pair.ours} ({BETWEEN})"
         return (
             f"{what}\nthe first activation that differs: error {self.error:.1e}, allowed "
             f"{self.allowed:.0e}, worst at token {self.token}"
