@@ -101,15 +101,23 @@ def _module_hooks(path: str, module: nn.Module, put: Put) -> Iterator[None]:
     except (TypeError, ValueError):
         signature = inspect.Signature()
     is_layer = isinstance(module, DecoderLayer)
+    # A norm adds its residual before it starts, an attention or MLP to what it gives: then neither
+    # sum is in its counterpart, which has no residual, and only the input can be compared.
+    adds_later = not is_layer and next(module.children(), None) is not None
+    added_later = False
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = _stream_in(signature, args, kwargs)
+        nonlocal added_later
+        value, residual = _stream_in(signature, args, kwargs)
+        added_later = adds_later and residual is not None
+        if value is not None and residual is not None and not adds_later:
+            value = value + residual
         if value is not None:
             put(path, "input", value)
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
         value = _stream_out(output, is_layer)
-        if value is not None:
+        if value is not None and not added_later:
             put(path, "output", value)
 
     handles = [
@@ -125,8 +133,8 @@ def _module_hooks(path: str, module: nn.Module, put: Put) -> Iterator[None]:
 
 def _stream_in(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor | None:
-    """The first floating-point argument; with a `residual` that stands apart, their sum."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The first floating-point argument, and a `residual` of its shape that stands apart."""
     try:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
     except TypeError:
@@ -135,10 +143,9 @@ def _stream_in(
     arguments.update(arguments.pop("kwargs", {}) if "kwargs" in arguments else {})
     for value in arguments.values():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            if isinstance(residual, torch.Tensor) and residual.shape == value.shape:
-                return value + residual
-            return value
-    return None
+            apart = isinstance(residual, torch.Tensor) and residual.shape == value.shape
+            return value, residual if apart else None
+    return None, None
 
 
 def _stream_out(output: Any, is_layer: bool) -> torch.Tensor | None:
