@@ -266,6 +266,7 @@ def test_a_model_without_positions_is_told(tmp_path: Path) -> None:
     done = run("new", "--from", str(model), "--output", str(tmp_path))
     assert "nothing tells how positions enter" in done.stdout
     assert "ALiBi" in done.stdout
+    assert "activation is a guess" in done.stdout
     assert "transformer.word_embeddings_layernorm.bias [64]" in done.stdout
     assert done.stdout.count("word_embeddings_layernorm.bias") == 1
     assert "surplus    what is not recognised" in done.stdout

@@ -33,6 +33,7 @@ NEW_MODELS: dict[str, tuple[dict[str, Any], str | None]] = {
     "StableLmForCausalLM": (GROUPED, None),
     "GPTJForCausalLM": ({"rotary_dim": 8}, None),
     "CodeGenForCausalLM": ({"rotary_dim": 8}, "codegen"),
+    "BloomForCausalLM": ({"n_layer": 2, "n_head": 4}, "bloom"),
     "CohereForCausalLM": (GROUPED, None),
     "FalconForCausalLM": ({}, None),
     "GPTBigCodeForCausalLM": ({}, None),
@@ -97,7 +98,7 @@ def plugin_for(architecture: str, folder: Path) -> tuple[Path, torch.nn.Module, 
     """The written plugin with its edits, transformers' model, and how many lines are by hand."""
     fields, edits = NEW_MODELS[architecture]
     config = CONFIG_MAPPING[MODEL_TYPES[architecture]](**{**SIZES, **fields})
-    eager = architecture in ("GPTJForCausalLM", "CodeGenForCausalLM")
+    eager = architecture in ("GPTJForCausalLM", "CodeGenForCausalLM", "BloomForCausalLM")
     hf = tiny_hf(config, architecture, attention="eager" if eager else "sdpa")
     hf.save_pretrained(folder / "model")
     done = run("new", "--from", str(folder / "model"), "--output", str(folder), "--json")

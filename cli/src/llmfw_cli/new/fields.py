@@ -74,6 +74,12 @@ def switches_of(config: Any) -> Iterator[tuple[str, str]]:
         yield "activation", "config.activation"
 
 
+def names_activation(config: Any) -> bool:
+    """Whether a field names the MLP's activation."""
+    names = ("hidden_act", "hidden_activation", "activation_function", "activation")
+    return any(getattr(config, name, None) for name in names)
+
+
 def tells_of_rope(raw: Mapping[str, Any]) -> bool:
     """Whether a field names a rotary embedding's base, scaling or part of a head."""
     return any(re.search(r"rope|rotary", name) for name in raw)

@@ -13,6 +13,7 @@ from llmfw_cli.new.settle import Settled
 from llmfw_cli.new.shrink import names_of, shrink
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
+_ALIBI = "docs/plugins/layers.md tells how to add it"
 _NEAREST = re.compile(r" \(nearest: [^)]*\)$", re.MULTILINE)
 _ENDINGS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model)$")
 
@@ -96,12 +97,14 @@ def _hints(found: Recognition) -> Iterator[str]:
             "`llmfw new NAME --base blank`; docs/plugins/layers.md has layers that keep a state"
         )
     elif _says_alibi(found.raw):
-        yield "config.json says alibi: the stock attention has no such bias"
+        yield f"config.json says alibi: the stock attention has no such bias; {_ALIBI}"
     elif not positions_known(found):
         yield (
             "nothing tells how positions enter: there is neither a table nor a rotary embedding; "
-            "a bias by distance (ALiBi) is none of the stock attention's"
+            f"if it is a bias by distance (ALiBi), {_ALIBI}"
         )
+    if not fields.names_activation(found.config):
+        yield "activation is a guess, silu: no field of config.json that is known names one"
     if "rope" in found.switches and not fields.tells_of_rope(found.raw):
         yield "rope is a guess: no field of config.json tells of a rotary embedding"
     if found.experts is None and any("expert" in path for path in found.modules.layer):
