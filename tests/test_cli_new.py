@@ -302,6 +302,8 @@ def test_a_hybrid_is_told_without_a_long_list(
     assert "model.layers.{i}.mamba.D" in done.stdout
     assert done.stdout.count("mamba.D") == 1
     assert "nearest" not in done.stdout
+    written = tmp_path / f"{kind}-plugin/src/{kind}_plugin/__init__.py"
+    command(written.parent, written.name)  # Bamba's configuration has an infinite number
     assert ("rope is a guess" in done.stdout) is (kind == "jamba")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,4 +110,6 @@ def _value(value: Any, indent: int) -> str:
         return inline if len(inline) < 60 else literal(value, indent)
     if isinstance(value, list):
         return "[" + ", ".join(_value(each, indent) for each in value) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     return repr(value)

@@ -94,7 +94,8 @@ def _hints(found: Recognition) -> Iterator[str]:
     if mixes_layers(found):
         yield (
             "not every layer has attention: write the layers out, beginning from "
-            "`llmfw new NAME --base blank`; docs/plugins/layers.md has layers that keep a state"
+            "`llmfw new --from MODEL --base blank`; docs/plugins/layers.md tells of layers with a "
+            "state"
         )
     elif _says_alibi(found.raw):
         yield f"config.json says alibi: the stock attention has no such bias; {_ALIBI}"
