@@ -199,7 +199,8 @@ def _greedy(
             return stage, Failing([{"a": piece} for piece in fed], "a")
         same += sum(int(row.argmax()) == token for row, token in zip(rows, tokens, strict=True))
     total = sum(map(len, ours.tokens))
-    return Stage("greedy tokens", "passed", f"{same} of {total} equal, the rest after ties"), None
+    rest = ", the rest after ties" if same < total else ""
+    return Stage("greedy tokens", "passed", f"{same} of {total} equal{rest}"), None
 
 
 def _worst_prompt(errors: Sequence[float], allowed: Sequence[float]) -> int | None:
