@@ -25,7 +25,7 @@ class AlibiAttention(Attention):
     holds exactly below 32,768; queries have the slope over the scale.
     """
 
-    MORE = 8  # features of a head beyond its own: two that count, the others for alignment
+    MORE = 16  # features of a head beyond its own: two that count; GPU kernels take multiples of 16
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
