@@ -71,7 +71,9 @@ def one_start(model: str, settings: dict[str, Any], cache: Path) -> dict[str, fl
 
 
 def prepared(model: str, folder: Path, args: argparse.Namespace) -> dict[str, str]:
-    """What is started, by its kind; tells how long making it took."""
+    """What is started, by its kind; tells how long making it took, where it is wanted."""
+    if args.kinds == "model":
+        return {"model": model}
     limits = ["--max-model-len", str(args.max_model_len)] if args.max_model_len else []
     checkpoint, engine = str(folder / "checkpoint"), str(folder / "engine")
     note(f"convert: {command('convert', model, checkpoint):.1f} s")
