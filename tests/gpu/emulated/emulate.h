@@ -71,7 +71,7 @@ struct Copy {
 struct Thread {
   ucontext_t context;
   Three index;
-  int number, rounds = 0;
+  int number, rounds = 0, cluster_rounds = 0;
   bool done = false;
   std::vector<Copy> open;                // asynchronous copies, made when they are waited for and no earlier
   std::deque<std::vector<Copy>> closed;  // in groups
@@ -79,8 +79,13 @@ struct Thread {
 
 constexpr size_t SHARED_BYTES = 227 << 10;
 
+struct Gate {
+  int waiting = 0, round = 0;
+};
+
 struct Block {
   Three index;
+  Gate gates[16];  // barriers of some of the block's warps
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
   int live = 0, waiting = 0, round = 0;

@@ -58,13 +58,31 @@ inline void copy_box(void* to, const TensorMap& from, int row, int column, Barri
   settle(b);
 }
 
+inline void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64 policy) {
+  for (int span = 0; span * 64 < from.columns; ++span)
+    copy_box(static_cast<u8*>(to) + span * from.box_rows * 128, from, row, span * 64, b, policy);
+}
+inline void publish_writes() {}
+inline void meet(int number, int threads) {
+  auto& gate = emulated::block->gates[number];
+  const int round = gate.round;
+  if (++gate.waiting == threads) {
+    gate.waiting = 0;
+    ++gate.round;
+  }
+  while (gate.round == round) emulated::yield();
+}
+
 inline int rank_in_cluster() { return int(blockIdx.x) % int(emulated::cluster->size()); }
 inline void cluster_arrive() {
   const size_t threads = emulated::cluster->size() * emulated::block->threads.size();
-  if (size_t(++emulated::cluster_waiting) == threads) ++emulated::cluster_round;
+  ++emulated::current->cluster_rounds;
+  if (size_t(++emulated::cluster_waiting) < threads) return;
+  emulated::cluster_waiting = 0;
+  ++emulated::cluster_round;
 }
 inline void cluster_wait() {
-  while (emulated::cluster_round == 0) emulated::yield();
+  while (emulated::cluster_round < emulated::current->cluster_rounds) emulated::yield();
 }
 
 template <class P>
@@ -74,6 +92,10 @@ P* place_at(P* own, int rank) {
   return reinterpret_cast<P*>(there + (reinterpret_cast<u8*>(own) - here));
 }
 inline void store_at(float* own, int rank, float value) { *place_at(own, rank) = value; }
+template <class T>
+T load_at(const T* own, int rank) {
+  return *place_at(own, rank);
+}
 inline void arrive_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
 
 #if DTYPE != F32
@@ -93,5 +115,27 @@ void multiply_tile(float (&d)[N][4], const u8* a, const u8* b) {
     for (int i = 0; i < 4; ++i)
       for (int k = 0; k < 16; ++k)
         d[n][i] += value_at(a, warp * 16 + g + i / 2 * 8, k) * value_at(b, n * 8 + 2 * c + i % 2, k);
+}
+
+template <int COLUMNS, int N>
+void multiply_groups(float (&d)[N][4], const u8* a, int pitch, const u8* b) {
+  const int g = emulated::lane() / 4, c = emulated::lane() % 4, warp = emulated::current->number / 32 % 4;
+  for (int n = 0; n < N; ++n)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 16; ++k) {
+        const int m = warp * 16 + g + i / 2 * 8, row = COLUMNS ? k : m, column = COLUMNS ? m : k;
+        d[n][i] += value_at(a + row / 8 * pitch, row % 8, column) * value_at(b, n * 8 + 2 * c + i % 2, k);
+      }
+}
+
+inline void store_columns(scalar* column, u32 x, u32 y) {
+  const u64 mine = u64(column);
+  const emulated::Operands& all = emulated::exchange({{x, y, u32(mine), u32(mine >> 32)}});
+  const int lane = emulated::lane(), row = lane % 8;
+  if (lane >= 16) return;
+  for (int k = 0; k < 8; ++k) {
+    const u32 pair = all.of[4 * k + row / 2][lane / 8];
+    column[k] = scalar(pair >> (row % 2 * 16));
+  }
 }
 #endif

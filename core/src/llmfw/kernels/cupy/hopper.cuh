@@ -73,6 +73,23 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& from, int ro
       : "memory");
 }
 
+// The same with three coordinates: columns within a span, rows, spans (tensor_map.py tells how a matrix gets them).
+__device__ __forceinline__ void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %2}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(&from), "r"(0), "r"(row), "r"(shared_address(b)), "l"(policy)
+      : "memory");
+}
+
+// What this thread wrote to shared memory is seen by products and copies that follow a barrier.
+__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of its own for some of a block's warps; 0 is that of all.
+__device__ __forceinline__ void meet(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // A cluster's blocks: the number of this one; meeting in two steps, by all threads; writing and arriving in another's
 // shared memory, at the place of one's own pointer.
 __device__ __forceinline__ int rank_in_cluster() {
@@ -92,6 +109,20 @@ __device__ __forceinline__ u32 address_at(const void* own, int rank) {
 
 __device__ __forceinline__ void store_at(float* own, int rank, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_at(own, rank)), "f"(value) : "memory");
+}
+
+template <class T>
+__device__ __forceinline__ T load_at(const T* own, int rank) {
+  static_assert(sizeof(T) == 8 || sizeof(T) == 16, "two or four floats");
+  T x;
+  if constexpr (sizeof(T) == 16)
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address_at(own, rank))
+                 : "memory");
+  else
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address_at(own, rank)) : "memory");
+  return x;
 }
 
 __device__ __forceinline__ void arrive_at(Barrier* own, int rank) {
@@ -139,5 +170,37 @@ __device__ __forceinline__ void multiply_tile(float (&d)[N][4], const u8* a, con
                  "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
                  : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
                  : "l"(x), "l"(y));
+}
+
+// The same with the groups of 8 rows of a `pitch` bytes apart. COLUMNS: a is given by its columns, d += a^T b^T: 16
+// rows (two groups) of 64 values lie there where a has 16 columns of 64.
+template <int COLUMNS, int N>
+__device__ __forceinline__ void multiply_groups(float (&d)[N][4], const u8* a, int pitch, const u8* b) {
+  static_assert(N == 1 || N == 2 || N == 4 || N == 8, "8, 16, 32 or 64 columns");
+  const u64 x = u64((shared_address(a) & 0x3ffff) >> 4) | u64(1) << 16 | u64(pitch >> 4) << 32 | u64(1) << 62;
+  const u64 y = tile_descriptor(b);
+  if constexpr (N == 1)
+    asm volatile(PRODUCT("n8") "{%0,%1,%2,%3}, %4, %5, 1, 1, 1, %6, 0;" : FOUR(d[0]) : "l"(x), "l"(y), "n"(COLUMNS));
+  if constexpr (N == 2)
+    asm volatile(PRODUCT("n16") "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, %10, 0;"
+                 : FOUR(d[0]), FOUR(d[1])
+                 : "l"(x), "l"(y), "n"(COLUMNS));
+  if constexpr (N == 4)
+    asm volatile(PRODUCT("n32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, %18, 0;"
+                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3])
+                 : "l"(x), "l"(y), "n"(COLUMNS));
+  if constexpr (N == 8)
+    asm volatile(PRODUCT("n64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                 "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, %34, 0;"
+                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
+                 : "l"(x), "l"(y), "n"(COLUMNS));
+}
+
+// Two 8 x 8 matrices of 16-bit values to shared memory, turned: lane 8i + r gives where column r of matrix i goes, lane
+// 4g + c its values 2c, 2c + 1 of row g.
+__device__ __forceinline__ void store_columns(scalar* column, u32 x, u32 y) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(column)), "r"(x),
+               "r"(y)
+               : "memory");
 }
 #endif
