@@ -13,7 +13,7 @@ from llmfw.attention.backend import get_attention_backend
 from llmfw.engine import kv_cache, model_runner
 from llmfw.engine.model_runner import ModelRunner
 from llmfw.engine.settings import EngineSettings
-from llmfw.engine.workspace import GRAPH_BYTES, graph_bytes, peak_bytes
+from llmfw.engine.workspace import GRAPH_BYTES, graph_bytes, peak_bytes, sampling_bytes
 from llmfw.errors import DeviceError, EngineError
 from llmfw.ops.memory import memory_for
 from llmfw.phases import Phases
@@ -116,6 +116,12 @@ def test_caches_get_what_steps_and_graphs_leave(monkeypatch):
     assert "max_num_batched_tokens" in caught.value.hint
     named = EngineSettings(kv_cache_memory=50_000).on("cuda")
     assert kv_cache.count_blocks(specs, named, 1 << 20, CPU, reserved=40_000) == 50_000 // each
+
+
+def test_what_sampling_takes():
+    """All rows' logits and edited copies; of log probabilities 128 rows at a time."""
+    assert sampling_bytes(2, 400) == 400 * (2 * 2 + 3 * 2)
+    assert sampling_bytes(1000, 400) == 400 * (2 * 1000 + 3 * 128)
 
 
 def test_what_graphs_keep():

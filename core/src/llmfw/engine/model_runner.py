@@ -23,7 +23,7 @@ from llmfw.engine.sampling_plan import plan_sampling, rehearsal
 from llmfw.engine.settings import EngineSettings
 from llmfw.engine.step import Chunk, Fork, NewRequest, StepInput
 from llmfw.engine.step_results import NOTHING, PendingStep, gather_extras, gather_prompt
-from llmfw.engine.workspace import graph_bytes, peak_bytes
+from llmfw.engine.workspace import graph_bytes, peak_bytes, sampling_bytes
 from llmfw.errors import ConfigError, DeviceError
 from llmfw.ops import DeviceInfo, OpTable
 from llmfw.ops.device import as_current
@@ -287,10 +287,13 @@ class ModelRunner:
         settings = self.settings
         assert settings.max_num_batched_tokens is not None
         assert settings.max_num_seqs is not None
-        step = self._warm_up(max_model_len)
-        if self.device.type != "cuda" or not settings.cuda_graphs or not self._capturable():
-            return step
         row = (getattr(self.model, "vocab_size", None) or 0) * torch.float32.itemsize
+        step = self._warm_up(max_model_len)
+        if self.device.type != "cuda":
+            return step
+        step = max(step, sampling_bytes(settings.max_num_seqs, row))
+        if not settings.cuda_graphs or not self._capturable():
+            return step
         tokens = settings.max_num_batched_tokens
         attends = bool(self.specs)
         return step + graph_bytes(step, tokens, settings.max_num_seqs, max_model_len, row, attends)

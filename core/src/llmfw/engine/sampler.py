@@ -15,7 +15,7 @@ import torch
 from llmfw.engine.sampling_plan import BadWords, SamplingPlan
 from llmfw.ops import DeviceInfo, OpTable
 
-_ROWS_AT_ONCE = 128  # for log probabilities, to bound their memory
+ROWS_AT_ONCE = 128  # for log probabilities, to bound their memory
 
 
 class Places(NamedTuple):
@@ -87,7 +87,7 @@ def edited(logits: torch.Tensor, plan: SamplingPlan, ops: OpTable | None = None)
 def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> LogprobTensors:
     """Log probabilities of `tokens` [n] under `logits` [n, vocab], and of the `count` best ones."""
     parts = []
-    for rows, own in zip(logits.split(_ROWS_AT_ONCE), tokens.split(_ROWS_AT_ONCE), strict=True):
+    for rows, own in zip(logits.split(ROWS_AT_ONCE), tokens.split(ROWS_AT_ONCE), strict=True):
         values = rows.float().log_softmax(dim=-1)
         chosen = values.gather(1, own.clamp_min(0)[:, None])
         ranks = (values > chosen).sum(dim=-1) + 1

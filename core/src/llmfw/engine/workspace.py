@@ -8,6 +8,7 @@ import torch
 
 from llmfw.engine.context_step import LENGTHS
 from llmfw.engine.cuda_graphs import batch_sizes, kv_limits
+from llmfw.engine.sampler import ROWS_AT_ONCE
 
 GRAPH_BYTES = 2 << 20  # what the driver keeps of one graph of a few hundred launches
 
@@ -26,6 +27,19 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def sampling_bytes(max_num_seqs: int, logits_row: int) -> int:
+    """Bytes that choosing tokens takes at most, the logits included.
+
+    Beside the logits lies a float32 copy with what penalties change, then for a part of the rows
+    three times that: float32 values, their log probabilities, the best of them.
+
+    Args:
+        max_num_seqs: Most requests of a step.
+        logits_row: Bytes of one request's logits in float32.
+    """
+    return logits_row * (2 * max_num_seqs + 3 * min(max_num_seqs, ROWS_AT_ONCE))
 
 
 def graph_bytes(
