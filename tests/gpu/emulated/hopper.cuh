@@ -73,6 +73,11 @@ inline void meet(int number, int threads) {
   while (gate.round == round) emulated::yield();
 }
 
+template <int N>
+void give_registers() {}
+template <int N>
+void take_registers() {}
+
 inline int rank_in_cluster() { return int(blockIdx.x) % int(emulated::cluster->size()); }
 inline void cluster_arrive() {
   const size_t threads = emulated::cluster->size() * emulated::block->threads.size();

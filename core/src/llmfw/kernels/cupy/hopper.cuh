@@ -90,6 +90,17 @@ __device__ __forceinline__ void meet(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Registers of a warpgroup's threads, between warpgroups of a block: all must have given before one can take.
+template <int N>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <int N>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
 // A cluster's blocks: the number of this one; meeting in two steps, by all threads; writing and arriving in another's
 // shared memory, at the place of one's own pointer.
 __device__ __forceinline__ int rank_in_cluster() {
