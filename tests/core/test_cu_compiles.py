@@ -18,6 +18,12 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "HIDDEN": 576, "THREADS": 64},
         {"DTYPE": F32, "HIDDEN": 128, "THREADS": 32, "ROWS": 4},
     ],
+    "embedding.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HIDDEN": 72, "THREADS": 32, "ROWS": 4},
+        {"DTYPE": F32, "HIDDEN": 2568, "EACH": 1},
+    ],
+    "float32_linear.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "IN": 520, "ROWS": 1, "OUTPUTS": 1}],
     "activation.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "WIDTH": 1000}, {"DTYPE": F32}],
     "rope_cache.cu": [
         {"DTYPE": BF16},

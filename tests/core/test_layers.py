@@ -31,6 +31,7 @@ from llmfw.layers import (
 from llmfw.models import bind_tree, finish_loading
 from llmfw.models.weights import materialize
 from llmfw.ops import DeviceInfo, Kernel, OpTable
+from llmfw.weights.slots import collect_slots
 
 
 def config(**settings) -> ModelConfig:
@@ -104,6 +105,41 @@ def test_embedding_and_tied_head_share_one_parameter():
     assert module.lm_head.weight is module.embed_tokens.weight
     assert torch.equal(module.embed_tokens(torch.tensor([3])), module.embed_tokens.weight[3:4])
     torch.testing.assert_close(module.lm_head(X), X @ module.embed_tokens.weight.T)
+
+
+def test_an_embedding_scales_its_rows_in_their_dtype():
+    embedding = ready(Embedding(10, 8, scale=2.0**0.5), config(dtype=torch.bfloat16))
+    factor = torch.tensor(2.0**0.5, dtype=torch.bfloat16)
+    assert torch.equal(embedding(torch.tensor([3])), embedding.weight[3:4] * factor)
+
+
+def test_parts_of_a_vocabulary_add_up_to_the_whole():
+    whole, ids = ready(Embedding(10, 8, scale=3.0)), torch.tensor([4, 0, 9, 5, 4])
+    total = torch.zeros(5, 8)
+    for rank in range(2):
+        mapping = Mapping(world_size=2, rank=rank, tp_size=2)
+        split = {"parallel": "column", "mapping": mapping, "reduce_output": False}
+        part = ready(Embedding(10, 8, scale=3.0, **split))
+        (slot,) = collect_slots(part, mapping).slots
+        (cut,) = (each.cut for each in slot.parts)
+        assert slot.parts[0].shape == (10, 8)
+        part.weight.data.copy_(whole.weight[cut.start : cut.stop])
+        own = part(ids)
+        assert torch.equal(own[(ids // 5) != rank], torch.zeros(int((ids // 5 != rank).sum()), 8))
+        total += own
+    assert torch.equal(total, whole(ids))
+    with pytest.raises(ConfigError, match="9 rows cannot be split over 2 ranks"):
+        Embedding(9, 8, parallel="column", mapping=mapping)
+    with pytest.raises(ConfigError, match="parallel='row'"):
+        Embedding(10, 8, parallel="row")
+
+
+def test_a_float32_layer_takes_what_the_model_computes_in():
+    linear = ready(Linear(8, 4, dtype=torch.float32), config(dtype=torch.bfloat16))
+    x = X.to(torch.bfloat16)
+    expected = x.float() @ linear.weight.T + linear.bias
+    torch.testing.assert_close(linear(x), expected)
+    torch.testing.assert_close(linear(x.float()), expected)
 
 
 def test_rms_norm_with_and_without_residual_and_offset():

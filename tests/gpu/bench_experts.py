@@ -101,7 +101,7 @@ def seconds(runs: list[Callable[[], object]], device: torch.device) -> float:
 def routed(layer: MoE, x: torch.Tensor) -> torch.Tensor:
     """The experts that a batch goes through."""
     moe = layer.moe
-    logits = layer.gate(x.float() if moe.float32_router else x)
+    logits = layer.gate(x)
     return layer._route(logits, moe.top_k, moe.scoring, moe.renormalize)[1]
 
 

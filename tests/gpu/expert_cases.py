@@ -11,7 +11,36 @@ from gpu.kernel_cases import Arguments, Case, randn
 from llmfw.ops.kernel import DTYPE_NAMES
 from llmfw.ops.reference_moe import _best_groups
 
+ROUTERS = [(64, 64, False), (520, 5, False), (2048, 64, True), (2880, 33, True), (7168, 256, True)]
 LEAST_GAP = 1e-5  # between scores to choose by, in shares of the greatest: 80 roundings of float32
+
+
+def router_cases() -> Iterator[Case]:
+    """float32_linear: inputs, outputs and rows for each of its tiles, and for the library."""
+    for dtype in ("bfloat16", "float16"):
+        for width, outputs, wide in ROUTERS:
+            for rows in (1, 2, 4, 5, 33, 64, *((130, 700) if wide else ())):
+                for bias in (0, 1):
+
+                    def draw(
+                        d: torch.device,
+                        t: torch.dtype,
+                        g: torch.Generator,
+                        w=width,
+                        n=outputs,
+                        r=rows,
+                        b=bias,
+                    ) -> Arguments:
+                        x = randn(r, w, device=d, dtype=t, generator=g)
+                        wide = {"device": d, "dtype": torch.float32, "generator": g}
+                        weight = randn(n, w, scale=w**-0.5, **wide)
+                        return (x, weight, randn(n, **wide) if b else None), {}
+
+                    label = f"{rows}x{width}x{outputs}" + "b" * bias
+                    shape = {"in_features": width, "out_features": outputs, "bias": bias}
+                    yield Case(
+                        "float32_linear", dtype, shape, draw, label, wide=wide, facts={"rows": rows}
+                    )
 
 
 def route_cases() -> Iterator[Case]:

@@ -19,13 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gpu.expert_cases import expert_cases, route_cases
+from gpu.expert_cases import expert_cases, route_cases, router_cases
 from gpu.kernel_cases import Case, all_cases, kernel_of, product_variants
 from gpu.latent_cases import latent_cases
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from gpu.step_cases import step_cases
+from gpu.step_cases import embedding_cases, step_cases
 from llmfw.kernels.cupy.products import bucket_of
 from llmfw.ops.kernel import DTYPE_NAMES
 
@@ -35,7 +35,15 @@ ENVIRONMENT = {
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
 }
 PRODUCTS = ("linear", "gated_linear")
-SWITCHED = ("argmax", "copy_blocks", "draw_tokens", "moe_route", "penalise", "prepare_decode")
+SWITCHED = (
+    "argmax",
+    "copy_blocks",
+    "draw_tokens",
+    "embedding",
+    "moe_route",
+    "penalise",
+    "prepare_decode",
+)
 
 
 def smallest_cases() -> list[Case]:
@@ -44,11 +52,13 @@ def smallest_cases() -> list[Case]:
     for case in (
         *all_cases(),
         *step_cases(),
+        *embedding_cases(),
         *latent_cases(),
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *sampling_cases(),
         *route_cases(),
+        *router_cases(),
         *expert_cases(),
     ):
         if not case.wide and (case.dtype != "float16" or case.op == "paged_attention"):

@@ -6,8 +6,40 @@ from collections.abc import Iterator
 
 import torch
 
-from gpu.kernel_cases import Arguments, Case
+from gpu.kernel_cases import Arguments, Case, randn
 from llmfw.ops.kernel import DTYPE_NAMES
+
+
+def embedding_cases() -> Iterator[Case]:
+    """embedding: a whole table, a part of one, each with a factor and without."""
+    sizes = [(1, 7, 64, False), (5, 9, 72, False), (3, 6, 2568, False), (2, 40, 1024, False)]
+    sizes += [(1, 999, 4096, True), (300, 5000, 5376, True), (8200, 5000, 4096, True)]
+    for dtype in DTYPE_NAMES:
+        for tokens, rows, width, wide in sizes:
+            for first, scale in [(None, None), (None, 33.5), (rows, None), (3 * rows, 0.3)]:
+
+                def draw(
+                    d: torch.device,
+                    t: torch.dtype,
+                    g: torch.Generator,
+                    n=tokens,
+                    r=rows,
+                    w=width,
+                    f=first,
+                    s=scale,
+                ) -> Arguments:
+                    bounds = (0, r) if f is None else (-1, 5 * r)
+                    ids = torch.randint(*bounds, (n,), generator=g)
+                    if f is not None:  # the part's borders
+                        borders = torch.tensor([f, f - 1, f + r - 1, f + r, 1 << 40])
+                        ids[: len(borders)] = borders[:n]
+                    table = randn(r, w, device=d, dtype=t, generator=g)
+                    return (ids.to(d), table, f, s), {}
+
+                label = f"{tokens}x{width}" + "p" * bool(first) + "s" * bool(scale)
+                shape = {"num_embeddings": rows, "embedding_dim": width}
+                facts = {"rows": tokens}
+                yield Case("embedding", dtype, shape, draw, label, wide=wide, facts=facts)
 
 
 def step_cases() -> Iterator[Case]:

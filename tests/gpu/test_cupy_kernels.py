@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu.expert_cases import expert_cases, route_cases
+from gpu.expert_cases import expert_cases, route_cases, router_cases
 from gpu.kernel_cases import (
     Batch,
     Case,
@@ -26,7 +26,7 @@ from gpu.kernel_cases import (
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from gpu.step_cases import step_cases
+from gpu.step_cases import embedding_cases, step_cases
 from llmfw.kernels.cupy.attention import paged_attention, plan_batch
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.ops.reference import REFERENCES
@@ -62,6 +62,7 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *step_cases(),
+        *embedding_cases(),
         *sampling_cases(),
     ],
     ids=str,
@@ -70,7 +71,7 @@ def test_kernel_matches_its_reference(case: Case, device: torch.device) -> None:
     check(case, built(case, device), device)
 
 
-@pytest.mark.parametrize("case", [*route_cases(), *expert_cases()], ids=str)
+@pytest.mark.parametrize("case", [*route_cases(), *router_cases(), *expert_cases()], ids=str)
 def test_experts_match_their_references(case: Case, device: torch.device) -> None:
     check(case, built(case, device), device)
 

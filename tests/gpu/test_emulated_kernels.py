@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gpu.emulated import emulator
-from gpu.expert_cases import expert_cases, route_cases
+from gpu.expert_cases import expert_cases, route_cases, router_cases
 from gpu.kernel_cases import (
     FEATURES,
     Case,
@@ -35,7 +35,7 @@ from gpu.latent_cases import (
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.sampling_cases import sampling_cases
-from gpu.step_cases import step_cases
+from gpu.step_cases import embedding_cases, step_cases
 from llmfw import MLA, MLAParams, ModelConfig, RopeParams
 from llmfw.attention.metadata import LayerCache
 from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, paged_plan, prefill
@@ -95,6 +95,7 @@ def few(cases: list[Case], quick: set[str]) -> list[object]:
             *latent_rope_cases(),
             *head_linear_cases(),
             *step_cases(),
+            *embedding_cases(),
         ],
         7,
     ),
@@ -131,7 +132,7 @@ def test_recurrent_kernels_match_their_references(case: Case, device: torch.devi
     run(case, device)
 
 
-@pytest.mark.parametrize("case", small(list(route_cases()), 25))
+@pytest.mark.parametrize("case", small([*route_cases(), *router_cases()], 25))
 def test_routing_matches_its_reference(case: Case, device: torch.device) -> None:
     run(case, device)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llmfw.config.mapping import Mapping
+from llmfw.errors import ConfigError
 from llmfw.layers.layer import Layer
 from llmfw.layers.linear import Linear
 
@@ -19,46 +21,77 @@ class Embedding(Layer):
     """Rows of a table [num_embeddings, embedding_dim] by token id.
 
     Args:
-        num_embeddings: Size of the vocabulary (or number of positions).
+        num_embeddings: Size of the vocabulary (or number of positions), over all ranks.
         embedding_dim: Width of a row.
         dtype: Type of the table; the model's when left out.
+        scale: Factor of the rows; in the table's dtype, as the rows are.
+        parallel: "column" splits the table's rows over the ranks (vocabulary-parallel): a rank
+            gives zeros for ids whose rows are another's, and the ranks' results are summed.
+        mapping: Parallel ranks.
+        reduce_output: For "column": whether to sum the ranks' results.
+
+    Raises:
+        ConfigError: If the rows cannot be split evenly.
     """
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, *, dtype: torch.dtype | None = None
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        scale: float | None = None,
+        parallel: str | None = None,
+        mapping: Mapping | None = None,
+        reduce_output: bool = True,
     ) -> None:
         super().__init__()
+        if parallel not in (None, "column"):
+            raise ConfigError(f"parallel={parallel!r} of an embedding is not None or 'column'")
+        self.mapping = mapping or Mapping()
+        ranks = self.mapping.tp_size if parallel else 1
+        if num_embeddings % ranks:
+            raise ConfigError(f"{num_embeddings} rows cannot be split over {ranks} ranks")
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.dtype = dtype
-        self.weight: torch.Tensor = nn.Parameter(
-            torch.empty(num_embeddings, embedding_dim, dtype=dtype, device="meta"),
-            requires_grad=False,
-        )
+        self.scale = scale
+        self.parallel = parallel
+        self.reduce_output = reduce_output
+        self.local_rows = num_embeddings // ranks
+        self.first_row = self.mapping.tp_rank * self.local_rows if ranks > 1 else None
+        self._declare(dtype)
         self._gather: Callable[..., torch.Tensor] | None = None
 
+    def _declare(self, dtype: torch.dtype | None) -> None:
+        shape = (self.local_rows, self.embedding_dim)
+        table = torch.empty(shape, dtype=dtype, device="meta")
+        self.weight: torch.Tensor = nn.Parameter(table, requires_grad=False)
+
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
-        """Give the table the model's dtype and resolve the gather."""
+        """Give table and scale the model's dtype and resolve the gather."""
         self.dtype = self.dtype or config.dtype
-        self.weight = nn.Parameter(
-            torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device="meta"),
-            requires_grad=False,
-        )
+        self._declare(self.dtype)
+        if self.scale is not None:
+            self.scale = float(torch.tensor(self.scale, dtype=self.dtype, device="cpu"))
         self._gather = config.ops.resolve(
             "embedding",
             self.dtype,
-            num_embeddings=self.num_embeddings,
+            num_embeddings=self.local_rows,
             embedding_dim=self.embedding_dim,
         )
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids int64 [tokens] -> [tokens, embedding_dim]."""
         assert self._gather is not None
-        return self._gather(input_ids, self.weight)
+        out = self._gather(input_ids, self.weight, self.first_row, self.scale)
+        if self.first_row is not None and self.reduce_output:
+            torch.distributed.all_reduce(out)
+        return out
 
     def extra_repr(self) -> str:
-        """Shape, for print(model)."""
-        return f"{self.num_embeddings}, {self.embedding_dim}"
+        """Shape and split, for print(model)."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, parallel={self.parallel}"
 
 
 class LMHead(Linear):

@@ -31,7 +31,8 @@ class Linear(Layer):
             module there.
         parallel: "column" splits the outputs (each shard's) over the ranks, "row" the inputs.
         mapping: Parallel ranks; taken from the model's configuration when left out.
-        dtype: Type of the parameters; the model's when left out.
+        dtype: Type of the parameters; the model's when left out. In a model of another type a
+            float32 layer takes x in the model's type, and gives float32.
         reduce_output: For "row": whether to sum the ranks' results.
 
     Raises:

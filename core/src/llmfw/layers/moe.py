@@ -13,6 +13,7 @@ from torch import nn
 from llmfw.errors import ConfigError
 from llmfw.layers.activation import Activation, GatedActivation, gated_code, gated_product
 from llmfw.layers.layer import Layer
+from llmfw.layers.linear import Linear
 from llmfw.ops.reference_moe import moe_experts
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ class MoE(Layer):
             bias=moe.bias,
             dtype=torch.float32 if moe.float32_router else None,
         )
+        self._gate_widens = not moe.float32_router or isinstance(self.gate, Linear)
         self.e_score_correction_bias: torch.Tensor | None
         bias = _empty(moe.num_experts, dtype=torch.float32) if moe.score_bias else None
         self.register_parameter("e_score_correction_bias", bias)
@@ -292,7 +294,7 @@ class MoE(Layer):
         """x [tokens, hidden_size] -> [tokens, hidden_size]."""
         moe = self.moe
         weights, experts = self._route(
-            self.gate(x.float() if moe.float32_router else x),
+            self.gate(x if self._gate_widens else x.float()),
             moe.top_k,
             moe.scoring,
             moe.renormalize,

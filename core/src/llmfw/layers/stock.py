@@ -39,7 +39,7 @@ def _mlp(config: ModelConfig[Any], layer_idx: int | None, spec: Mapping[str, Any
 
 STOCK_LAYERS: dict[str, LayerMaker] = {
     "linear": lambda config, _, spec: Linear(mapping=config.mapping, **spec),
-    "embedding": lambda config, _, spec: Embedding(**spec),
+    "embedding": lambda config, _, spec: Embedding(mapping=config.mapping, **spec),
     "lm_head": lambda config, _, spec: LMHead(**spec),
     "norm": _norm,
     "mlp": _mlp,

@@ -275,17 +275,15 @@ class StockDecoderModel(DecoderModel[Any]):
 
     def __init__(self, model_config: ModelConfig[Any], spec: DecoderSpec) -> None:
         super().__init__(model_config)
-        self.embed_scale: float | None = None
-        if spec.embed_scale is not None:  # rounded to the model's dtype, as the embeddings are
-            with torch.device("cpu"):
-                self.embed_scale = float(torch.tensor(spec.embed_scale, dtype=model_config.dtype))
         self.position_offset = spec.position_offset
         make = model_config.make
+        scaled: dict[str, Any] = {} if spec.embed_scale is None else {"scale": spec.embed_scale}
         self.embed_tokens = make(
             "embedding",
             "embed_tokens",
             num_embeddings=spec.vocab_size,
             embedding_dim=spec.hidden_size,
+            **scaled,
         )
         self.embed_positions: nn.Module | None = None
         if spec.learned_positions is not None:
@@ -302,10 +300,8 @@ class StockDecoderModel(DecoderModel[Any]):
         self.norm = make("norm", "norm", **norm_arguments(spec))
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Embedding, scaled and with learned positions where the decoder has them."""
+        """Embedding, with learned positions where the decoder has them."""
         hidden = self.embed_tokens(input_ids)
-        if self.embed_scale is not None:
-            hidden = hidden * self.embed_scale
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids + self.position_offset)
         return hidden  # type: ignore[no-any-return]

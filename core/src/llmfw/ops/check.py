@@ -65,7 +65,11 @@ class KernelReport:
     @property
     def worst(self) -> CaseResult | None:
         """The case nearest to its tolerance, or beyond it."""
-        return max(self.results, key=lambda r: r.error / r.tolerance, default=None)
+        return max(self.results, key=_nearness, default=None)
+
+
+def _nearness(result: CaseResult) -> tuple[bool, float]:
+    return not result.passed, result.error / (result.tolerance or 1.0)
 
 
 def check_kernel(

@@ -16,40 +16,9 @@ import torch
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.ops.drawn import Case, OpInputs, normal, shapes, unaligned
 from llmfw.ops.inputs_moe import MOE_INPUTS
+from llmfw.ops.inputs_products import PRODUCT_INPUTS
 from llmfw.ops.kernel import OpContext
 from llmfw.ops.reference_step import argmax
-
-
-def _linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    width, outs = context["in_features"], context["out_features"]
-    weight = normal(context, generator, outs, width)
-    bias = normal(context, generator, outs) if context["bias"] else None
-    for tokens in (0, 1, 2, 3, 4, 5, 7, 16, 33, 1030):
-        yield Case(f"tokens={tokens}", (normal(context, generator, tokens, width), weight, bias))
-    x = unaligned(normal(context, generator, 2, width))
-    yield Case("tokens=2 unaligned", (x, weight, bias))
-
-
-def _gated_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    width, outs = context["in_features"], 2 * context["intermediate_size"]
-    weight = normal(context, generator, outs, width)
-    bias = normal(context, generator, outs) if context["bias"] else None
-    for tokens in (0, 1, 2, 3, 4, 5, 33, 1030):
-        yield Case(f"tokens={tokens}", (normal(context, generator, tokens, width), weight, bias))
-    x = unaligned(normal(context, generator, 2, width))
-    yield Case("tokens=2 unaligned", (x, weight, bias))
-
-
-def _head_linear(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    heads, width, outs = context["num_heads"], context["in_features"], context["out_features"]
-    for tokens in (0, 1, 2, 7, 33):
-        x = normal(context, generator, tokens, heads, width + 8)[..., :width]
-        rows = normal(context, generator, heads, 5 + outs, width)[:, 5:]
-        yield Case(f"tokens={tokens}", (x, rows))
-        columns = normal(context, generator, heads, 5 + width, outs)[:, 5:]
-        yield Case(f"tokens={tokens} transposed", (x, columns.transpose(1, 2)))
-        out = normal(context, generator, tokens, heads, outs + 8)[..., :outs]
-        yield Case(f"tokens={tokens} into a view", (x, rows, out), written=(2,))
 
 
 def _rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -101,11 +70,15 @@ def _act_and_mul(context: OpContext, generator: torch.Generator) -> Iterator[Cas
 
 
 def _embedding(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    rows = context["num_embeddings"]
+    rows, device = context["num_embeddings"], context.info.device
     weight = normal(context, generator, rows, context["embedding_dim"])
-    for tokens in (0, 1, 37):
-        ids = torch.randint(0, rows, (tokens,), generator=generator)
-        yield Case(f"tokens={tokens}", (ids.to(context.info.device), weight))
+    for tokens in (0, 1, 37, 2050):
+        ids = torch.randint(0, rows, (tokens,), generator=generator).to(device)
+        yield Case(f"tokens={tokens}", (ids, weight))
+        yield Case(f"tokens={tokens} scaled", (ids, weight, None, 1.75))
+        of_all = torch.randint(-1, 4 * rows, (tokens,), generator=generator).to(device)
+        yield Case(f"tokens={tokens} of a part", (of_all, weight, 2 * rows))
+    yield Case("a part, scaled", (of_all, weight, rows, 0.3))
 
 
 def _rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -402,20 +375,11 @@ _HIDDEN = shapes("hidden_size", (1,), (64,), (577,), (2048,))
 _GATED = shapes("intermediate_size", (1,), (77,), (1536,))
 
 INPUTS: dict[str, OpInputs] = {
-    "linear": OpInputs(
-        shapes("in_features out_features bias", (1, 1, 1), (33, 5, 0), (64, 96, 0), (577, 131, 1)),
-        _linear,
-    ),
-    "gated_linear": OpInputs(
-        shapes("in_features intermediate_size bias", (1, 1, 1), (33, 5, 0), (64, 96, 0)),
-        _gated_linear,
-    ),
-    "head_linear": OpInputs(
-        shapes("num_heads in_features out_features", (1, 1, 1), (5, 33, 7), (16, 128, 512)),
-        _head_linear,
-    ),
+    **PRODUCT_INPUTS,
     **MOE_INPUTS,
-    "embedding": OpInputs(shapes("num_embeddings embedding_dim", (11, 33), (50, 64)), _embedding),
+    "embedding": OpInputs(
+        shapes("num_embeddings embedding_dim", (11, 33), (50, 64), (7, 2568)), _embedding
+    ),
     "rms_norm": OpInputs(_HIDDEN, _rms_norm),
     "add_rms_norm": OpInputs(_HIDDEN, _add_rms_norm),
     "layer_norm": OpInputs(_HIDDEN, _layer_norm),

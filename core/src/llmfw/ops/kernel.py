@@ -31,6 +31,7 @@ class OpContext:
 
     shape: per op:
         linear: in_features, out_features, bias (0 or 1)
+        float32_linear: the same; the dtype is that of x
         grouped_linear: num_groups, in_features, out_features
         head_linear: num_heads, in_features, out_features
         moe_route: num_experts, top_k, num_groups (1: none)

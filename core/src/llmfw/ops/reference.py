@@ -26,6 +26,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, weight, bias)
 
 
+def float32_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """linear in float32 for x [T, in] of another dtype; weight and bias are float32 already."""
+    return F.linear(x.float(), weight, bias)
+
+
 def head_linear(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -42,9 +49,27 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return silu_and_mul(linear(x, weight, bias))
 
 
-def embedding(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of weight [vocab, hidden] at input_ids [T] -> [T, hidden]."""
-    return F.embedding(input_ids, weight)
+def embedding(
+    input_ids: torch.Tensor,
+    weight: torch.Tensor,
+    first: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Rows of weight [rows, hidden] at input_ids [T], times scale -> [T, hidden].
+
+    first: where the table is one of several parts of a vocabulary, the id of its first row; ids of
+    other parts give zeros, so that the parts' results add up to those of the whole. With None the
+    table is whole, and every id has to be one of its rows; kernels read none beside it. The product
+    with scale is rounded once.
+    """
+    if first is None:
+        rows = F.embedding(input_ids, weight)
+    else:
+        own = input_ids - first
+        others = (own < 0) | (own >= weight.shape[0])
+        rows = F.embedding(own.masked_fill(others, 0), weight)
+        rows = rows.masked_fill(others[..., None], 0)
+    return rows if scale is None else rows * scale
 
 
 def rms_norm(
@@ -361,3 +386,4 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "penalise": penalise,
     "copy_blocks": copy_blocks,
 }
+    "float32_linear": float32_linear,

@@ -13,8 +13,21 @@ if TYPE_CHECKING:
     from llmfw.layers.linear import Linear
 
 
+class _Widened:
+    """A float32 product whose inputs are brought to float32 first."""
+
+    def __init__(self, product: Callable[..., torch.Tensor]) -> None:
+        self.product = product
+        self.prepare = getattr(product, "prepare", None)
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.product(x.float(), weight, bias)
+
+
 class UnquantizedLinearMethod:
-    """y = x W^T + b through the op `linear`."""
+    """y = x W^T + b through the op `linear`; in float32 for a float32 layer of another model."""
 
     def create_weights(self, module: Linear, dtype: torch.dtype) -> None:
         """weight [out, in] and, where there is one, bias [out], on the meta device."""
@@ -28,13 +41,16 @@ class UnquantizedLinearMethod:
 
     def resolve(self, module: Linear, config: ModelConfig[Any]) -> Callable[..., torch.Tensor]:
         """The kernel for this module's static shape."""
-        return config.ops.resolve(
-            "linear",
-            module.dtype or config.dtype,
-            in_features=module.local_in,
-            out_features=module.local_out,
-            bias=int(module.has_bias),
-        )
+        dtype = module.dtype or config.dtype
+        shape = {
+            "in_features": module.local_in,
+            "out_features": module.local_out,
+            "bias": int(module.has_bias),
+        }
+        if dtype is not torch.float32 or config.dtype is torch.float32:
+            return config.ops.resolve("linear", dtype, **shape)
+        own = config.ops.find("float32_linear", config.dtype, **shape)
+        return own or _Widened(config.ops.resolve("linear", dtype, **shape))
 
     def post_load(self, module: Linear, kernel: Callable[..., torch.Tensor]) -> None:
         """Let a kernel that owns its layout prepare the weight once."""

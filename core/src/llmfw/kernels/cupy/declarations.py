@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
 from llmfw.plugins import hookimpl
@@ -11,6 +11,8 @@ REQUIRES = ("cuda", "sm_80", "cupy")
 HALVES = ("bfloat16", "float16")
 ALL = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
+EXACT = dict.fromkeys(ALL, 0.0)
+FLOAT32 = dict.fromkeys(ALL, 1e-5)  # results are float32 whatever the inputs
 PRIORITY = 100
 FOLDER = "llmfw.kernels.cupy"
 
@@ -33,6 +35,7 @@ def _kernel(
     supports: str | None = None,
     name: str | None = None,
     priority: int = PRIORITY,
+    tolerance: Mapping[str, float] = TOLERANCE,
 ) -> Kernel:
     return Kernel(
         op=op,
@@ -42,11 +45,12 @@ def _kernel(
         dtypes=dtypes,
         supports=_supports(supports or module),
         priority=priority,
-        tolerance=TOLERANCE,
+        tolerance=tolerance,
     )
 
 
 KERNELS: tuple[Kernel, ...] = (
+    _kernel("embedding", "embedding", "embedding", ALL, tolerance=EXACT),
     _kernel("rms_norm", "norm", "rms_norm", ALL),
     _kernel("add_rms_norm", "norm", "add_rms_norm", ALL),
     _kernel("layer_norm", "norm", "layer_norm", ALL),
@@ -69,6 +73,7 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("head_linear", "head_linear", "head_linear", HALVES),
     _kernel("linear", "linear", "linear", ALL),
     _kernel("gated_linear", "gated_linear", "gated_linear", ALL),
+    _kernel("float32_linear", "float32_linear", "float32_linear", HALVES, tolerance=FLOAT32),
     _kernel("causal_conv1d", "causal_conv", "causal_conv1d", ALL),
     _kernel("selective_scan", "scans", "selective_scan", ALL),
     _kernel("ssd_scan", "scans", "ssd_scan", ALL),
