@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from llmfw.ops.costs import BENCHES, Cost
 from llmfw.ops.device import device_info
 from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
+from llmfw.ops.large_calls import LARGE_CALLS
 from llmfw.ops.reference import REFERENCES
-from llmfw.ops.timing import KernelTime, contexts_of, time_kernel
+from llmfw.ops.timing import KernelTime, contexts_of, time_kernel, time_large
 
 INFO = DeviceInfo(torch.device("cpu"), frozenset({"cpu"}))
 FLOAT = torch.float32
@@ -88,6 +90,34 @@ def test_every_declared_call_runs(op):
         assert each.kernel == "reference"
 
 
+def reference_itself(context: OpContext):
+    return REFERENCES[context.op]
+
+
+@pytest.mark.parametrize("op", sorted(LARGE_CALLS))
+def test_large_calls_are_large_and_run(op, monkeypatch):
+    on_meta = DeviceInfo(torch.device("meta"), frozenset())
+    small = []
+    for call in LARGE_CALLS[op]:
+        arguments = BENCHES[op].arguments(
+            OpContext(op, torch.bfloat16, on_meta, call.shape), call.tokens, call.kv_len
+        )
+        held = sum(each.nbytes for each in arguments if isinstance(each, torch.Tensor))
+        assert held > 32 << 20, call
+        shape = {
+            name: min(value, 256 if "num_embeddings" in name or "vocab" in name else 32)
+            for name, value in call.shape.items()
+        }
+        small.append(replace(call, shape=shape, tokens=3, kv_len=20, code=""))
+    monkeypatch.setattr(timing, "LARGE_CALLS", {op: tuple(small)})
+    kernel = Kernel(op, "own", f"{__name__}:reference_itself")
+    times = list(time_large(kernel, FLOAT, INFO))
+    assert len(times) == len(small)
+    assert all(each.us > 0 and each.cost.nbytes > 0 for each in times)
+    picky = Kernel(op, "own", f"{__name__}:reference_itself", requires=("cuda",))
+    assert list(time_large(picky, FLOAT, INFO)) == []
+
+
 def test_the_floor_is_the_longer_of_two():
     context = OpContext("linear", FLOAT, INFO, {})
     time = KernelTime("linear", "x", context, "", us=10.0, cost=Cost(1000, 4000))
@@ -146,6 +176,20 @@ def test_the_command():
     assert all(row["us"] > 0 and row["of_floor"] > 0 for row in value["kernels"])
     assert value["read_gb_per_s"] > 0
     assert run("kernels", "bench", "--op", "no_such_op", "--device", "cpu").exit_code == 2
+
+
+def test_the_command_with_large_calls(monkeypatch):
+    if not {"avx2", "compiler"} <= device_info(torch.device("cpu")).features:
+        pytest.skip("no pack serves a CPU without AVX2 or a compiler")
+    call = replace(LARGE_CALLS["silu_and_mul"][0], tokens=2, note="few")
+    monkeypatch.setattr(timing, "LARGE_CALLS", {"silu_and_mul": (call,)})
+    done = run("kernels", "bench", "--large", "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    (row,) = value["kernels"]
+    assert (row["kernel"], row["case"]) == ("cpu.silu_and_mul", "tokens=2 few")
+    assert row["shape"] == "intermediate_size=14336"
+    assert value["copy_gb_per_s"] > 0
 
 
 def test_the_command_of_a_model(tiny_model):  # noqa: F811

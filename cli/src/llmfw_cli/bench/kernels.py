@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmfw.ops.costs import BENCHES
-from llmfw.ops.timing import KernelTime, contexts_of, time_kernel
+from llmfw.ops.timing import KernelTime, contexts_of, time_kernel, time_large
 
 if TYPE_CHECKING:
     from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
@@ -47,6 +47,13 @@ def time_pairs(pairs: Sequence[Pair], tokens: Sequence[int], kv_len: int) -> Ite
     order = {key: number for number, key in enumerate(dict.fromkeys(map(_key, pairs)))}
     for kernel, context in sorted(pairs, key=lambda pair: order[_key(pair)]):
         yield from time_kernel(kernel, context, tokens=tokens, kv_len=kv_len)
+
+
+def time_large_calls(pairs: Sequence[Pair]) -> Iterator[KernelTime]:
+    """The time of every kernel among `pairs` at its op's large calls, whatever shapes they name."""
+    kernels = {kernel.name: (kernel, context) for kernel, context in pairs if kernel is not None}
+    for kernel, context in kernels.values():
+        yield from time_large(kernel, context.dtype, context.info)
 
 
 def _key(pair: Pair) -> tuple[Any, ...]:

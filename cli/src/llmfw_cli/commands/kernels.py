@@ -134,17 +134,29 @@ def bench(
     context: Annotated[
         int, typer.Option(min=1, help="Tokens of each request in the cache.")
     ] = 1024,
+    large: Annotated[
+        bool,
+        typer.Option(
+            help="Instead: kernels that wait for memory, at calls that no cache holds, alone."
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Time kernels beside torch's references, with achieved rates and the share of the floor.
 
-    The floor of a call is the longer of moving its bytes at the measured bandwidth and of doing its
-    operations at the measured matrix rate. Arguments are rotated past the caches.
+    The floor of a call is the longer of moving its bytes at the measured bandwidth of reading and
+    of doing its operations at the measured matrix rate. Arguments are rotated past the caches.
     """
     from llmfw.errors import UsageError
-    from llmfw_cli.bench.kernels import pairs_of_kernels, pairs_of_model, row_of, time_pairs
+    from llmfw_cli.bench.kernels import (
+        pairs_of_kernels,
+        pairs_of_model,
+        row_of,
+        time_large_calls,
+        time_pairs,
+    )
     from llmfw_cli.bench.lengths import parse_numbers
-    from llmfw_cli.bench.machine import hardware, matrix_rate, read_bandwidth
+    from llmfw_cli.bench.machine import copy_bandwidth, hardware, matrix_rate, read_bandwidth
 
     counts = parse_numbers(tokens, "--tokens")
     if model is not None:
@@ -168,9 +180,11 @@ def bench(
     if not pairs:
         raise UsageError(f"no such kernel serves {info.device}", hint="see llmfw kernels list")
     bandwidth, rate = read_bandwidth(info.device), matrix_rate(info.device, kind)
-    rows = [row_of(each, bandwidth, rate) for each in time_pairs(pairs, counts, context)]
+    times = time_large_calls(pairs) if large else time_pairs(pairs, counts, context)
+    rows = [row_of(each, bandwidth, rate) for each in times]
     facts = {
         "read_gb_per_s": round(bandwidth / 1e9, 2),
+        "copy_gb_per_s": round(copy_bandwidth(info.device) / 1e9, 2),
         "matrix_gflops": round(rate / 1e9, 1),
         "hardware": hardware(info.device),
     }

@@ -127,6 +127,11 @@ def _linear(context: OpContext, tokens: int, kv_len: int) -> Arguments:
     return _normal(context, tokens, width), _normal(context, outs, width), bias
 
 
+def _float32_linear(context: OpContext, tokens: int, kv_len: int) -> Arguments:
+    x, weight, bias = _linear(context, tokens, kv_len)
+    return x, weight.float(), None if bias is None else bias.float()
+
+
 def _grouped_linear(context: OpContext, tokens: int, kv_len: int) -> Arguments:
     groups = context["num_groups"]
     chosen = torch.arange(tokens) * 7 % groups
@@ -196,9 +201,22 @@ def _draw_tokens(context: OpContext, tokens: int, kv_len: int) -> Arguments:
     return logits, logits.argmax(-1), torch.stack(columns), True
 
 
+def _copy_blocks(context: OpContext, tokens: int, kv_len: int) -> Arguments:
+    """`tokens` blocks in each of four caches, half of whose blocks are copied to the other half."""
+    order = torch.randperm(2 * tokens, generator=torch.Generator().manual_seed(0))
+    blocks = order.to(context.info.device)
+    caches = [_normal(context, 2 * tokens, 16, 8, 128) for _ in range(4)]
+    return blocks[:tokens], blocks[tokens:], *caches
+
+
+def _copy_cost(context: OpContext, arguments: Arguments, results: Sequence[torch.Tensor]) -> Cost:
+    """The half of each cache that is copied is read, the other written."""
+    return moved(context, arguments, ())
+
+
 def _draw_cost(context: OpContext, arguments: Arguments, results: Sequence[torch.Tensor]) -> Cost:
-    """The logits are read twice: to find the cut, and to draw."""
-    return Cost(2 * arguments[0].nbytes)
+    """The logits are read to draw, and before that to find the cut where there is one."""
+    return Cost((2 if arguments[3] else 1) * arguments[0].nbytes)
 
 
 def _batch(context: OpContext, tokens: int, kv_len: int) -> tuple[Any, Any, int]:
@@ -274,6 +292,9 @@ BENCHES: dict[str, OpBench] = {
         _linear,
         _product_cost,
     ),
+    "float32_linear": OpBench(
+        _shapes("in_features out_features bias", (2048, 64, 0)), _float32_linear, _product_cost
+    ),
     "grouped_linear": OpBench(
         _shapes("num_groups in_features out_features", (64, 1024, 512)),
         _grouped_linear,
@@ -311,6 +332,7 @@ BENCHES: dict[str, OpBench] = {
     ),
     "argmax": OpBench(_shapes("vocab_size", (32_000,), (128_256,)), _argmax, moved),
     "draw_tokens": OpBench(_shapes("vocab_size", (32_000,), (128_256,)), _draw_tokens, _draw_cost),
+    "copy_blocks": OpBench(({},), _copy_blocks, _copy_cost),
     "rope_and_cache": OpBench(
         _shapes(
             f"{_HEADS} rotary_dim interleaved qk_norm block_size",

@@ -19,7 +19,8 @@ from llmfw.ops.costs import BENCHES, Arguments, Cost, CostOf, moved
 from llmfw.ops.device import as_current
 from llmfw.ops.drawn import Case
 from llmfw.ops.inputs import INPUTS
-from llmfw.ops.kernel import Kernel, OpContext, load_object
+from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
+from llmfw.ops.large_calls import LARGE_CALLS
 from llmfw.ops.table import reference_of
 
 COLD_BYTES = 256 << 20
@@ -98,20 +99,36 @@ def time_kernel(
     Raises:
         KernelError: If there is nothing to draw inputs with.
     """
-    if kernel is not None and kernel.refusal(context) is not None:
-        return
+    if kernel is None or kernel.refusal(context) is None:
+        yield from _timed(kernel, context, _calls(kernel, context, tuple(tokens), kv_len))
+
+
+def time_large(kernel: Kernel, dtype: torch.dtype, info: DeviceInfo) -> Iterator[KernelTime]:
+    """Times a kernel at its op's `LARGE_CALLS`; nothing where there are none or it refuses them."""
+    for call in LARGE_CALLS.get(kernel.op, ()):
+        context = OpContext(kernel.op, dtype, info, call.shape, call.code)
+        if kernel.refusal(context) is None:
+            arguments = BENCHES[kernel.op].arguments(context, call.tokens, call.kv_len)
+            changed = call.changed(arguments) if call.changed else arguments
+            label = f"tokens={call.tokens} {call.note}".rstrip()
+            yield from _timed(kernel, context, [(label, changed)])
+
+
+def _timed(
+    kernel: Kernel | None, context: OpContext, calls: Iterable[tuple[str, Arguments]]
+) -> Iterator[KernelTime]:
     device = context.info.device
     with as_current(device):
         run = reference_of(context.op) if kernel is None else kernel.build(context)
     name = "reference" if kernel is None else kernel.name
     cost_of = _cost_of(kernel, context)
-    for case, arguments in _calls(kernel, context, tuple(tokens), kv_len):
+    for case, arguments in calls:
         with as_current(device), torch.inference_mode():
             results = _tensors(run(*_prepared(run, _copied(arguments))))
             cost = cost_of(context, arguments, results)
             copies = _copies(arguments, cost)
-            calls = [_prepared(run, _copied(arguments)) for _ in range(copies)]
-            us = _microseconds([_call(run, each) for each in calls], device)
+            held = [_prepared(run, _copied(arguments)) for _ in range(copies)]
+            us = _microseconds([_call(run, each) for each in held], device)
         yield KernelTime(context.op, name, context, case, us, cost)
 
 
