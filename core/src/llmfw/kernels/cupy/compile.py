@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llmfw.kernels.cupy")
 
 FOLDER = Path(__file__).parent
-HEADERS = ("common.cuh", "ptx.cuh", "hopper.cuh", "joined.cuh", "paged.cuh")
+HEADERS = (
+    "common.cuh",
+    "ptx.cuh",
+    "hopper.cuh",
+    "joined.cuh",
+    "latent.cuh",
+    "paged.cuh",
+    "turned.cuh",
+)
 OVERLAPS = ("0", "1", "2")
 DEFAULT_OVERLAP = "1"
 Constant = int | str  # of a source; a text is C++ as it stands
