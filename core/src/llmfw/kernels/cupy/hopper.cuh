@@ -182,36 +182,4 @@ __device__ __forceinline__ void multiply_tile(float (&d)[N][4], const u8* a, con
                  : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
                  : "l"(x), "l"(y));
 }
-
-// The same with the groups of 8 rows of a `pitch` bytes apart. COLUMNS: a is given by its columns, d += a^T b^T: 16
-// rows (two groups) of 64 values lie there where a has 16 columns of 64.
-template <int COLUMNS, int N>
-__device__ __forceinline__ void multiply_groups(float (&d)[N][4], const u8* a, int pitch, const u8* b) {
-  static_assert(N == 1 || N == 2 || N == 4 || N == 8, "8, 16, 32 or 64 columns");
-  const u64 x = u64((shared_address(a) & 0x3ffff) >> 4) | u64(1) << 16 | u64(pitch >> 4) << 32 | u64(1) << 62;
-  const u64 y = tile_descriptor(b);
-  if constexpr (N == 1)
-    asm volatile(PRODUCT("n8") "{%0,%1,%2,%3}, %4, %5, 1, 1, 1, %6, 0;" : FOUR(d[0]) : "l"(x), "l"(y), "n"(COLUMNS));
-  if constexpr (N == 2)
-    asm volatile(PRODUCT("n16") "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, %10, 0;"
-                 : FOUR(d[0]), FOUR(d[1])
-                 : "l"(x), "l"(y), "n"(COLUMNS));
-  if constexpr (N == 4)
-    asm volatile(PRODUCT("n32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, %18, 0;"
-                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3])
-                 : "l"(x), "l"(y), "n"(COLUMNS));
-  if constexpr (N == 8)
-    asm volatile(PRODUCT("n64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                 "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, %34, 0;"
-                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
-                 : "l"(x), "l"(y), "n"(COLUMNS));
-}
-
-// Two 8 x 8 matrices of 16-bit values to shared memory, turned: lane 8i + r gives where column r of matrix i goes, lane
-// 4g + c its values 2c, 2c + 1 of row g.
-__device__ __forceinline__ void store_columns(scalar* column, u32 x, u32 y) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(column)), "r"(x),
-               "r"(y)
-               : "memory");
-}
 #endif
