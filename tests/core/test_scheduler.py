@@ -148,6 +148,29 @@ def test_generated_blocks_are_shared_as_well():
     assert shape(made.schedule()) == [(2, 8, 1, True)]
 
 
+def test_what_single_tokens_fill_is_shared_from_the_next_step_on():
+    """A step of single tokens, which may be one kernel a layer, reads nothing that it writes."""
+    made = scheduler()
+    made.add(sequence(1, [5, 6, 7]))
+    finish_step(made, made.schedule())
+    made.add(sequence(2, [5, 6, 7, 1, 9]))  # its first block is what the first one fills now
+    step = made.schedule()
+    assert shape(step) == [(2, 0, 5, True), (1, 3, 1, True)]
+    finish_step(made, step)
+    made.add(sequence(3, [5, 6, 7, 1, 9]))
+    assert shape(made.schedule())[-1] == (3, 4, 1, True)
+
+
+def test_a_block_that_the_last_token_fills_is_shared_when_its_sequence_is_gone():
+    made = scheduler()
+    made.add(sequence(1, [5, 6, 7], max_tokens=2))
+    for _ in range(2):
+        finish_step(made, made.schedule())
+    made.finish(1)
+    made.add(sequence(2, [5, 6, 7, 1, 9]))
+    assert shape(made.schedule()) == [(2, 4, 1, True)]
+
+
 def test_no_hit_where_the_whole_prompt_must_be_computed():
     made = scheduler()
     made.add(sequence(1, list(range(9))))
@@ -222,6 +245,9 @@ class Worker:
         for new in step.new:
             self.texts[new.seq_id] = list(new.prompt_token_ids)
         sampled = []
+        # In a step of single tokens the writes of one request may come after another's reads.
+        alone = step.num_generations == len(step.chunks)
+        older = dict(self.holds) if alone else self.holds
         for chunk in step.chunks:
             text = self.texts[chunk.seq_id]
             assert chunk.start + chunk.num_tokens <= len(text)
@@ -241,7 +267,8 @@ class Worker:
             text, table = self.texts[chunk.seq_id], self.tables[chunk.seq_id]
             for position in range(chunk.start + chunk.num_tokens):
                 slot = table[position // self.size], position % self.size
-                assert self.holds[slot] == tuple(text[: position + 1]), "reads another's cache"
+                holds = older if position < chunk.start else self.holds
+                assert holds[slot] == tuple(text[: position + 1]), "reads another's cache"
             assert chunk.samples == (chunk.start + chunk.num_tokens == len(text))
             if chunk.samples:
                 token = (sum(text) * 7 + len(text)) % 3

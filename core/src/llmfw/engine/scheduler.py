@@ -303,16 +303,18 @@ class Scheduler:
                 self._count_prefix(sequence, cached)
             plan.take(sequence, count)
             # Named at once: a later one of this step may share it, for layers write K and V before
-            # they read.
+            # they read where a step has more than single tokens.
             chunk = self._advance(sequence, count, sequence.blocks, restart=True)
             (generations if count == 1 else contexts).append(chunk)
 
     def _generate(self, sequence: Sequence, plan: StepPlan) -> Chunk:
         """The chunk of a sequence that lacks one token, which promises the next."""
         start = sequence.num_computed
-        sequence.num_computed = start + 1
+        # Before this step's token counts: what single tokens fill is shared from the next step on,
+        # so that no request of a step of them reads what another one writes.
         if sequence.num_named < len(sequence.digests):
             self._name_blocks(sequence)
+        sequence.num_computed = start + 1
         if sequence.group is not None:
             return self._generate_beam(sequence, start)
         sequence.num_tokens += 1  # promised
@@ -329,11 +331,14 @@ class Scheduler:
         self, sequence: Sequence, count: int, blocks: list[int] | tuple[int, ...], *, restart: bool
     ) -> Chunk:
         start = sequence.num_computed
+        if count == 1:  # as `_generate` does
+            self._name_blocks(sequence)
         sequence.num_computed += count
         samples = sequence.num_computed == sequence.num_tokens
         if samples and sequence.group is None:
             sequence.num_tokens += 1  # promised
-        self._name_blocks(sequence)
+        if count > 1:
+            self._name_blocks(sequence)
         return Chunk(sequence.seq_id, start, count, samples, tuple(blocks), restart)
 
     def _name_blocks(self, sequence: Sequence) -> None:
@@ -364,6 +369,8 @@ class Scheduler:
         return missing <= self.pool.num_free
 
     def _free(self, sequence: Sequence) -> None:
+        if sequence.blocks and sequence.group is None:
+            self._name_blocks(sequence)  # of its last step
         self.pool.release(self._held(sequence))
         sequence.blocks = []
 
