@@ -360,6 +360,7 @@ def _attend(
 
 REFERENCES: dict[str, Callable[..., object]] = {
     "linear": linear,
+    "float32_linear": float32_linear,
     "grouped_linear": grouped_linear,
     "head_linear": head_linear,
     "gated_linear": gated_linear,
@@ -386,4 +387,3 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "penalise": penalise,
     "copy_blocks": copy_blocks,
 }
-    "float32_linear": float32_linear,
