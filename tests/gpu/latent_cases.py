@@ -6,8 +6,19 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from gpu.kernel_cases import BATCHES, Arguments, Batch, Case, attention_arguments, randn
+from gpu.kernel_cases import (
+    BATCHES,
+    Arguments,
+    Batch,
+    Case,
+    attention_arguments,
+    randn,
+    relative_error,
+)
+from llmfw.kernels.cupy.attention import parts_of
+from llmfw.kernels.cupy.latent_tiles import Cut, LatentTiles
 from llmfw.ops.kernel import DTYPE_NAMES
+from llmfw.ops.reference import REFERENCES
 
 
 def latent_rope_cases() -> Iterator[Case]:
@@ -113,6 +124,9 @@ LATENT_LAYOUTS = [
     (4, 128, 32, 16),
     (3, 48, 16, 24),
     (40, 64, 16, 8),
+    (4, 128, 64, 24),
+    (40, 128, 64, 32),
+    (128, 128, 64, 64),
 ]
 
 
@@ -140,6 +154,31 @@ def latent_attention_cases() -> Iterator[Case]:
 
                 label = f"{name}-latent{heads}x{latent}+{rotary}b{block_size}"
                 yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
+
+
+CUTS = [
+    Cut(rows, warpgroups, cluster)
+    for rows in (16, 32, 64)
+    for warpgroups in (1, 2)
+    for cluster in (1, 2, 8)
+    if rows < 64 or warpgroups > 1
+]
+UNEVEN = Batch(((2, 900), (1, 100), (3, 67), (1, 1)))
+
+
+def check_cut(attend: LatentTiles, case: Case, cut: Cut, groups: int, device: torch.device) -> None:
+    """One way to divide requests of one and several tokens: near the reference, twice the same."""
+    generator = torch.Generator().manual_seed(5)
+    args, _ = attention_arguments(device, torch.bfloat16, generator, case.shape, UNEVEN)
+    q, cache, _, metadata, view, scale = args
+    expected = REFERENCES["paged_attention"](*args)
+    (part,) = parts_of(metadata)
+    lengths = view.block_tables, metadata.cu_query_lens, metadata.kv_lens_device
+    outs = [torch.full_like(expected, float("nan")) for _ in range(2)]
+    for out in outs:
+        attend(out, q, cache, *lengths, part, scale, cut=cut, groups=groups)
+    assert relative_error(outs[0], expected) <= 8e-3
+    assert torch.equal(*outs)
 
 
 EXPANDED_LAYOUTS = [

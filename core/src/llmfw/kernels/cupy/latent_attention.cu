@@ -13,22 +13,8 @@
 // Scores: warps divide rows (16 each), keys and the summed dimension; q stays in registers. Softmax: warps divide rows.
 // Values: warps divide V_DIM, and V is the same tile, read by columns.
 #include "common.cuh"
+#include "latent.cuh"
 
-#ifndef HEAD_DIM
-#define HEAD_DIM 576
-#endif
-#ifndef V_DIM
-#define V_DIM 512
-#endif
-#ifndef HEADS
-#define HEADS 16
-#endif
-#ifndef ROWS
-#define ROWS 16
-#endif
-#ifndef KEYS
-#define KEYS 32
-#endif
 #ifndef STAGES
 #define STAGES 2
 #endif
@@ -66,28 +52,6 @@ constexpr int PASSES = (KEYS * 8 + THREADS - 1) / THREADS;
 static_assert(HEAD_DIM % 16 == 0 && V_DIM % 16 == 0 && V_DIM <= HEAD_DIM && BLOCK_SIZE % 8 == 0, "whole tiles");
 static_assert(ROWS % 16 == 0 && WARPS % ROW_TILES == 0 && KEYS % 16 == 0, "whole tiles");
 static_assert(KEYS % KEY_PARTS == 0 && KEYS_EACH % 16 == 0 && STAGES >= 2, "equal shares");
-
-// A request's keys as the row tile sees them, and how they are divided: the same for both kernels.
-struct Share {
-  int q_start, rows, past, last, from, stop, active;  // keys 0 .. past - 1 are older than the request's queries
-};
-
-__device__ __forceinline__ Share share_of(const int* cu_query_lens, const int* kv_lens, int request, int row0,
-                                          int split, int splits, int least_share) {
-  Share x;
-  x.q_start = cu_query_lens[request];
-  const int q_len = cu_query_lens[request + 1] - x.q_start;
-  const int kv_len = max(kv_lens[request], q_len);
-  x.rows = q_len * HEADS;
-  x.past = kv_len - q_len;
-  x.last = x.past + (min(row0 + ROWS, x.rows) - 1) / HEADS;  // the last key that a row sees
-  const int tiles = x.last / KEYS + 1;
-  const int share = max((tiles + splits - 1) / splits, least_share);
-  x.active = (tiles + share - 1) / share;
-  x.from = split * share;
-  x.stop = min(x.from + share, tiles);
-  return x;
-}
 
 // The pages of the keys that this thread copies of a tile.
 __device__ __forceinline__ void find_pages(int (&pages)[PASSES], const int* table, int tile, int last) {
@@ -313,56 +277,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
           *reinterpret_cast<float2*>(partial + (place * ROWS + row) * V_DIM + dim) = make_float2(x, y);
       }
     }
-}
-
-// Combines the splits of a row. Launch: block V_DIM / 4 rounded up to whole warps, grid (rows of a request, requests).
-extern "C" __global__ void __launch_bounds__((V_DIM / 4 + 31) / 32 * 32)
-    merge_latent(scalar* out, const int* cu_query_lens, const int* kv_lens, const float4* partial,
-                 const float2* partial_stats, int first_request, int row_tiles, int splits, int least_share) {
-  constexpr int AT_ONCE = 8;  // splits that a thread reads at once
-  constexpr int QUADS = V_DIM / 4;
-  const int row = blockIdx.x % ROWS, row_tile = blockIdx.x / ROWS, quad = threadIdx.x;
-  follow_older();
-  const Share mine =
-      share_of(cu_query_lens, kv_lens, first_request + blockIdx.y, row_tile * ROWS, 0, splits, least_share);
-  follow();
-  if (int(blockIdx.x) >= mine.rows || mine.active == 1 || quad >= QUADS) return;
-  const i64 place = (i64(blockIdx.y) * row_tiles + row_tile) * splits;
-  float high = NEG_INF, total = 0;
-  float4 y = make_float4(0, 0, 0, 0);
-  for (int other = 0; other < mine.active; other += AT_ONCE) {
-    float4 x[AT_ONCE];
-    float2 its[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const i64 index = (place + min(other + i, mine.active - 1)) * ROWS + row;
-      x[i] = load_l2(partial + index * QUADS + quad);
-      its[i] = load_l2(partial_stats + index);
-    }
-    float peak = high;
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) peak = fmaxf(peak, its[i].x);
-    const float fade = high == NEG_INF ? 0.0f : exp2_fast(high - peak);
-    high = peak;
-    total *= fade;
-    y = make_float4(y.x * fade, y.y * fade, y.z * fade, y.w * fade);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const float part = other + i < mine.active && its[i].x != NEG_INF ? exp2_fast(its[i].x - high) : 0.0f;
-      total += its[i].y * part;
-      y.x += x[i].x * part;
-      y.y += x[i].y * part;
-      y.z += x[i].z * part;
-      y.w += x[i].w * part;
-    }
-  }
-  const float factor = 1.0f / total;
-  Pack<4> result;
-  result.at[0] = from_float(y.x * factor);
-  result.at[1] = from_float(y.y * factor);
-  result.at[2] = from_float(y.z * factor);
-  result.at[3] = from_float(y.w * factor);
-  store<4>(out + (i64(mine.q_start) * HEADS + blockIdx.x) * V_DIM + quad * 4, result);
 }
 
 #endif

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmfw.errors import KernelError
+from llmfw.kernels.cupy import latent_tiles
 from llmfw.kernels.cupy.attention import Part, parts_of
 from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.latent_merge import Division, LatentHeads, Splits
+from llmfw.kernels.cupy.latent_tiles import LatentTiles
 from llmfw.kernels.cupy.launch import Launcher, dense
 from llmfw.kernels.cupy.paged_decode import UNSETTLED, check_block_size
 from llmfw.ops.kernel import OpContext
@@ -25,26 +28,6 @@ LONG_SHARE = 1024  # the same where the requests alone fill the device
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
 RESERVED_BYTES = 1 << 10  # of shared memory, for each resident block
 LEAST_SHARED_BYTES = 99 << 10  # that a block can have everywhere, where torch does not tell more
-
-
-@dataclass(frozen=True)
-class LatentHeads:
-    """The static shape of one kind of latent attention layer."""
-
-    num_heads: int
-    head_dim: int
-    v_dim: int
-    block_size: int
-
-    @classmethod
-    def of(cls, context: OpContext) -> LatentHeads:
-        """From the op's context."""
-        return cls(
-            context["num_heads"],
-            context["head_dim"],
-            context["v_head_dim"],
-            context["block_size"],
-        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +92,12 @@ class Plan:
     splits: int
     least_share: int
 
+    @property
+    def division(self) -> Division:
+        """What the merge of splits wants to know."""
+        tile = self.tile
+        return Division(tile.rows, tile.keys, self.columns, self.splits, self.least_share)
+
 
 class LatentAttention:
     """The compiled kernels for one head layout."""
@@ -121,7 +110,8 @@ class LatentAttention:
         self._shared_limit: int = getattr(
             properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES
         )
-        self._launchers: dict[Tile, tuple[Launcher, Launcher]] = {}
+        self._launchers: dict[Tile, Launcher] = {}
+        self._splits = Splits(context, self.heads)
 
     def resident_blocks(self, tile: Tile) -> int:
         """Blocks of one multiprocessor at once: two where registers and shared memory allow."""
@@ -168,8 +158,8 @@ class LatentAttention:
         splits = min(-(-LONG_WAVES * slots // blocks), -(-max_kv // LONG_SHARE), MAX_SPLITS)
         return Plan(tile, columns, splits, LONG_SHARE // tile.keys)
 
-    def launchers(self, tile: Tile) -> tuple[Launcher, Launcher]:
-        """The kernel for blocks of such tiles and the one that merges, compiled when wanted."""
+    def launcher(self, tile: Tile) -> Launcher:
+        """The kernel for blocks of such tiles, compiled when wanted."""
         found = self._launchers.get(tile)
         if found is None:
             heads, context = self.heads, self._context
@@ -187,10 +177,7 @@ class LatentAttention:
                 MIN_BLOCKS=self.resident_blocks(tile),
             )
             size = tile.shared_bytes(heads.head_dim)
-            found = (
-                module.launcher("latent_attention", "PPPPPPPPqqqiiif", size),
-                module.launcher("merge_latent", "PPPPPiiii"),
-            )
+            found = module.launcher("latent_attention", "PPPPPPPPqqqiiif", size)
             self._launchers[tile] = found
         return found
 
@@ -215,14 +202,8 @@ class LatentAttention:
         """
         heads = self.heads
         plan = self.plan(part.requests, part.max_q, part.max_kv, splits, tile)
-        partial = stats = 0
-        if plan.splits > 1:
-            rows = part.requests * plan.columns * plan.splits * plan.tile.rows
-            workspace = torch.empty(rows * (heads.v_dim + 2), dtype=torch.float32, device=q.device)
-            partial = workspace.data_ptr()
-            stats = partial + rows * heads.v_dim * 4
-        attend, merge = self.launchers(plan.tile)
-        attend(
+        room = self._splits.room(part.requests, plan.division, q.device)
+        self.launcher(plan.tile)(
             (plan.columns, plan.splits, part.requests),
             (WARPS * 32, 1, 1),
             out.data_ptr(),
@@ -231,8 +212,7 @@ class LatentAttention:
             block_tables.data_ptr(),
             cu_query_lens.data_ptr(),
             kv_lens.data_ptr(),
-            partial,
-            stats,
+            *self._splits.addresses(room, part.requests, plan.division),
             block_tables.stride(0),
             cache.stride(0),
             cache.stride(1),
@@ -241,26 +221,14 @@ class LatentAttention:
             heads.block_size if part.settled else UNSETTLED,
             scale,
         )
-        if plan.splits > 1:
-            merge(
-                (heads.num_heads * part.max_q, part.requests, 1),
-                (-(-heads.v_dim // 128) * 32, 1, 1),
-                out.data_ptr(),
-                cu_query_lens.data_ptr(),
-                kv_lens.data_ptr(),
-                partial,
-                stats,
-                part.first,
-                plan.columns,
-                plan.splits,
-                plan.least_share,
-            )
+        self._splits.merge(out, room, cu_query_lens, kv_lens, part, plan.division)
 
 
 def latent_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `paged_attention` over a latent cache, for one head layout."""
     attend = LatentAttention(context)
     heads = attend.heads
+    tiles = LatentTiles(context) if latent_tiles.refusal(context) is None else None
 
     def call(
         q: torch.Tensor,
@@ -282,17 +250,10 @@ def latent_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         q = dense(q)
         width = heads.num_heads * heads.v_dim
         out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
+        lengths = view.block_tables, metadata.cu_query_lens, metadata.kv_lens_device
         for part in parts_of(metadata):
-            attend(
-                out,
-                q,
-                k_cache,
-                view.block_tables,
-                metadata.cu_query_lens,
-                metadata.kv_lens_device,
-                part,
-                scale,
-            )
+            kernel = tiles if tiles is not None and tiles.serves(k_cache, part) else attend
+            kernel(out, q, k_cache, *lengths, part, scale)
         return out
 
     return call

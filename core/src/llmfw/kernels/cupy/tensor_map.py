@@ -19,20 +19,27 @@ INTERLEAVE_NONE, SWIZZLE_128B, PROMOTION_256B, FILL_ZEROS = 0, 3, 3, 0
 
 @dataclass(frozen=True)
 class Matrix:
-    """A row-major matrix of 16-bit values and its boxes of `box_rows` rows and SPAN values."""
+    """A row-major matrix of 16-bit values and its boxes of `box_rows` rows and SPAN values.
+
+    With `whole`, a box has all spans of its rows, one span's rows after another's; columns are then
+    a multiple of SPAN.
+    """
 
     address: int
     rows: int
     columns: int
     dtype: torch.dtype
     box_rows: int
+    whole: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
-def tensor_map(address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int) -> bytes:
+def tensor_map(
+    address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int, whole: bool = False
+) -> bytes:
     """The map's bytes; it holds the address and sizes alone, so that it is good for whoever lies
     there."""
-    return encode(Matrix(address, rows, columns, dtype, box_rows))
+    return encode(Matrix(address, rows, columns, dtype, box_rows, whole))
 
 
 def encode(matrix: Matrix) -> bytes:
@@ -43,15 +50,22 @@ def encode(matrix: Matrix) -> bytes:
     """
     memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + ALIGNMENT)
     start = -ctypes.addressof(memory) % ALIGNMENT
+    row_bytes, spans = matrix.columns * 2, matrix.columns // SPAN
+    sizes: tuple[int, ...] = (matrix.columns, matrix.rows)
+    strides: tuple[int, ...] = (row_bytes,)
+    box: tuple[int, ...] = (SPAN, matrix.box_rows)
+    if matrix.whole:
+        sizes, strides, box = (SPAN, matrix.rows, spans), (row_bytes, SPAN * 2), (*box, spans)
+    rank = len(sizes)
     code = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(memory) + start),
         TYPES[matrix.dtype],
-        2,
+        rank,
         ctypes.c_void_p(matrix.address),
-        (ctypes.c_uint64 * 2)(matrix.columns, matrix.rows),
-        (ctypes.c_uint64 * 1)(matrix.columns * 2),
-        (ctypes.c_uint32 * 2)(SPAN, matrix.box_rows),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         INTERLEAVE_NONE,
         SWIZZLE_128B,
         PROMOTION_256B,

@@ -1,0 +1,196 @@
+"""Launcher of latent_tiles.cu: attention over a latent cache on compute capability 9.0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmfw.kernels.cupy.attention import Part
+from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.latent_merge import Division, LatentHeads, Splits
+from llmfw.kernels.cupy.launch import Launcher
+from llmfw.kernels.cupy.paged_decode import UNSETTLED
+from llmfw.kernels.cupy.streamed import has_tile_products
+from llmfw.kernels.cupy.tensor_map import SPAN, tensor_map
+from llmfw.ops.kernel import OpContext
+
+KEYS = 64  # of a tile, what four warps multiply at least
+GROUP = 8  # keys that one copy brings
+SHARED_BYTES = 227 << 10  # of a block, which has a multiprocessor for itself
+MOST_STAGES = 4
+MOST_CLUSTER = 8  # blocks; more are not promised
+MOST_GROUPS = 16
+LEAST_TILES = 2  # of a block where a request has more than one cluster, since merging has a price
+LEAST_KEYS = 1024  # of a cluster there
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a cluster of blocks takes tiles of keys.
+
+    Args:
+        rows: Query rows of a block, heads times tokens: 16, 32 or 64.
+        warpgroups: That multiply; they divide rows for scores and the latent for values.
+        cluster: Blocks that share a range of keys.
+    """
+
+    rows: int
+    warpgroups: int
+    cluster: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block: those that multiply, and those that bring tiles, as latent_tiles.cu says."""
+        return self.warpgroups * 128 + (128 if self.warpgroups > 1 else 32)
+
+    def stages(self, head_dim: int) -> int:
+        """Tiles under way: what memory holds."""
+        return min(MOST_STAGES, (SHARED_BYTES - self._rest(head_dim)) // _tile_bytes(head_dim))
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Shared memory of a block, as latent_tiles.cu divides it."""
+        return self.stages(head_dim) * _tile_bytes(head_dim) + self._rest(head_dim)
+
+    def _rest(self, head_dim: int) -> int:
+        """Queries, weights, maxima by warp, fades and statistics, barriers."""
+        return self.rows * (head_dim * 2 + KEYS * 2 + 7 * 4) + (2 * MOST_STAGES + 1) * 8
+
+
+def _tile_bytes(head_dim: int) -> int:
+    return KEYS * head_dim * 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch is divided.
+
+    Args:
+        cut: What a cluster does.
+        columns: Blocks of rows that a request has.
+        groups: Most clusters that share a request's keys.
+        least_share: Fewest tiles of keys that a cluster has.
+    """
+
+    cut: Cut
+    columns: int
+    groups: int
+    least_share: int
+
+    @property
+    def division(self) -> Division:
+        """What the merge of groups wants to know."""
+        return Division(self.cut.rows, KEYS, self.columns, self.groups, self.least_share)
+
+
+def refusal(context: OpContext) -> str | None:
+    """Why the head layout or the device is left to latent_attention.cu, None where it is not."""
+    if not has_tile_products(context.info):
+        return "needs the tensor copies and products of compute capability 9.0"
+    heads = LatentHeads.of(context)
+    if heads.head_dim % SPAN or heads.v_dim % (2 * SPAN):
+        return f"sizes {heads.head_dim} and {heads.v_dim} are no multiples of {SPAN}"
+    return None
+
+
+class LatentTiles:
+    """The compiled kernels for one head layout."""
+
+    def __init__(self, context: OpContext) -> None:
+        self.heads = LatentHeads.of(context)
+        self._context = context
+        properties = torch.cuda.get_device_properties(device_index(context.info.device))
+        self._sms: int = properties.multi_processor_count
+        self._launchers: dict[Cut, Launcher] = {}
+        self._splits = Splits(context, self.heads)
+
+    def serves(self, cache: torch.Tensor, part: Part) -> bool:
+        """Whether these requests are best attended here."""
+        return cache.is_contiguous()
+
+    def plan(
+        self,
+        requests: int,
+        max_q: int,
+        max_kv: int,
+        cut: Cut | None = None,
+        groups: int | None = None,
+    ) -> Plan:
+        """How a batch of at most these lengths is launched; `cut` and `groups` override."""
+        needed = self.heads.num_heads * max_q
+        rows = next((rows for rows in (16, 32) if needed <= rows), 64) if cut is None else cut.rows
+        columns, tiles = -(-needed // rows), -(-max_kv // KEYS)
+        room = self._sms // (columns * requests)
+        if cut is None:
+            cluster = MOST_CLUSTER
+            while cluster > max(1, min(room, tiles)):
+                cluster //= 2
+            cut = Cut(rows, 1 if rows == 16 else 2, cluster)
+        if groups is not None:
+            return Plan(cut, columns, groups, 1)
+        most = min(room // cut.cluster, tiles // (cut.cluster * LEAST_TILES), MOST_GROUPS)
+        return Plan(cut, columns, max(1, most), LEAST_KEYS // KEYS)
+
+    def launcher(self, cut: Cut) -> Launcher:
+        """The kernel for such a cut, compiled when wanted."""
+        found = self._launchers.get(cut)
+        if found is None:
+            heads, context = self.heads, self._context
+            module = load(
+                "latent_tiles.cu",
+                context.info.device,
+                context.dtype,
+                HEAD_DIM=heads.head_dim,
+                V_DIM=heads.v_dim,
+                HEADS=heads.num_heads,
+                BLOCK_SIZE=heads.block_size,
+                ROWS=cut.rows,
+                WARPGROUPS=cut.warpgroups,
+                STAGES=cut.stages(heads.head_dim),
+                CLUSTER=cut.cluster,
+            )
+            size = cut.shared_bytes(heads.head_dim)
+            found = module.launcher("latent_tiles", "PTTPPPPPqiiif", size, cut.cluster)
+            self._launchers[cut] = found
+        return found
+
+    def __call__(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        cu_query_lens: torch.Tensor,
+        kv_lens: torch.Tensor,
+        part: Part,
+        scale: float,
+        *,
+        cut: Cut | None = None,
+        groups: int | None = None,
+    ) -> None:
+        """Attend for the requests of `part` into their rows of out [T, heads * v_dim].
+
+        The part's greatest lengths bound those that the kernel reads from the device. `cut` and
+        `groups` override the plan.
+        """
+        heads = self.heads
+        plan = self.plan(part.requests, part.max_q, part.max_kv, cut, groups)
+        room = self._splits.room(part.requests, plan.division, q.device)
+        dim, slots = heads.head_dim, cache.shape[0] * heads.block_size
+        self.launcher(plan.cut)(
+            (plan.groups * plan.cut.cluster, plan.columns, part.requests),
+            (plan.cut.threads, 1, 1),
+            out.data_ptr(),
+            tensor_map(q.data_ptr(), q.shape[0] * heads.num_heads, dim, q.dtype, plan.cut.rows),
+            tensor_map(cache.data_ptr(), slots, dim, q.dtype, GROUP, whole=True),
+            block_tables.data_ptr(),
+            cu_query_lens.data_ptr(),
+            kv_lens.data_ptr(),
+            *self._splits.addresses(room, part.requests, plan.division),
+            block_tables.stride(0),
+            part.first,
+            plan.least_share,
+            heads.block_size if part.settled else UNSETTLED,
+            scale,
+        )
+        self._splits.merge(out, room, cu_query_lens, kv_lens, part, plan.division)
