@@ -53,6 +53,12 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": BF16, "ROWS": 64, "HEADS": 128},
         {"DTYPE": F16, "HEAD_DIM": 64, "V_DIM": 48, "HEADS": 3, "BLOCK_SIZE": 24, "KEYS": 16},
     ],
+    "latent_tiles.cu": [
+        {"DTYPE": BF16, "CLUSTER": 2},
+        {"DTYPE": BF16, "ROWS": 64, "WARPGROUPS": 2, "HEADS": 128},
+        {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "HEADS": 3, "BLOCK_SIZE": 24, "CLUSTER": 8},
+    ],
+    "merge_latent.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "V_DIM": 48, "HEADS": 3, "ROWS": 64}],
     "latent_rope.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "HEADS": 5, "LATENT_DIM": 27, "ROTARY_DIM": 6, "WIDTH": 1},

@@ -28,6 +28,8 @@ from gpu.kernel_cases import (
     rope_cases,
 )
 from gpu.latent_cases import (
+    CUTS,
+    check_cut,
     expanded_attention_cases,
     head_linear_cases,
     latent_attention_cases,
@@ -40,6 +42,7 @@ from llmfw import MLA, MLAParams, ModelConfig, RopeParams
 from llmfw.attention.metadata import LayerCache
 from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, paged_plan, prefill
 from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.kernels.cupy.latent_tiles import LatentTiles
 from llmfw.kernels.cupy.paged_plan import Cut
 from llmfw.layers import stock_layer
 from llmfw.models import bind_tree
@@ -199,6 +202,23 @@ def test_paged_attention_keeps_any_number_of_tiles_under_way(
 @pytest.mark.parametrize("case", small(list(latent_attention_cases()), 5))
 def test_latent_attention_matches_its_reference(case: Case, device: torch.device) -> None:
     run(case, device)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(cut, marks=() if (cut.rows, cut.cluster) == (16, 2) else pytest.mark.slow)
+        for cut in CUTS
+    ],
+    ids=str,
+)
+def test_latent_tiles_are_the_same_however_they_are_cut(
+    cut: Any, groups: int, device: torch.device
+) -> None:
+    case = next(c for c in latent_attention_cases() if "few-latent4x128+64" in c.label)
+    case = replace(case, dtype="bfloat16", shape={**case.shape, "num_heads": 24})
+    check_cut(LatentTiles(case.context(device)), case, cut, groups, device)
 
 
 @pytest.mark.parametrize("case", small([*linear_cases(), *gated_linear_cases()], 25))

@@ -9,8 +9,8 @@ import torch
 
 from gpu.kernel_cases import Batch, Case, attention_arguments, check, kernel_of, relative_error
 from gpu.latent_cases import CUTS, check_cut, latent_attention_cases, latent_cases
-from llmfw.kernels.cupy.attention import parts_of
 from llmfw.kernels.cupy import latent_tiles
+from llmfw.kernels.cupy.attention import parts_of
 from llmfw.kernels.cupy.latent_attention import TILES, WIDE, LatentAttention
 from llmfw.kernels.cupy.latent_tiles import Cut, LatentTiles
 from llmfw.ops.reference import REFERENCES
