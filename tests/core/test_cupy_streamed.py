@@ -24,12 +24,13 @@ from llmfw.ops.kernel import DeviceInfo, OpContext
 DRIVER = r"""
 #include <stdint.h>
 #include <string.h>
-uint64_t seen[10];
+uint64_t seen[13];
 int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address,
     const uint64_t* sizes, const uint64_t* pitches, const uint32_t* box, const uint32_t* steps,
     int interleave, int swizzle, int promotion, int fill) {
   uint64_t all[] = {(uint64_t)map % 64, type, rank, (uint64_t)address, sizes[0], sizes[1],
-                    pitches[0], box[0], box[1], swizzle};
+                    pitches[0], box[0], box[1], swizzle, rank > 2 ? sizes[2] : 0,
+                    rank > 2 ? pitches[1] : 0, rank > 2 ? box[2] : 0};
   memcpy(seen, all, sizeof(all));
   memset(map, 7, 128);
   return pitches[0] % 16 ? 1 : 0;
@@ -101,20 +102,37 @@ def test_only_aligned_rows_are_read_by_packs() -> None:
     assert not serves(x.view(2, 32).t(), weight[:64].view(2, 32))
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-def test_a_tensor_map_says_what_the_driver_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """One that notes what it is asked to encode, and refuses rows that are not aligned."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc")
     (tmp_path / "driver.c").write_text(DRIVER)
     command = ["gcc", "-shared", "-fPIC", "-w", "driver.c", "-o", "driver.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
     library = ctypes.CDLL(str(tmp_path / "driver.so"))
     monkeypatch.setattr(tensor_map, "driver", lambda: library)
+    return library
 
-    address = 0x7F0000001000
-    found = tensor_map.encode(tensor_map.Matrix(address, 50, 192, torch.bfloat16, 64))
-    assert found == bytes([7]) * 128
-    seen = list((ctypes.c_uint64 * 10).in_dll(library, "seen"))
-    assert seen == [0, 9, 2, address, 192, 50, 384, 64, 64, 3]
+
+ADDRESS = 0x7F0000001000
+
+
+@pytest.mark.parametrize(
+    ("box_rows", "whole", "expected"),
+    [
+        (64, False, [0, 9, 2, ADDRESS, 192, 50, 384, 64, 64, 3, 0, 0, 0]),
+        (8, True, [0, 9, 3, ADDRESS, 64, 50, 384, 64, 8, 3, 3, 128, 3]),
+    ],
+)
+def test_a_tensor_map_says_what_the_driver_needs(
+    box_rows: int, whole: bool, expected: list[int], driver: ctypes.CDLL
+) -> None:
+    matrix = tensor_map.Matrix(ADDRESS, 50, 192, torch.bfloat16, box_rows, whole)
+    assert tensor_map.encode(matrix) == bytes([7]) * 128
+    assert list((ctypes.c_uint64 * 13).in_dll(driver, "seen")) == expected
+
+
+def test_rows_that_are_not_aligned_have_no_tensor_map(driver: ctypes.CDLL) -> None:
     with pytest.raises(KernelError, match="no tensor map"):
-        tensor_map.encode(tensor_map.Matrix(address, 50, 193, torch.bfloat16, 64))
+        tensor_map.encode(tensor_map.Matrix(ADDRESS, 50, 193, torch.bfloat16, 64))

@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from llmfw.errors import KernelError
-from llmfw.kernels.cupy import expanded_attention, head_linear, latent_attention, latent_rope
+from llmfw.kernels.cupy import (
+    expanded_attention,
+    head_linear,
+    latent_attention,
+    latent_rope,
+    latent_tiles,
+)
 from llmfw.kernels.cupy.expanded_attention import ExpandedHeads
 from llmfw.kernels.cupy.latent_attention import LatentAttention, Tile
+from llmfw.kernels.cupy.latent_tiles import KEYS, Cut, LatentTiles
 from llmfw.ops.kernel import DeviceInfo, OpContext
 
 CUDA = DeviceInfo(torch.device("cuda", 0), frozenset({"cuda", "sm_80", "sm_90", "cupy"}))
@@ -88,6 +95,41 @@ def test_splits_fill_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     many = attention(monkeypatch, 227 << 10, heads=128).plan(3, 2, 1024)
     assert (many.tile.rows, many.columns) == (64, 4)
     assert attend.plan(3, 1, 1024, splits=5).splits == 5
+
+
+@pytest.mark.parametrize("head_dim", [192, 576])
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_a_multiprocessor_holds_two_tiles_of_keys_at_least(rows: int, head_dim: int) -> None:
+    cut = Cut(rows, 2, 1)
+    assert cut.stages(head_dim) >= 2
+    assert cut.shared_bytes(head_dim) <= latent_tiles.SHARED_BYTES
+
+
+@pytest.mark.parametrize("heads", [1, 16, 24, 128])
+def test_clusters_fill_the_device_once(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    tiles = LatentTiles(context("paged_attention", {**ATTENTION, "num_heads": heads}))
+    for requests in (1, 3, 16, 64, 66, 67, 132, 133, 300):
+        for longest in (1, 64, 65, 1024, 9000):
+            plan = tiles.plan(requests, 2, longest)
+            assert plan.columns * plan.cut.rows >= 2 * heads
+            parts = plan.groups * plan.cut.cluster
+            assert parts == 1 or parts * requests * plan.columns <= 132
+            assert parts <= -(-longest // KEYS)
+
+
+def test_latent_tiles_need_9_0_and_whole_spans() -> None:
+    def told(features: str, **change: int) -> str | None:
+        info = DeviceInfo(CUDA.device, frozenset({"cuda", "cupy", *features.split()}))
+        shape = {**ATTENTION, **change}
+        return latent_tiles.refusal(OpContext("paged_attention", torch.bfloat16, info, shape))
+
+    assert told("sm_80 sm_90") is None
+    assert "9.0" in str(told("sm_80"))
+    assert "9.0" in str(told("sm_80 sm_90 sm_100"))
+    assert "576 and 448" in str(told("sm_80 sm_90", v_head_dim=448))
+    assert "544 and 512" in str(told("sm_80 sm_90", head_dim=544))
 
 
 @pytest.mark.parametrize(

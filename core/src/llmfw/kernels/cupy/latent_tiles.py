@@ -89,7 +89,7 @@ def refusal(context: OpContext) -> str | None:
         return "needs the tensor copies and products of compute capability 9.0"
     heads = LatentHeads.of(context)
     if heads.head_dim % SPAN or heads.v_dim % (2 * SPAN):
-        return f"sizes {heads.head_dim} and {heads.v_dim} are no multiples of {SPAN}"
+        return f"sizes {heads.head_dim} and {heads.v_dim} are no multiples of {SPAN} and {2 * SPAN}"
     return None
 
 
