@@ -103,9 +103,25 @@ T load_at(const T* own, int rank) {
 }
 inline void arrive_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
 
+inline void store_at(float4* own, int rank, float x, float y, float z, float w) { *place_at(own, rank) = {x, y, z, w}; }
+
+inline void copy_box_to(u32 blocks, void* to, const TensorMap& from, int row, int column, Barrier* b, u64 policy) {
+  for (int rank = 0; rank < int(emulated::cluster->size()); ++rank)
+    if (blocks >> rank & 1) copy_box(place_at(static_cast<u8*>(to), rank), from, row, column, place_at(b, rank), policy);
+}
+
 #if DTYPE != F32
 inline void open_products() {}
+inline void close_products() {}
+template <int PENDING>
+void await_products() {}
 inline void finish_products() {}
+template <int N>
+void settle(float (&)[N][4]) {}
+
+typedef const u8* Tile;
+inline Tile tile_at(const void* p) { return static_cast<Tile>(p); }
+inline Tile further(Tile tile, int bytes) { return tile + bytes; }
 
 // Value k of a row of a box that begins at `first`; the address says where in the swizzle it lies.
 inline float value_at(const u8* first, int row, int k) {
@@ -114,7 +130,7 @@ inline float value_at(const u8* first, int row, int k) {
 }
 
 template <int N>
-void multiply_tile(float (&d)[N][4], const u8* a, const u8* b) {
+void multiply_tile(float (&d)[N][4], Tile a, Tile b) {
   const int g = emulated::lane() / 4, c = emulated::lane() % 4, warp = emulated::current->number / 32 % 4;
   for (int n = 0; n < N; ++n)
     for (int i = 0; i < 4; ++i)

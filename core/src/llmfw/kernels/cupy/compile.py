@@ -32,6 +32,7 @@ HEADERS = (
     "latent.cuh",
     "paged.cuh",
     "turned.cuh",
+    "wgmma.cuh",
 )
 OVERLAPS = ("0", "1", "2")
 DEFAULT_OVERLAP = "1"

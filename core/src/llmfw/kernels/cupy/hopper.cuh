@@ -101,6 +101,16 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
+// The same to the same place in all blocks of the cluster whose bit is set; each one's own barrier counts the bytes.
+__device__ __forceinline__ void copy_box_to(u32 blocks, void* to, const TensorMap& from, int row, int column, Barrier* b,
+                                            u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared_address(to)),
+      "l"(&from), "r"(column), "r"(row), "r"(shared_address(b)), "h"(u16(blocks)), "l"(policy)
+      : "memory");
+}
+
 // A cluster's blocks: the number of this one; meeting in two steps, by all threads; writing and arriving in another's
 // shared memory, at the place of one's own pointer.
 __device__ __forceinline__ int rank_in_cluster() {
@@ -136,50 +146,48 @@ __device__ __forceinline__ T load_at(const T* own, int rank) {
   return x;
 }
 
+__device__ __forceinline__ void store_at(float4* own, int rank, float x, float y, float z, float w) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_at(own, rank)), "f"(x), "f"(y), "f"(z),
+               "f"(w)
+               : "memory");
+}
+
 __device__ __forceinline__ void arrive_at(Barrier* own, int rank) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_at(own, rank)) : "memory");
 }
 
 #if DTYPE != F32
-// d[64 x 8 N] += a[64 x 16] b[8 N x 16]^T by four warps, both in shared memory as boxes of rows of 128 bytes. Lane
-// 4g + c of warp w gets rows 16 w + g (d[.][0], d[.][1]) and g + 8, columns 2c and 2c + 1 of each 8. The sums may be
-// touched, and the boxes written anew, after finish_products alone.
+// multiply_tile: d[64 x 8 N] += a[64 x 16] b[8 N x 16]^T by four warps, both in shared memory as boxes of rows of 128
+// bytes. Lane 4g + c of warp w gets rows 16 w + g (d[.][0], d[.][1]) and g + 8, columns 2c and 2c + 1 of each 8.
+// Products are opened, asked for, closed, and done some time later: of what was closed, all but the latest PENDING when
+// await_products<PENDING> returns. Until then nobody may touch the sums or write to the boxes.
 __device__ __forceinline__ void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void await_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 
 __device__ __forceinline__ void finish_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+  close_products();
+  await_products<0>();
 }
 
-// Groups of 8 rows 1024 bytes apart, 128-byte swizzle.
-__device__ __forceinline__ u64 tile_descriptor(const void* p) {
+// Sums are read after this, wherever the compiler would rather read them.
+template <int N>
+__device__ __forceinline__ void settle(float (&d)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+
+// A tile as the products take it: groups of 8 rows 1024 bytes apart, 128-byte swizzle; and one some bytes further on.
+typedef u64 Tile;
+__device__ __forceinline__ Tile tile_at(const void* p) {
   return u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
+__device__ __forceinline__ Tile further(Tile tile, int bytes) { return tile + u64(bytes >> 4); }
 
-#if DTYPE == BF16
-#define PRODUCT(shape) "wgmma.mma_async.sync.aligned.m64" shape "k16.f32.bf16.bf16 "
-#else
-#define PRODUCT(shape) "wgmma.mma_async.sync.aligned.m64" shape "k16.f32.f16.f16 "
-#endif
-#define FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-
-template <int N>
-__device__ __forceinline__ void multiply_tile(float (&d)[N][4], const u8* a, const u8* b) {
-  static_assert(N == 1 || N == 2 || N == 4 || N == 8, "8, 16, 32 or 64 columns");
-  const u64 x = tile_descriptor(a), y = tile_descriptor(b);
-  if constexpr (N == 1)
-    asm volatile(PRODUCT("n8") "{%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;" : FOUR(d[0]) : "l"(x), "l"(y));
-  if constexpr (N == 2)
-    asm volatile(PRODUCT("n16") "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"
-                 : FOUR(d[0]), FOUR(d[1])
-                 : "l"(x), "l"(y));
-  if constexpr (N == 4)
-    asm volatile(PRODUCT("n32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
-                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3])
-                 : "l"(x), "l"(y));
-  if constexpr (N == 8)
-    asm volatile(PRODUCT("n64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                 "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
-                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
-                 : "l"(x), "l"(y));
-}
+#include "wgmma.cuh"
 #endif

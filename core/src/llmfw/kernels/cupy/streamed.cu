@@ -110,7 +110,7 @@ __device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int warp) {
   for (int k = 0; k < CHUNK; k += 16) {
     const u8* weight = stage + (k / SPAN * TILE + warp / 4 * 64) * BOX_ROW + k % SPAN * 2;
     const u8* x = stage + WEIGHT_BYTES + k / SPAN * ROWS * BOX_ROW + k % SPAN * 2;
-    multiply_tile(sum, weight, x);
+    multiply_tile(sum, tile_at(weight), tile_at(x));
   }
   finish_products();
 }
