@@ -184,4 +184,5 @@ def expert_arguments(
         values(count, 2 * inner) if shape["bias"] else None,
         values(count, hidden) if shape["bias"] else None,
         lambda x: EXPERT_CODES[code](*x.chunk(2, -1)),
+        values(tokens, hidden) if shape["bias"] else None,
     )

@@ -181,7 +181,11 @@ class Experts(Layer):
         )
 
     def forward(
-        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        added: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The weighted sum of each token's experts.
 
@@ -189,6 +193,7 @@ class Experts(Layer):
             x: [tokens, hidden_size].
             weights: float32 [tokens, top_k].
             experts: int64 [tokens, top_k].
+            added: [tokens, hidden_size], added to the sum.
 
         Returns:
             [tokens, hidden_size].
@@ -202,6 +207,7 @@ class Experts(Layer):
             self.gate_up_proj_bias if self.has_bias else None,
             self.down_proj_bias if self.has_bias else None,
             self._act_and_mul,
+            added,
         )
 
     def extra_repr(self) -> str:
@@ -292,7 +298,11 @@ class MoE(Layer):
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]."""
-        moe = self.moe
+        moe, shared = self.moe, None
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x, **kwargs)
+            if self.shared_expert_gate is not None:
+                shared = torch.sigmoid(self.shared_expert_gate(x)) * shared
         weights, experts = self._route(
             self.gate(x if self._gate_widens else x.float()),
             moe.top_k,
@@ -304,13 +314,10 @@ class MoE(Layer):
             moe.group_best,
             moe.scale,
         )
+        if isinstance(self.experts, Experts):
+            return self.experts(x, weights, experts, shared)  # type: ignore[no-any-return]
         routed = self.experts(x, weights, experts)
-        if self.shared_expert is None:
-            return routed  # type: ignore[no-any-return]
-        shared = self.shared_expert(x, **kwargs)
-        if self.shared_expert_gate is not None:
-            shared = torch.sigmoid(self.shared_expert_gate(x)) * shared
-        return routed + shared  # type: ignore[no-any-return]
+        return routed if shared is None else routed + shared  # type: ignore[no-any-return]
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -59,6 +59,8 @@ def _moe_experts(context: OpContext, generator: torch.Generator) -> Iterator[Cas
         act = MOE_CODES[context.code]
         arguments = (x, weights, experts.to(device), gate_up, down, *biases, act)
         yield Case(f"tokens={tokens}", arguments)
+        added = normal(context, generator, tokens, hidden)
+        yield Case(f"tokens={tokens} added", (*arguments, added))
 
 
 def _on_halves(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> object:

@@ -84,6 +84,7 @@ def moe_experts(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     act_and_mul: Callable[[torch.Tensor], torch.Tensor],
+    added: torch.Tensor | None = None,
     up_product: Callable[..., torch.Tensor] = grouped_linear,
     down_product: Callable[..., torch.Tensor] = grouped_linear,
 ) -> torch.Tensor:
@@ -92,7 +93,8 @@ def moe_experts(
     weights: float32 [T, k]; experts: int64 [T, k]. gate_up: [E, 2 * inner, hidden], gate | up;
     down: [E, hidden, inner]; their biases [E, 2 * inner] and [E, hidden]. act_and_mul: gate | up
     [rows, 2 * inner] to [rows, inner], the same as the context's `code` where that is not empty.
-    The products are those of `grouped_linear` by any kernel.
+    added: [T, hidden], added to the result, as a shared expert's is. The products are those of
+    `grouped_linear` by any kernel.
     """
     by_expert, order = experts.flatten().sort(stable=True)  # [T * k]
     every = torch.arange(gate_up.shape[0], device=x.device)
@@ -106,4 +108,5 @@ def moe_experts(
         sorted_out += down_bias[by_expert]
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out  # back in the tokens' order: the sum is the same in every run
-    return (out.view(*experts.shape, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)
+    total = (out.view(*experts.shape, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)
+    return total if added is None else total + added

@@ -113,9 +113,11 @@ class CupyExperts:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         act_and_mul: Act,
+        added: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `llmfw.ops.reference_moe.moe_experts`."""
         x, (tokens, top_k) = dense(x), experts.shape
+        added = None if added is None else dense(added.to(x.dtype))
         if not tokens:
             return torch.empty_like(x)
         weights, experts = weights.float().contiguous(), experts.long().contiguous()
@@ -124,16 +126,16 @@ class CupyExperts:
         if (mean <= 1 or tokens == 1) and top_k <= LANES:
             up = self._up_one if tokens == 1 else self._up_few
             inner = act(up(x, experts, gate_up, gate_up_bias))
-            return self._down(inner, weights, experts, down, down_bias)
+            return self._down(inner, weights, experts, down, down_bias, added)
         if mean >= MANY_ROWS and self._library is not None:
             return self._by_library(
-                x, weights, experts, gate_up, down, gate_up_bias, down_bias, act_and_mul
+                x, weights, experts, gate_up, down, gate_up_bias, down_bias, act_and_mul, added
             )
         tiles = next((each for most, each in self._tiles if mean <= most), self._tiles[-1][1])
         ordered = tiles.order(experts)
         inner = act(tiles.up(x, ordered, top_k, gate_up, gate_up_bias))
         out = tiles.down(inner, ordered, top_k, down)
-        return self._combine(out, weights, experts, down_bias)
+        return self._combine(out, weights, experts, down_bias, added)
 
     def _between(self, act_and_mul: Act) -> Act:
         """What stands between own products: nothing where the first ends with the activation."""
@@ -151,6 +153,7 @@ class CupyExperts:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         act_and_mul: Act,
+        added: torch.Tensor | None,
     ) -> torch.Tensor:
         assert self._library is not None
         ordered = self._tiles[-1][1].order(experts)
@@ -163,7 +166,7 @@ class CupyExperts:
                 inner += gate_up_bias[experts.flatten().index_select(0, ordered.order)]
             inner = self._between(act_and_mul)(inner)
         out = self._library(inner, down.transpose(1, 2), offs=ordered.ends)
-        return self._combine(out, weights, experts, down_bias, ordered.place)
+        return self._combine(out, weights, experts, down_bias, added, ordered.place)
 
 
 def _nothing(x: torch.Tensor) -> torch.Tensor:

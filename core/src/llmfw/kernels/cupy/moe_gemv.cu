@@ -3,8 +3,9 @@
 // moe_up: y[pair] = act(gate, up) of x[pair / top_k] with expert experts[pair]. Shapes: x [tokens, IN], weight
 //   [experts, 2 * outputs, IN] = gate | up, bias [experts, 2 * outputs] or null, y [pairs, outputs]; without GATED
 //   weight [experts, outputs, IN], y = x weight^T + bias.
-// moe_down: y[token] = sum of weights[pair] * (x[pair] weight[expert]^T + bias[expert]) over the token's pairs. Shapes:
-//   x [pairs, IN], weight [experts, outputs, IN], bias [experts, outputs] or null, y [tokens, outputs].
+// moe_down: y[token] = sum of weights[pair] * (x[pair] weight[expert]^T + bias[expert]) over the token's pairs, plus
+//   added[token]. Shapes: x [pairs, IN], weight [experts, outputs, IN], bias [experts, outputs] or null, added and y
+//   [tokens, outputs], added may be null.
 // All contiguous, 16-byte aligned, IN a multiple of a 16-byte pack, top_k at most 32; experts int64, weights float32.
 // Launch: block WARPS * 32, grid (pairs or tokens, ceil(outputs / (R * WARPS / KW))): who shares an expert reads the
 //   same rows at the same time. R, KW, U as in gemv.cu.
@@ -111,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     moe_down(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, const float* weights,
-             const i64* experts, int outputs, int top_k) {
+             const i64* experts, const scalar* added, int outputs, int top_k) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % KW;
   const int token = blockIdx.x, first = (blockIdx.y * TEAMS + warp / KW) * R;
   const int all = top_k * STRETCHES;
@@ -160,6 +161,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         const i64 pair = i64(token) * top_k + slot;
         out += weights[pair] * to_float(bias[experts[pair] * outputs + output]);
       }
-    y[i64(token) * outputs + output] = from_float(out);
+    const i64 at = i64(token) * outputs + output;
+    if (added) out = rounded(out) + to_float(added[at]);
+    y[at] = from_float(out);
   });
 }

@@ -74,7 +74,7 @@ class GemvDown:
         shape = Shape.of(context)
         self._outputs = shape.hidden
         module = loaded(context, gemv_use(shape, how, up=False))
-        self._launch = module.launcher("moe_down", "PPPPPPii")
+        self._launch = module.launcher("moe_down", "PPPPPPPii")
         self._blocks = -(-self._outputs // how.made)
 
     def __call__(
@@ -84,6 +84,7 @@ class GemvDown:
         experts: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        added: torch.Tensor | None,
     ) -> torch.Tensor:
         """x [tokens * top_k, width], weights and experts [tokens, top_k] -> [tokens, hidden]."""
         tokens, top_k = experts.shape
@@ -97,6 +98,7 @@ class GemvDown:
             pointer(bias),
             weights.data_ptr(),
             experts.data_ptr(),
+            pointer(added),
             self._outputs,
             top_k,
         )
@@ -196,7 +198,7 @@ class Combine:
         self._hidden = context["hidden_size"]
         packs = self._hidden * context.dtype.itemsize // 16
         module = loaded(context, combine_use(Shape.of(context)))
-        self._launch = module.launcher("moe_combine", "PPPPPPi")
+        self._launch = module.launcher("moe_combine", "PPPPPPPi")
         self._blocks = -(-packs // ROW_THREADS)
 
     def __call__(
@@ -205,6 +207,7 @@ class Combine:
         weights: torch.Tensor,
         experts: torch.Tensor,
         bias: torch.Tensor | None,
+        added: torch.Tensor | None,
         place: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [pairs, hidden] by pair, or by `place` -> [tokens, hidden]."""
@@ -219,6 +222,7 @@ class Combine:
             experts.data_ptr(),
             pointer(bias),
             pointer(place),
+            pointer(added),
             top_k,
         )
         return out
