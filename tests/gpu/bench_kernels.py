@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gpu.bench_attention import attention, latent, prefill
 from gpu.bench_common import RESULTS
+from gpu.bench_decode import decode
 from gpu.bench_products import chain, layers, products
 from gpu.bench_recurrent import recurrent
 from gpu.bench_sampling import copies, draws, float32_attention, penalties
@@ -30,6 +31,7 @@ SECTIONS: dict[str, Callable[[], None]] = {
     "elementwise": elementwise,
     "step": step,
     "attention": attention,
+    "decode": decode,
     "latent": latent,
     "products": products,
     "layers": layers,

@@ -79,6 +79,8 @@ def poisoned() -> Iterator[None]:
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """||out - expected|| / ||expected||; NaN where only one of them is."""
     out, expected = out.double().cpu(), expected.double().cpu()
+    both = out.isnan() & expected.isnan()
+    out, expected = out.masked_fill(both, 0), expected.masked_fill(both, 0)
     norm = expected.norm().item()
     error = (out - expected).norm().item()
     return error / norm if norm else error

@@ -24,6 +24,7 @@ from gpu.kernel_cases import Case, all_cases, kernel_of, product_variants
 from gpu.latent_cases import latent_cases
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
+from gpu.rope_attend_cases import rope_attend_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import embedding_cases, step_cases
 from llmfw.kernels.cupy.products import bucket_of
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
 }
 PRODUCTS = ("linear", "gated_linear")
+ATTENTION = ("paged_attention", "rope_and_attend")
 SWITCHED = (
     "argmax",
     "copy_blocks",
@@ -54,6 +56,7 @@ def smallest_cases() -> list[Case]:
         *step_cases(),
         *embedding_cases(),
         *latent_cases(),
+        *rope_attend_cases(),
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *sampling_cases(),
@@ -61,7 +64,7 @@ def smallest_cases() -> list[Case]:
         *router_cases(),
         *expert_cases(),
     ):
-        if not case.wide and (case.dtype != "float16" or case.op == "paged_attention"):
+        if not case.wide and (case.dtype != "float16" or case.op in ATTENTION):
             found.setdefault((*build_of(case), way_of(case)), case)
     return list(found.values())
 
@@ -75,7 +78,7 @@ def way_of(case: Case) -> object:
     """What tells cases of one build apart: arguments, the batch's kind, or the number of rows."""
     if case.op in SWITCHED:
         return case.label
-    if case.op in ("paged_attention", *RECURRENT):
+    if case.op in (*ATTENTION, *RECURRENT):
         return case.label.split("-")[0]
     rows = case.facts.get("rows")
     if has_variants(case):

@@ -36,6 +36,7 @@ from gpu.latent_cases import (
     latent_rope_cases,
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
+from gpu.rope_attend_cases import rope_attend_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import embedding_cases, step_cases
 from llmfw import MLA, MLAParams, ModelConfig, RopeParams
@@ -184,6 +185,28 @@ def test_experts_with_many_rows_go_through_the_library(
 @pytest.mark.parametrize("case", small(list(attention_cases()), 7))
 def test_paged_attention_matches_its_reference(case: Case, device: torch.device) -> None:
     run(case, device)
+
+
+@pytest.mark.parametrize("case", small(list(rope_attend_cases()), 9))
+def test_rotation_with_attention_matches_its_reference(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "rope_and_attend-bfloat16-halves-2/2x80r32b16",
+        pytest.param("rope_and_attend-float16-few-10/1x64r16b8i", marks=pytest.mark.slow),
+        pytest.param("paged_attention-float16-split-8/2x128b16", marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_are_asked_for_ahead(
+    label: str, ahead: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_plan, "AHEAD", ahead)
+    cases = (*attention_cases(), *rope_attend_cases())
+    run(next(case for case in cases if str(case) == label), device)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

@@ -36,7 +36,7 @@ inline uint2 stream8(const void* p) { return *reinterpret_cast<const uint2*>(p);
 inline u32 stream4(const void* p) { return *reinterpret_cast<const u32*>(p); }
 inline float4 load_l2(const float4* p) { return *p; }
 inline float2 load_l2(const float2* p) { return *p; }
-inline void fetch_l2(const void*) {}
+inline void fetch_l2(const void* p) { static_cast<void>(*static_cast<const volatile u8*>(p)); }
 inline void store_once(float4* p, const float4& x) { *p = x; }
 inline int add_release_acquire(int* p, int x) { return atomicAdd(p, x); }
 inline float exp2_fast(float x) { return exp2f(x); }

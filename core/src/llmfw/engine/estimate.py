@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,11 +158,13 @@ def estimate(
 class _PlannedOps(OpTable):
     """Chooses kernels without building one: what it resolves is the reference."""
 
-    def _choose(self, context: OpContext) -> tuple[Callable[..., Any], Choice]:
+    def _choose(
+        self, context: OpContext, parts: Mapping[str, str]
+    ) -> tuple[Callable[..., Any], Choice]:
         refused: list[tuple[str, str]] = []
         chosen = "reference"
         for kernel in self.ranked(context.op):
-            reason = self._asked(kernel, context)
+            reason = self._asked(kernel, context) or self._bypassed(kernel, parts)
             if reason is None:
                 chosen = kernel.name
                 break

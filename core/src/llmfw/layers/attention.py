@@ -152,7 +152,7 @@ class Attention(Layer):
         )
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
-        """Resolve the two attention ops for this layer's shapes."""
+        """Resolve this layer's two attention ops, and the one that stands in for both."""
         plain = isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)
         fused_norm = plain and not self.norm_all_heads
         heads = {
@@ -178,6 +178,7 @@ class Attention(Layer):
         }
         backend = get_attention_backend(config.attn_backend)
         self._rope_and_cache, self._paged_attention = backend.resolve(config, rope_shape, shape)
+        self._rope_and_attend = backend.stand_in(config, rope_shape, shape)
         self._fused_norm = fused_norm
 
     def forward(
@@ -209,17 +210,40 @@ class Attention(Layer):
                 eps, offset = self.q_norm.eps, self.q_norm.offset  # type: ignore[assignment]
             else:
                 qkv = self._normalized(qkv)
+        cos_sin, interleaved = None, False
+        if self.rotary_emb is not None:
+            cos_sin, interleaved = self.rotary_emb.cos_sin, self.rotary_emb.rope.interleaved
+        at_once = self._rope_and_attend
+        if at_once is not None and at_once.pays(attn_metadata):
+            return at_once(
+                qkv,
+                position_ids,
+                cos_sin,
+                cache.k,
+                cache.v,
+                attn_metadata,
+                view,
+                self.scale,
+                interleaved,
+                q_weight,
+                k_weight,
+                eps,
+                offset,
+                self.sliding_window,
+                self.softcap,
+                self.sinks,
+            )
         q = self._rope_and_cache(
             qkv,
             position_ids,
-            self.rotary_emb.cos_sin if self.rotary_emb is not None else None,
+            cos_sin,
             cache.k,
             cache.v,
             view.slots,
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,
-            self.rotary_emb is not None and self.rotary_emb.rope.interleaved,
+            interleaved,
             q_weight,
             k_weight,
             eps,

@@ -71,7 +71,7 @@ class OpTable:
         key = _key(op, dtype, code, shape)
         if key not in self._built:
             context = OpContext(op, dtype, self.info, shape, code)
-            self._built[key], self.choices[key] = self._choose(context)
+            self._built[key], self.choices[key] = self._choose(context, {})
         return self._built[key]
 
     def find(
@@ -81,6 +81,31 @@ class OpTable:
         key = _key(op, dtype, code, shape)
         found = self.resolve(op, dtype, code, **shape)
         return None if self.choices[key].chosen == "reference" else found
+
+    def stand_in(
+        self, op: str, dtype: torch.dtype, parts: Mapping[str, Mapping[str, int]]
+    ) -> Callable[..., Any] | None:
+        """The callable of an op that does at once what several do, or None where they do it alone.
+
+        A kernel stands in only for kernels of its own pack: whoever replaces a part, or switches
+        it off, gets what was asked for.
+
+        Args:
+            op: What stands in; its static shape is that of all parts together.
+            dtype: The model's.
+            parts: The ops it stands in for, with their static shapes.
+        """
+        shape = {name: size for part in parts.values() for name, size in part.items()}
+        key = _key(op, dtype, "", shape)
+        if key not in self._built:
+            for part, own in parts.items():
+                self.resolve(part, dtype, **own)
+            chosen = {
+                part: self.choices[_key(part, dtype, "", own)].chosen for part, own in parts.items()
+            }
+            context = OpContext(op, dtype, self.info, shape)
+            self._built[key], self.choices[key] = self._choose(context, chosen)
+        return None if self.choices[key].chosen == "reference" else self._built[key]
 
     def ranked(self, op: str) -> list[Kernel]:
         """The kernels of an op, the one that is asked first at the front."""
@@ -93,10 +118,21 @@ class OpTable:
         """Why a kernel does not serve `context` here, or None when it does; builds nothing."""
         return self._selection.refusal(kernel) or kernel.refusal(context)
 
-    def _choose(self, context: OpContext) -> tuple[Callable[..., Any], Choice]:
+    def _bypassed(self, kernel: Kernel, parts: Mapping[str, str]) -> str | None:
+        """What of another pack a kernel would bypass; `parts` tells what serves which op."""
+        own = {each.name for each in self.kernels if each.pack == kernel.pack}
+        others = (
+            f"{chosen}, which serves {op}" for op, chosen in parts.items() if chosen not in own
+        )
+        other = next(others, None)
+        return f"would bypass {other}" if other else None
+
+    def _choose(
+        self, context: OpContext, parts: Mapping[str, str]
+    ) -> tuple[Callable[..., Any], Choice]:
         refused: list[tuple[str, str]] = []
         for kernel in self.ranked(context.op):
-            reason = self.refusal(kernel, context)
+            reason = self.refusal(kernel, context) or self._bypassed(kernel, parts)
             if reason is None:
                 try:
                     built = kernel.build(context)

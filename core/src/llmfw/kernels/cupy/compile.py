@@ -31,6 +31,8 @@ HEADERS = (
     "joined.cuh",
     "latent.cuh",
     "paged.cuh",
+    "paged_tiles.cuh",
+    "rotary.cuh",
     "turned.cuh",
     "wgmma.cuh",
 )

@@ -61,6 +61,7 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("rope_and_cache", "rope_cache", "rope_and_cache", ALL),
     _kernel("latent_rope_and_cache", "latent_rope", "latent_rope_and_cache", ALL),
     _kernel("paged_attention", "attention", "paged_attention", HALVES, supports="paged_decode"),
+    _kernel("rope_and_attend", "rope_decode", "rope_and_attend", HALVES),
     _kernel("paged_attention", "paged_simt", "paged_attention", ("float32",), name="paged_simt"),
     _kernel(
         "paged_attention",
@@ -72,8 +73,8 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("expanded_attention", "expanded_attention", "expanded_attention", HALVES),
     _kernel("head_linear", "head_linear", "head_linear", HALVES),
     _kernel("linear", "linear", "linear", ALL),
-    _kernel("gated_linear", "gated_linear", "gated_linear", ALL),
     _kernel("float32_linear", "float32_linear", "float32_linear", HALVES, tolerance=FLOAT32),
+    _kernel("gated_linear", "gated_linear", "gated_linear", ALL),
     _kernel("causal_conv1d", "causal_conv", "causal_conv1d", ALL),
     _kernel("selective_scan", "scans", "selective_scan", ALL),
     _kernel("ssd_scan", "scans", "ssd_scan", ALL),

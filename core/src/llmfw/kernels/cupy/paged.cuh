@@ -141,6 +141,23 @@ struct Queries {
   int from[PARTS], to[PARTS];
 };
 
+// One of them, which may be in shared memory, too.
+__device__ __forceinline__ void load_query(u32 (&row)[STEPS][2], const scalar* source, const Lane& lane) {
+#pragma unroll
+  for (int j = 0; j < FULL; ++j) {
+    const uint4 x = *reinterpret_cast<const uint4*>(source + 32 * j + 8 * lane.c);
+    row[2 * j][0] = x.x;
+    row[2 * j][1] = x.y;
+    row[2 * j + 1][0] = x.z;
+    row[2 * j + 1][1] = x.w;
+  }
+  if constexpr (HALF) {
+    const uint2 x = *reinterpret_cast<const uint2*>(source + 32 * FULL + 4 * lane.c);
+    row[STEPS - 1][0] = x.x;
+    row[STEPS - 1][1] = x.y;
+  }
+}
+
 __device__ __forceinline__ void load_queries(Queries& a, const scalar* q, i64 q_stride, const Share& mine, int window,
                                              const Lane& lane) {
 #pragma unroll
@@ -150,20 +167,7 @@ __device__ __forceinline__ void load_queries(Queries& a, const scalar* q, i64 q_
     a.to[part] = position;
     a.from[part] = window > 0 ? position - window + 1 : 0;
     const int head = mine.kv_head * GROUP + row % GROUP;
-    const scalar* source = q + (mine.q_start + row / GROUP) * q_stride + head * HEAD_DIM;
-#pragma unroll
-    for (int j = 0; j < FULL; ++j) {
-      const uint4 x = *reinterpret_cast<const uint4*>(source + 32 * j + 8 * lane.c);
-      a.of[part][2 * j][0] = x.x;
-      a.of[part][2 * j][1] = x.y;
-      a.of[part][2 * j + 1][0] = x.z;
-      a.of[part][2 * j + 1][1] = x.w;
-    }
-    if constexpr (HALF) {
-      const uint2 x = *reinterpret_cast<const uint2*>(source + 32 * FULL + 4 * lane.c);
-      a.of[part][STEPS - 1][0] = x.x;
-      a.of[part][STEPS - 1][1] = x.y;
-    }
+    load_query(a.of[part], q + (mine.q_start + row / GROUP) * q_stride + head * HEAD_DIM, lane);
   }
 }
 

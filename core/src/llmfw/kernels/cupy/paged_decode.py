@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,16 @@ def supports(context: OpContext) -> str | None:
     return None
 
 
+class Meeting(NamedTuple):
+    """Addresses of the parts that blocks leave, of their statistics and of counters; all but the
+    counters lie in `memory`, which lives until the launch."""
+
+    memory: torch.Tensor | None
+    partial: int
+    stats: int
+    counters: int
+
+
 class PagedDecode:
     """The compiled kernels for one head layout, and the counters that its blocks meet at.
 
@@ -74,24 +84,39 @@ class PagedDecode:
         """The kernel for blocks of so many rows and such a cut, compiled when first wanted."""
         found = self._launchers.get((rows, cut))
         if found is None:
-            heads, context = self.heads, self._context
+            context, shared = self._context, cut.shared_bytes(self.heads)
             name = "paged_staged" if cut.stages else "paged_decode"
-            found = load(
-                f"{name}.cu",
-                context.info.device,
-                context.dtype,
-                HEAD_DIM=heads.head_dim,
-                V_DIM=heads.v_dim,
-                GROUP=heads.group,
-                ROWS=rows,
-                BLOCK_SIZE=heads.block_size,
-                SOFTCAP=int(heads.softcap),
-                WARPS=cut.warps,
-                MIN_BLOCKS=cut.resident,
-                **({"STAGES": cut.stages} if cut.stages else {}),
-            ).launcher(name, "PPPPPPPPPPPqqqqqqiiiiiiff", cut.shared_bytes(heads))
+            constants = self.constants(rows, cut)
+            module = load(f"{name}.cu", context.info.device, context.dtype, **constants)
+            found = module.launcher(name, "PPPPPPPPPPPqqqqqqiiiiiiff", shared)
             self._launchers[rows, cut] = found
         return found
+
+    def constants(self, rows: int, cut: Cut) -> dict[str, int]:
+        """What paged.cuh wants to be told of a kernel for blocks of so many rows."""
+        heads = self.heads
+        return {
+            "HEAD_DIM": heads.head_dim,
+            "V_DIM": heads.v_dim,
+            "GROUP": heads.group,
+            "ROWS": rows,
+            "BLOCK_SIZE": heads.block_size,
+            "SOFTCAP": int(heads.softcap),
+            "WARPS": cut.warps,
+            "MIN_BLOCKS": cut.resident,
+            **({"STAGES": cut.stages} if cut.stages else {"AHEAD": paged_plan.AHEAD}),
+        }
+
+    def meeting(self, requests: int, plan: Plan) -> Meeting:
+        """Where the blocks of a launch meet, if requests are split."""
+        counters = self._counters.data_ptr()
+        if plan.splits <= 1:
+            return Meeting(None, 0, 0, counters)
+        slots, v_dim = requests * plan.columns * plan.splits * plan.rows, self.heads.v_dim
+        device = self._counters.device
+        memory = torch.empty(slots * (v_dim + 2), dtype=torch.float32, device=device)
+        partial = memory.data_ptr()
+        return Meeting(memory, partial, partial + slots * v_dim * 4, counters)
 
     def __call__(
         self,
@@ -126,12 +151,7 @@ class PagedDecode:
                 f"paged_decode was built with softcap {heads.softcap}, called with {softcap}"
             )
         plan = self.plan(requests, max_q, max_kv, splits)
-        partial = stats = 0
-        if plan.splits > 1:
-            slots = requests * plan.columns * plan.splits * plan.rows
-            workspace = torch.empty(slots * (heads.v_dim + 2), dtype=torch.float32, device=q.device)
-            partial = workspace.data_ptr()
-            stats = partial + slots * heads.v_dim * 4
+        meeting = self.meeting(requests, plan)
         self.launcher(plan.rows, plan.cut)(
             (plan.columns, plan.splits, requests),
             (plan.cut.warps * 32, 1, 1),
@@ -143,9 +163,9 @@ class PagedDecode:
             cu_query_lens.data_ptr(),
             kv_lens.data_ptr(),
             pointer(sinks),
-            partial,
-            stats,
-            self._counters.data_ptr(),
+            meeting.partial,
+            meeting.stats,
+            meeting.counters,
             q.stride(0),
             block_tables.stride(0),
             k_cache.stride(0),

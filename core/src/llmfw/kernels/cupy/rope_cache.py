@@ -28,6 +28,11 @@ def pack_width(head_dim: int, rotary_dim: int, itemsize: int, interleaved: bool)
     return 0
 
 
+def lanes_of(head_dim: int, width: int) -> int:
+    """How many lanes serve a head of such packs: a power of two."""
+    return 1 << (head_dim // (2 * width) - 1).bit_length()
+
+
 def supports(context: OpContext) -> str | None:
     """Pairs of packs must tile a head, within one warp."""
     head, rotary = context["head_dim"], context["rotary_dim"] or context["head_dim"]
@@ -41,7 +46,7 @@ def rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
     q_heads, kv_heads, dim = context["num_heads"], context["num_kv_heads"], context["head_dim"]
     rotary, turned = context["rotary_dim"] or dim, bool(context["interleaved"])
     width = pack_width(dim, rotary, context.dtype.itemsize, turned)
-    lanes = 1 << (dim // (2 * width) - 1).bit_length()
+    lanes = lanes_of(dim, width)
     module = load(
         "rope_cache.cu",
         context.info.device,
