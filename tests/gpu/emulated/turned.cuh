@@ -2,14 +2,22 @@
 #pragma once
 
 #if DTYPE != F32
+struct Groups {
+  const u8* first;
+  int pitch;
+  Groups further(int bytes) const { return {first + bytes, pitch}; }
+  float at(int row, int column) const { return value_at(first + row / 8 * pitch, row % 8, column); }
+};
+inline Groups groups_at(const void* p, int pitch) { return {static_cast<const u8*>(p), pitch}; }
+
 template <int COLUMNS, int N>
-void multiply_groups(float (&d)[N][4], const u8* a, int pitch, const u8* b) {
+void multiply_groups(float (&d)[N][4], Groups a, Groups b) {
   const int g = emulated::lane() / 4, c = emulated::lane() % 4, warp = emulated::current->number / 32 % 4;
   for (int n = 0; n < N; ++n)
     for (int i = 0; i < 4; ++i)
       for (int k = 0; k < 16; ++k) {
-        const int m = warp * 16 + g + i / 2 * 8, row = COLUMNS ? k : m, column = COLUMNS ? m : k;
-        d[n][i] += value_at(a + row / 8 * pitch, row % 8, column) * value_at(b, n * 8 + 2 * c + i % 2, k);
+        const int m = warp * 16 + g + i / 2 * 8;
+        d[n][i] += (COLUMNS ? a.at(k, m) : a.at(m, k)) * b.at(n * 8 + 2 * c + i % 2, k);
       }
 }
 

@@ -1,16 +1,16 @@
 // paged_attention over a latent cache for 9.0: tiles of keys by tensor copies, scores and values by products of tiles.
 //
-// Shapes: those of latent_attention.cu, the cache contiguous; dims multiples of 64. partial float32 [requests, row tiles,
-//   groups, ROWS, V_DIM], and partial_stats of it [..., 2].
-// Launch: block WARPGROUPS * 128 + BRINGERS, clusters of CLUSTER blocks, grid (groups * CLUSTER, row tiles, requests). A block
-//   has ROWS rows, a request's tokens times heads. A group of tiles of keys is shared by the blocks of a cluster, which
-//   join their sums through shared memory; where a request has more groups than one, merge_latent follows.
+// Shapes: those of latent_attention.cu, the cache contiguous; dims multiples of 64. partial float32 [requests, row
+//   tiles, groups, ROWS, V_DIM], and partial_stats of it [..., 2].
+// Launch: block WARPGROUPS * 128 + BRINGERS, clusters of CLUSTER blocks, grid (groups * CLUSTER, row tiles, requests).
+//   A block has ROWS rows, a request's tokens times heads. A group of tiles of keys is shared by the blocks of a
+//   cluster, which join their sums through shared memory; where a request has more groups, merge_latent follows.
 // Numbers: those of latent_attention.cu.
 //
-// One warp brings tiles of 64 keys, STAGES under way. Scores come as keys x rows: products of four warps have 64 rows at
-// least, and keys are never short of that, as heads may be. Softmax goes over keys, so that a warpgroup's warps meet
-// for the maximum alone; its weights go to shared memory, and values x rows are the product of the same tile's columns
-// with them. With several warpgroups each has its rows of the scores, and its part of the values.
+// One warp brings tiles of 64 keys, STAGES under way. Scores come as keys x rows: products of four warps have 64 rows,
+// and keys are never short of that, as heads may be. Softmax goes over keys, so that a warpgroup's warps meet for the
+// maximum alone; its weights go to shared memory, and values x rows are the product of the same tile's columns with
+// them. With several warpgroups each has its rows of the scores, and its part of the values.
 #ifndef KEYS
 #define KEYS 64
 #endif
@@ -31,6 +31,9 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#ifndef RESIDENT
+#define RESIDENT 1
+#endif
 
 #if DTYPE != F32 && HAS_TILE_COPIES
 
@@ -39,7 +42,8 @@ constexpr int SPANS = HEAD_DIM / SPAN, VALUE_SPANS = V_DIM / SPAN;
 constexpr int GROUP_BYTES = SPANS * 8 * BOX_ROW;  // of 8 keys, that one copy brings
 constexpr int TILE_BYTES = KEYS / 8 * GROUP_BYTES, QUERY_BYTES = SPANS * ROWS * BOX_ROW;
 constexpr int THREADS = WARPGROUPS * 128;  // that multiply
-constexpr int BRINGERS = WARPGROUPS > 1 ? 128 : 32;  // one warp works; a warpgroup can give registers to the others
+constexpr bool HANDOVER = ROWS * WARPGROUPS > 64;    // they want more registers than an even share
+constexpr int BRINGERS = HANDOVER ? 128 : 32;        // one warp works; a warpgroup can give registers to the others
 constexpr int COLUMNS = ROWS / WARPGROUPS / 8;      // a warpgroup's rows in the scores, by 8
 constexpr int SPANS_EACH = VALUE_SPANS / WARPGROUPS;  // and its part of the values
 constexpr int PITCH = V_DIM + 4;                    // floats from the sums of one row to the next
@@ -111,8 +115,8 @@ __device__ __forceinline__ void produce(Shared& s, const TensorMap& cache, const
   }
 }
 
-// One of the threads that multiply: lane 4g + c of warp `warp` of warpgroup `team`. It has keys 16 warp + g and + 8 of a
-// tile, and of every 8 of its warpgroup's rows 2c and 2c + 1.
+// One of the threads that multiply: lane 4g + c of warp `warp` of warpgroup `team`. It has keys 16 warp + g and + 8 of
+// a tile, and of every 8 of its warpgroup's rows 2c and 2c + 1.
 struct Place {
   int team, warp, g, c;
   __device__ __forceinline__ int row(int n) const { return team * COLUMNS * 8 + n * 8 + 2 * c; }
@@ -136,12 +140,15 @@ __device__ __forceinline__ void clear_beyond(u8* tile, int keys) {
 }
 
 __device__ __forceinline__ void score(Scores& x, const Shared& s, const u8* tile, const Place& at) {
+  const Groups keys = groups_at(tile, GROUP_BYTES);
+  const Groups rows = groups_at(s.queries[0] + at.team * COLUMNS * 8 * BOX_ROW, 8 * BOX_ROW);
   open_products();
 #pragma unroll
   for (int k = 0; k < HEAD_DIM; k += 16)
-    multiply_groups<0>(x, tile + k / SPAN * 8 * BOX_ROW + k % SPAN * 2, GROUP_BYTES,
-                       s.queries[k / SPAN] + at.team * COLUMNS * 8 * BOX_ROW + k % SPAN * 2);
+    multiply_groups<0>(x, keys.further(k / SPAN * 8 * BOX_ROW + k % SPAN * 2),
+                       rows.further(k / SPAN * ROWS * BOX_ROW + k % SPAN * 2));
   finish_products();
+  settle(x);
 }
 
 // Scores to base 2; those of keys after a row's own are -inf.
@@ -201,7 +208,8 @@ __device__ __forceinline__ void soften(Scores& x, Running& r, float (&fade)[COLU
   meet(1, THREADS);
 }
 
-__device__ __forceinline__ void fade_values(Values& o, const float (&own)[COLUMNS][2], const Shared& s, const Place& at) {
+__device__ __forceinline__ void fade_values(Values& o, const float (&own)[COLUMNS][2], const Shared& s,
+                                            const Place& at) {
 #pragma unroll
   for (int n = 0; n < ROWS / 8; ++n) {
     float2 fade;
@@ -221,14 +229,17 @@ __device__ __forceinline__ void fade_values(Values& o, const float (&own)[COLUMN
 }
 
 __device__ __forceinline__ void weigh(Values& o, const Shared& s, const u8* tile, const Place& at) {
+  const Groups values = groups_at(tile + at.team * SPANS_EACH * 8 * BOX_ROW, GROUP_BYTES);
+  const Groups rows = groups_at(s.weights, 8 * BOX_ROW);
   open_products();
 #pragma unroll
   for (int k = 0; k < KEYS; k += 16)
 #pragma unroll
     for (int span = 0; span < SPANS_EACH; ++span)
-      multiply_groups<1>(o[span], tile + k / 8 * GROUP_BYTES + (at.team * SPANS_EACH + span) * 8 * BOX_ROW, GROUP_BYTES,
-                         s.weights + k * 2);
+      multiply_groups<1>(o[span], values.further(k / 8 * GROUP_BYTES + span * 8 * BOX_ROW), rows.further(k * 2));
   finish_products();
+#pragma unroll
+  for (int span = 0; span < SPANS_EACH; ++span) settle(o[span]);
 }
 
 // The block's sums to shared memory, where the cluster's blocks find them.
@@ -311,13 +322,14 @@ __device__ __forceinline__ void meet_others() {
   cluster_wait();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
     latent_tiles(scalar* out, TENSOR_MAP q, TENSOR_MAP cache, const int* block_tables, const int* cu_query_lens,
                  const int* kv_lens, float* partial, float2* partial_stats, i64 table_stride, int first_request,
                  int least_share, int fresh, float scale) {
   DYNAMIC_SHARED(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, request = first_request + blockIdx.z;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL, int(threadIdx.x) / 32, 0);  // one number for the warp
+  const int request = first_request + blockIdx.z;
   const int rank = CLUSTER > 1 ? rank_in_cluster() : 0, group = blockIdx.x / CLUSTER, groups = gridDim.x / CLUSTER;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -336,12 +348,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, 1)
   const Work work = {mine.from + tiles * rank / CLUSTER, mine.from + tiles * (rank + 1) / CLUSTER, row0};
 
   if (warp >= THREADS / 32) {
-    if (WARPGROUPS > 1) give_registers<40>();
+    if (HANDOVER) give_registers<40>();
     if (warp == THREADS / 32)
       produce(s, cache, q, block_tables + request * table_stride, mine, work, mine.past - fresh, lane);
     if (CLUSTER > 1) meet_others(), meet_others();
   } else {
-    if (WARPGROUPS > 1) take_registers<232>();
+    if (HANDOVER) take_registers<232>();
     follow();
     const Place at = {warp / 4, warp % 4, lane / 4, lane % 4};
     Values o = {};

@@ -17,7 +17,8 @@ from llmfw.ops.kernel import OpContext
 
 KEYS = 64  # of a tile, what four warps multiply at least
 GROUP = 8  # keys that one copy brings
-SHARED_BYTES = 227 << 10  # of a block, which has a multiprocessor for itself
+SHARED_BYTES = 228 << 10  # of a multiprocessor
+RESERVED_BYTES = 1 << 10  # of it for each resident block
 MOST_STAGES = 4
 MOST_CLUSTER = 8  # blocks; more are not promised
 MOST_GROUPS = 16
@@ -33,20 +34,23 @@ class Cut:
         rows: Query rows of a block, heads times tokens: 16, 32 or 64.
         warpgroups: That multiply; they divide rows for scores and the latent for values.
         cluster: Blocks that share a range of keys.
+        resident: Blocks of one multiprocessor at once.
     """
 
     rows: int
     warpgroups: int
     cluster: int
+    resident: int = 1
 
     @property
     def threads(self) -> int:
         """Of a block: those that multiply, and those that bring tiles, as latent_tiles.cu says."""
-        return self.warpgroups * 128 + (128 if self.warpgroups > 1 else 32)
+        return self.warpgroups * 128 + (128 if self.rows * self.warpgroups > 64 else 32)
 
     def stages(self, head_dim: int) -> int:
         """Tiles under way: what memory holds."""
-        return min(MOST_STAGES, (SHARED_BYTES - self._rest(head_dim)) // _tile_bytes(head_dim))
+        room = SHARED_BYTES // self.resident - RESERVED_BYTES - self._rest(head_dim)
+        return min(MOST_STAGES, room // _tile_bytes(head_dim))
 
     def shared_bytes(self, head_dim: int) -> int:
         """Shared memory of a block, as latent_tiles.cu divides it."""
@@ -148,6 +152,7 @@ class LatentTiles:
                 WARPGROUPS=cut.warpgroups,
                 STAGES=cut.stages(heads.head_dim),
                 CLUSTER=cut.cluster,
+                RESIDENT=cut.resident,
             )
             size = cut.shared_bytes(heads.head_dim)
             found = module.launcher("latent_tiles", "PTTPPPPPqiiif", size, cut.cluster)

@@ -10,17 +10,22 @@
 #endif
 #define GROUPS_FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 
-// Groups of 8 rows of 128 bytes, `pitch` bytes apart, 128-byte swizzle.
-__device__ __forceinline__ u64 groups_descriptor(const void* p, int pitch) {
-  return u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(pitch >> 4) << 32 | u64(1) << 62;
+// Groups of 8 rows of 128 bytes, `pitch` bytes apart, 128-byte swizzle; and the same some bytes further on.
+struct Groups {
+  u64 descriptor;
+  __device__ __forceinline__ Groups further(int bytes) const { return {descriptor + u64(bytes >> 4)}; }
+};
+
+__device__ __forceinline__ Groups groups_at(const void* p, int pitch) {
+  return {u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(pitch >> 4) << 32 | u64(1) << 62};
 }
 
-// d[64 x 8 N] += a[64 x 16] b[8 N x 16]^T as multiply_tile of hopper.cuh, with the groups of 8 rows of a `pitch` bytes
-// apart. COLUMNS: a is given by its columns: 16 rows (two groups) of 64 values lie there where a has 16 columns of 64.
+// d[64 x 8 N] += a[64 x 16] b[8 N x 16]^T as multiply_tile of hopper.cuh. COLUMNS: a is given by its columns: 16 rows
+// (two groups) of 64 values lie there where a has 16 columns of 64.
 template <int COLUMNS, int N>
-__device__ __forceinline__ void multiply_groups(float (&d)[N][4], const u8* a, int pitch, const u8* b) {
+__device__ __forceinline__ void multiply_groups(float (&d)[N][4], Groups a, Groups b) {
   static_assert(N == 1 || N == 2 || N == 4 || N == 8, "8, 16, 32 or 64 columns");
-  const u64 x = groups_descriptor(a, pitch), y = groups_descriptor(b, 1024);
+  const u64 x = a.descriptor, y = b.descriptor;
   if constexpr (N == 1)
     asm volatile(GROUPS_PRODUCT("n8") "{%0,%1,%2,%3}, %4, %5, 1, 1, 1, %6, 0;"
                  : GROUPS_FOUR(d[0])
