@@ -80,10 +80,6 @@ class Mixer(Layer):
             bias=outer and config.pretrained_config.use_bias,
         )
 
-    def products(self) -> tuple[nn.Module, ...]:
-        """The large linear layers in the order of their use."""
-        return self.in_proj, self.out_proj
-
     def state_spec(self) -> StateSpec:
         """The convolution's last inputs and h."""
         hidden = StateTensor(self.state_shape, torch.float32)
@@ -209,10 +205,6 @@ class MambaLayer(DecoderLayer):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         mixer = Mamba2Mixer if config.model_type == "mamba2" else MambaMixer
         self.mixer = mixer(model_config, layer_idx)
-
-    def products(self) -> tuple[nn.Module, ...]:
-        """As the mixer's."""
-        return self.mixer.products()
 
     def forward(
         self,

@@ -140,10 +140,6 @@ class Attention(Layer):
             "sinks", nn.Parameter(empty, requires_grad=False) if sinks else None
         )
 
-    def products(self) -> tuple[nn.Module, ...]:
-        """The linear layers in the order of their use."""
-        return self.qkv_proj, self._modules[self.out_name]  # type: ignore[return-value]
-
     def cache_spec(self) -> CacheSpec:
         """What this layer keeps for each token."""
         kind = "full" if self.sliding_window is None else "sliding"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,6 @@ class Linear(Layer):
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
         self._apply_weights: Callable[..., torch.Tensor] = _unbound
         self._kernel: Any = None
-        self._next: weakref.ref[Linear] | None = None
 
     def _split(self, width: int) -> int:
         local, rest = divmod(width, self.mapping.tp_size)
@@ -106,18 +104,7 @@ class Linear(Layer):
         """x [tokens, in_features of this rank] -> [tokens, out_features of this rank]."""
         if self.parallel == "row" and self.mapping.tp_size > 1:
             return self._forward_row_parallel(x)
-        return self.multiply(self._apply_weights, x)
-
-    def multiply(self, product: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """`product` of x with weight and bias, told of the weight to come where it can use that."""
-        following = self._next() if self._next is not None else None
-        if following is None or not getattr(product, "takes_ahead", False):
-            return product(x, self.weight, self.bias)
-        return product(x, self.weight, self.bias, ahead=following.weight)
-
-    def comes_before(self, following: Linear) -> None:
-        """Tell which product the model reads next, so that a kernel can bring its weight nearer."""
-        self._next = weakref.ref(following)
+        return self._apply_weights(x, self.weight, self.bias)
 
     def _forward_row_parallel(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.mapping.tp_rank == 0 else None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from llmfw.layers.activation import (
     Activation,
@@ -67,13 +66,9 @@ class MLP(Layer):
             )
             self.add_module(name, linear)
 
-    def products(self) -> tuple[nn.Module, ...]:
-        """The linear layers in the order of their use."""
-        return getattr(self, self.up_name), getattr(self, self.down_name)
-
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]."""
-        up, down = self.products()
+        up, down = getattr(self, self.up_name), getattr(self, self.down_name)
         return down(self.act(up(x)))  # type: ignore[no-any-return]
 
 
@@ -151,16 +146,11 @@ class GatedMLP(Layer):
         if getattr(self.gate_up_proj, "prepared", False):
             self._gated_linear = None
 
-    def products(self) -> tuple[nn.Module, ...]:
-        """The linear layers in the order of their use."""
-        return self.gate_up_proj, self.down_proj
-
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """x [tokens, hidden_size] -> [tokens, hidden_size]."""
         product = self.gate_up_proj
         if self._gated_linear is not None:
-            assert isinstance(product, Linear)
-            gated = product.multiply(self._gated_linear, x)
+            gated = self._gated_linear(x, product.weight, product.bias)
         else:
             gated = self._act_and_mul(product(x))
         return self.down_proj(gated)  # type: ignore[no-any-return]

@@ -16,7 +16,6 @@ from llmfw.errors import ConfigError, PluginContractError
 from llmfw.layers import Layer, LMHead, stock_layer
 from llmfw.models.causal_lm import StockDecoderForCausalLM
 from llmfw.models.decoder import StockDecoderLayer
-from llmfw.models.order import link_products
 from llmfw.models.pretrained import PretrainedModel
 from llmfw.plugins import PluginHost, hookimpl, resolve_plugin
 from llmfw.weights import WeightMap
@@ -112,7 +111,6 @@ def bind_tree(model: nn.Module, model_config: ModelConfig[Any]) -> None:
             if isinstance(module, Layer):
                 module.bind(name, model_config)
         tie_heads(model)
-        link_products(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
     model.eval()

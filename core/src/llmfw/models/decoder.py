@@ -10,7 +10,6 @@ from torch import nn
 from llmfw.attention.metadata import AttentionMetadata
 from llmfw.config import ModelConfig, TConfig
 from llmfw.layers.layer import Layer
-from llmfw.models.order import products_of
 from llmfw.models.spec import DecoderSpec
 
 LayerOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
@@ -76,10 +75,6 @@ class StockDecoderLayer(DecoderLayer):
             "post_norm": self._post_norm,
         }[self.block]
         return step(position_ids, hidden_states, attn_metadata, residual, kwargs)
-
-    def products(self) -> tuple[nn.Module | None, ...]:
-        """The linear layers in the order of their use."""
-        return *products_of(self.self_attn), *products_of(self.mlp)
 
     def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.residual_scale is None else branch * self.residual_scale

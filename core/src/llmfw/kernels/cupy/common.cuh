@@ -52,13 +52,6 @@ __device__ __forceinline__ void follow_older() {
   if (PDL == 2) follow();
 }
 
-// Lines of L2 from `p` on that all blocks together bring there, each `threads` threads: what the next product reads,
-// asked for while the end of this one would leave memory idle.
-__device__ __forceinline__ void fetch_ahead(const void* p, int lines, int thread, int threads) {
-  for (int i = int(blockIdx.x) * threads + thread; i < lines; i += int(gridDim.x) * threads)
-    fetch_l2(static_cast<const u8*>(p) + i64(i) * 128);
-}
-
 // N scalars that move in one access.
 template <int N>
 struct alignas(N * sizeof(scalar)) Pack {

@@ -61,21 +61,17 @@ def gated_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     limit = len(table)
 
     def call(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        ahead: torch.Tensor | None = None,
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         rows = x.numel() // in_features
         if rows < limit:
             run = table[rows]
             if run is not None and serves(x, weight):
                 out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
-                run(x, weight, bias, out, rows, ahead)
+                run(x, weight, bias, out, rows)
                 return out
         return apart(x, weight, bias)
 
-    call.takes_ahead = True  # type: ignore[attr-defined]
     call.details = details(competing, chosen)  # type: ignore[attr-defined]
     return call
 

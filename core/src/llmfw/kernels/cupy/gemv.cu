@@ -4,8 +4,7 @@
 //   IN a multiple of a 16-byte pack. GATED: weight [2 * outputs, IN] = gate | up, bias alike, y = silu(gate) * up.
 // Launch: block WARPS * 32, grid ceil(outputs / (R * WARPS / KW)). A warp serves R outputs: R rows of the weight, or
 //   R pairs of rows; KW warps share them, each with every KW-th stretch of 32 packs; U packs of each row are in
-//   flight a lane. The best R, KW, U differs by shape: tune.py chooses. Behind its own last loads it asks for
-//   ahead_lines of 128 bytes of the next product's weight (fetch_ahead in common.cuh).
+//   flight a lane. The best R, KW, U differs by shape: tune.py chooses.
 // Numbers: float32 products and sums; GATED rounds where the references of linear and silu_and_mul round.
 #include "common.cuh"
 
@@ -31,8 +30,7 @@
 constexpr int WARPS = 8, R = OUTPUTS, KW = SHARERS, U = IN_FLIGHT;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    gemv(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, const void* ahead, int ahead_lines,
-         int outputs) {
+    gemv(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, int outputs) {
   constexpr int STRETCH = 32 * VEC;                                // values of one load of a warp
   constexpr int TURNS = (IN + STRETCH * KW - 1) / (STRETCH * KW);  // loads of a warp in each row
   constexpr int TEAMS = WARPS / KW;                                // groups of KW warps in the block
@@ -57,7 +55,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   float sum[READ][ROWS] = {};
   fetch(0);
   follow();
-  if (TURNS <= U) fetch_ahead(ahead, ahead_lines, threadIdx.x, WARPS * 32);
 #pragma unroll 1
   for (int turn = 0;;) {
 #pragma unroll
@@ -78,7 +75,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     turn += U;
     if (turn >= TURNS) break;
     fetch(turn);
-    if (turn + U >= TURNS) fetch_ahead(ahead, ahead_lines, threadIdx.x, WARPS * 32);
   }
 
 #pragma unroll

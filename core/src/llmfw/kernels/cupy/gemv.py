@@ -8,7 +8,7 @@ import torch
 
 from llmfw.kernels.cupy.compile import load
 from llmfw.kernels.cupy.launch import pointer
-from llmfw.kernels.cupy.products import GEMV_ROWS, Product, ahead_of
+from llmfw.kernels.cupy.products import GEMV_ROWS, Product
 from llmfw.ops.kernel import OpContext
 
 WARPS = 8
@@ -60,10 +60,10 @@ class Gemv:
         }
 
     def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
-        """Compile; the result is called with (x, weight, bias, out, rows, ahead)."""
+        """Compile; the result is called with (x, weight, bias, out, rows)."""
         constants = self.constants(bucket, context)
         module = load(self.source, context.info.device, context.dtype, **constants)
-        launch = module.launcher("gemv", "PPPPPii")
+        launch = module.launcher("gemv", "PPPPi")
         grid = (-(-outputs * self.sharers // (self.outputs * WARPS)), 1, 1)
         block = (WARPS * 32, 1, 1)
 
@@ -73,7 +73,6 @@ class Gemv:
             bias: torch.Tensor | None,
             out: torch.Tensor,
             rows: int,
-            ahead: torch.Tensor | None = None,
         ) -> None:
             launch(
                 grid,
@@ -82,7 +81,6 @@ class Gemv:
                 x.data_ptr(),
                 weight.data_ptr(),
                 pointer(bias),
-                *ahead_of(ahead),
                 outputs,
             )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -14,23 +13,7 @@ GEMV_ROWS = (1, 2, 4)  # of exactly so many rows
 STREAMED_ROWS = (8, 16, 32, 64)
 BUCKETS = GEMV_ROWS + STREAMED_ROWS  # greatest number of rows that one choice serves
 
-AHEAD_BYTES = int(os.environ.get("AHEAD_MB", "16")) << 20  # of the next product's weight
-LINE_BYTES = 128
-
-
-class Product(Protocol):
-    """A compiled product of few rows."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        rows: int,
-        ahead: torch.Tensor | None = None,
-    ) -> None:
-        """x [rows, in] -> out [rows, outputs]; `ahead` is the weight that is read next."""
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, int], None]
 
 
 class Variant(Protocol):
@@ -48,7 +31,7 @@ class Variant(Protocol):
         """The source's compile-time constants."""
 
     def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
-        """Compile."""
+        """Compile; the result is called with (x, weight, bias, out, rows)."""
 
 
 def bucket_of(rows: int) -> int | None:
@@ -65,13 +48,6 @@ def by_rows(compiled: Mapping[int, Product]) -> tuple[Product | None, ...]:
     while table and table[-1] is None:
         table.pop()
     return tuple(table)
-
-
-def ahead_of(weight: torch.Tensor | None) -> tuple[int, int]:
-    """Address and lines of what is brought into L2 of the weight that the next product reads."""
-    if weight is None:
-        return 0, 0
-    return weight.data_ptr(), min(weight.nbytes, AHEAD_BYTES) // LINE_BYTES
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:

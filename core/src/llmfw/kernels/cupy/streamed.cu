@@ -8,8 +8,7 @@
 //   dimension and send their sums to the one that stores them. Without a split a block walks several tiles.
 // Numbers: float32 sums on tensor cores; GATED rounds where the references of linear and silu_and_mul round.
 //
-// The weight's first chunks are asked for before the kernel before is done (follow in common.cuh), and behind the last
-// ones ahead_lines of 128 bytes of the next product's weight (fetch_ahead there).
+// The weight's first chunks are asked for before the kernel before is done (follow in common.cuh).
 #include "common.cuh"
 #include "hopper.cuh"
 
@@ -186,8 +185,7 @@ __device__ __forceinline__ void finish(const Shared& s, scalar* y, const scalar*
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
-    streamed(scalar* y, TENSOR_MAP x, TENSOR_MAP weight, const scalar* bias, const void* ahead, int ahead_lines, int in,
-             int outputs, int rows) {
+    streamed(scalar* y, TENSOR_MAP x, TENSOR_MAP weight, const scalar* bias, int in, int outputs, int rows) {
   DYNAMIC_SHARED(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -209,8 +207,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
                      int(gridDim.x) / SPLIT, (outputs * (GATED ? 2 : 1) + TILE - 1) / TILE};
   if (warp == WARPS) {
     if (lane == 0) produce(s, weight, x, work, outputs);
-    __syncwarp();
-    fetch_ahead(ahead, ahead_lines, lane, 32);
     return;
   }
   follow();

@@ -8,7 +8,7 @@ import torch
 
 from llmfw.kernels.cupy.compile import device_index, load
 from llmfw.kernels.cupy.launch import pointer
-from llmfw.kernels.cupy.products import STREAMED_ROWS, Product, ahead_of
+from llmfw.kernels.cupy.products import STREAMED_ROWS, Product
 from llmfw.kernels.cupy.tensor_map import tensor_map
 from llmfw.ops.kernel import DeviceInfo, OpContext
 
@@ -91,11 +91,11 @@ class Streamed:
         return blocks >= LEAST_BLOCKS
 
     def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
-        """Compile; the result is called with (x, weight, bias, out, rows, ahead)."""
+        """Compile; the result is called with (x, weight, bias, out, rows)."""
         in_features, dtype, device = context["in_features"], context.dtype, context.info.device
         shared = self.shared_bytes(bucket, in_features)
         module = load(self.source, device, dtype, **self.constants(bucket, context))
-        launch = module.launcher("streamed", "PTTPPiiii", shared, self.split)
+        launch = module.launcher("streamed", "PTTPiii", shared, self.split)
         weight_rows = outputs * (1 + self.gated)
         tiles = -(-weight_rows // self.tile)
         sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
@@ -109,7 +109,6 @@ class Streamed:
             bias: torch.Tensor | None,
             out: torch.Tensor,
             rows: int,
-            ahead: torch.Tensor | None = None,
         ) -> None:
             launch(
                 grid,
@@ -118,7 +117,6 @@ class Streamed:
                 tensor_map(x.data_ptr(), rows, in_features, dtype, bucket),
                 tensor_map(weight.data_ptr(), weight_rows, in_features, dtype, box),
                 pointer(bias),
-                *ahead_of(ahead),
                 in_features,
                 outputs,
                 rows,
