@@ -13,6 +13,7 @@ import torch
 
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy import launch
+from llmfw.kernels.cupy.float32_linear import TILES, tile_for
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 
@@ -134,3 +135,22 @@ def test_a_refused_launch_says_which(driver: ctypes.CDLL) -> None:
     ctypes.c_int.in_dll(driver, "result").value = 1
     with pytest.raises(KernelError, match=r"k with grid \(1, 1, 1\).* SOME_ERROR"):
         launcher((1, 1, 1), (32, 1, 1), 0, 0, 0.0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "tile"),
+    [
+        (1, 64, (1, 1)),
+        (8, 64, (2, 1)),
+        (32, 64, (4, 4)),
+        (64, 64, (8, 4)),
+        (128, 64, (16, 4)),
+        (1000, 64, (16, 8)),
+        (16, 256, (8, 4)),
+        (64, 256, (16, 8)),
+    ],
+)
+def test_the_largest_tile_of_a_router_that_leaves_no_multiprocessor_idle(
+    rows: int, outputs: int, tile: tuple[int, int]
+) -> None:
+    assert TILES[tile_for(rows, outputs, 132)] == tile

@@ -29,6 +29,7 @@ from gpu.kernel_cases import (
 )
 from gpu.latent_cases import (
     CUTS,
+    SHARED_CUTS,
     check_cut,
     expanded_attention_cases,
     head_linear_cases,
@@ -41,7 +42,14 @@ from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import embedding_cases, step_cases
 from llmfw import MLA, MLAParams, ModelConfig, RopeParams
 from llmfw.attention.metadata import LayerCache
-from llmfw.kernels.cupy import draw, expanded_attention, moe_experts, paged_plan, prefill
+from llmfw.kernels.cupy import (
+    draw,
+    expanded_attention,
+    float32_linear,
+    moe_experts,
+    paged_plan,
+    prefill,
+)
 from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.latent_tiles import LatentTiles
 from llmfw.kernels.cupy.paged_plan import Cut
@@ -141,6 +149,15 @@ def test_routing_matches_its_reference(case: Case, device: torch.device) -> None
     run(case, device)
 
 
+@pytest.mark.parametrize("tile", float32_linear.TILES)
+def test_every_tile_of_a_router(
+    tile: tuple[int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float32_linear, "TILES", (tile,))
+    for label in ("33x64x64b", "5x520x5"):
+        run(next(case for case in router_cases() if case.label == label), device)
+
+
 def expert_parameters() -> list[object]:
     """Small cases of experts; those are quick that build the same kernels."""
     quick = {"moe_experts-bfloat16-1t-5x64x64f", "moe_experts-bfloat16-40t-5x64x64f"}
@@ -232,7 +249,7 @@ def test_latent_attention_matches_its_reference(case: Case, device: torch.device
     "cut",
     [
         pytest.param(cut, marks=() if (cut.rows, cut.cluster) == (16, 2) else pytest.mark.slow)
-        for cut in CUTS
+        for cut in (*CUTS, *SHARED_CUTS)
     ],
     ids=str,
 )
@@ -240,7 +257,8 @@ def test_latent_tiles_are_the_same_however_they_are_cut(
     cut: Any, groups: int, device: torch.device
 ) -> None:
     case = next(c for c in latent_attention_cases() if "few-latent4x128+64" in c.label)
-    case = replace(case, dtype="bfloat16", shape={**case.shape, "num_heads": 24})
+    heads = 24 if cut.readers == 1 else 128
+    case = replace(case, dtype="bfloat16", shape={**case.shape, "num_heads": heads})
     check_cut(LatentTiles(case.context(device)), case, cut, groups, device)
 
 

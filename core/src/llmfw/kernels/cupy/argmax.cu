@@ -13,7 +13,7 @@
 #define WIDTH 8
 #endif
 #ifndef THREADS
-#define THREADS 256
+#define THREADS 512
 #endif
 
 constexpr int PACKS = VOCAB / WIDTH;
@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   float top = NEG_INF;
   int at = start * WIDTH;
   bool nan = false;
-#pragma unroll 4
+#pragma unroll 2
   for (int pack = start; pack < stop; pack += THREADS) {
     const Pack<WIDTH> x = load<WIDTH>(source + pack * WIDTH);
 #pragma unroll

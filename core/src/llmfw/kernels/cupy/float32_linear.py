@@ -1,4 +1,4 @@
-"""Launcher of float32_linear.cu: the op of that name, by the library for many rows."""
+"""Launcher of float32_linear.cu: the op of that name, by the library where there is much to do."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from llmfw.kernels.cupy.compile import compile_ahead, load
-from llmfw.kernels.cupy.launch import Launcher, pointer
+from llmfw.kernels.cupy.compile import compile_ahead, device_index, load
+from llmfw.kernels.cupy.launch import pointer
 from llmfw.ops import reference
 from llmfw.ops.kernel import OpContext
 
 THREADS = 256
-# Rows and outputs of a block, by the greatest number of rows that it serves.
-TILES = ((1, (1, 1)), (4, (4, 2)), (128, (8, 4)))
+TILES = ((16, 8), (16, 4), (8, 4), (4, 4), (2, 1), (1, 1))  # rows and outputs of a block
+LEAST_SHARE = 0.6  # of the multiprocessors that a tile has to give a block
+MOST_PRODUCTS = 1 << 28  # from which the library is quicker
 
 
 def supports(context: OpContext) -> str | None:
@@ -22,34 +23,48 @@ def supports(context: OpContext) -> str | None:
     return f"{size} inputs are not a multiple of {pack}" if size % pack else None
 
 
-def constants_of(context: OpContext, tile: tuple[int, int]) -> dict[str, int]:
-    """The source's compile-time constants."""
-    return {"IN": context["in_features"], "ROWS": tile[0], "OUTPUTS": tile[1]}
+def blocks_of(tile: tuple[int, int], rows: int, outputs: int) -> tuple[int, int]:
+    """Blocks along rows and along outputs."""
+    return -(-rows // tile[0]), -(-outputs // tile[1])
+
+
+def tile_for(rows: int, outputs: int, multiprocessors: int) -> int:
+    """The largest tile that still gives most multiprocessors a block, else the smallest."""
+    for number, tile in enumerate(TILES):
+        down, across = blocks_of(tile, rows, outputs)
+        if down * across >= LEAST_SHARE * multiprocessors:
+            return number
+    return len(TILES) - 1
 
 
 def float32_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `float32_linear` for one weight shape."""
     device, dtype, size = context.info.device, context.dtype, context["in_features"]
-    uses = [("float32_linear.cu", constants_of(context, tile)) for _, tile in TILES]
+    outputs = context["out_features"]
+    sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+    uses = [
+        ("float32_linear.cu", {"IN": size, "ROWS": rows, "OUTPUTS": made}) for rows, made in TILES
+    ]
     if device.type == "cuda":
         compile_ahead(device, dtype, uses)
-    launchers: list[tuple[int, int, int, Launcher]] = []
-    for (most, tile), (source, constants) in zip(TILES, uses, strict=True):
-        module = load(source, device, dtype, **constants)
-        launchers.append((most, *tile, module.launcher("float32_linear", "PPPPii")))
+    launches = [
+        load(source, device, dtype, **constants).launcher("float32_linear", "PPPPii")
+        for source, constants in uses
+    ]
+    most_rows = MOST_PRODUCTS // (size * outputs)
 
     def call(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        rows, outputs = x.numel() // size, weight.shape[0]
+        rows = x.numel() // size
         aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
-        if not aligned or x.dtype is not dtype or not x.is_contiguous() or rows > TILES[-1][0]:
+        if not aligned or x.dtype is not dtype or not x.is_contiguous() or rows > most_rows:
             return reference.float32_linear(x, weight, bias)
         out = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32, device=x.device)
         if rows:
-            _, made, wide, launch = next(each for each in launchers if rows <= each[0])
-            launch(
-                (-(-rows // made), -(-outputs // wide), 1),
+            number = tile_for(rows, outputs, sms)
+            launches[number](
+                (*blocks_of(TILES[number], rows, outputs), 1),
                 (THREADS, 1, 1),
                 out.data_ptr(),
                 x.data_ptr(),

@@ -11,7 +11,7 @@ from llmfw.kernels.cupy.launch import pointer
 from llmfw.ops import reference_step
 from llmfw.ops.kernel import OpContext
 
-ARGMAX_THREADS = 256
+ARGMAX_THREADS = 512
 PREPARE_THREADS = 128
 MAX_ROWS = 4096
 BLOCKS_PER_SM = 2

@@ -125,8 +125,9 @@ def preempted_undisturbed(subject: Subject) -> None:
     specs = model.cache_specs()
     if not specs:
         raise CheckSkipped("the model keeps nothing for each token, so blocks cannot run out")
-    prompts = [ids[: subject.longest // 2] for ids in (subject.prompts[0],) * 4]
-    prompts = [[*ids[number:], *ids[:number]] for number, ids in enumerate(prompts)]
+    length = max(1, subject.longest // 2 // BLOCK_SIZE) * BLOCK_SIZE  # no room in the last block
+    ids = subject.prompts[0][:length]
+    prompts = [[*ids[number:], *ids[:number]] for number in range(4)]
     need = len(prompts[0]) + NEW_TOKENS
     blocks = 2 * -(-len(prompts[0]) // BLOCK_SIZE) + 1  # two prompts, not what they generate
     per_block = BLOCK_SIZE * sum(spec.bytes_per_token for spec in specs.values())
