@@ -157,19 +157,34 @@ def latent_attention_cases() -> Iterator[Case]:
 
 
 CUTS = [
-    Cut(rows, warpgroups, cluster)
-    for rows in (16, 32, 64)
-    for warpgroups in (1, 2)
+    Cut(rows, warpgroups, cluster, resident)
+    for rows, warpgroups, resident in (
+        (16, 1, 1),
+        (16, 1, 2),
+        (16, 2, 2),
+        (32, 1, 1),
+        (32, 2, 1),
+        (64, 2, 1),
+    )
     for cluster in (1, 2, 8)
-    if rows < 64 or warpgroups > 1
+]
+SHARED_CUTS = [
+    Cut(rows, warpgroups, cluster, readers=readers)
+    for rows, warpgroups in ((16, 1), (64, 2))
+    for cluster, readers in ((1, 2), (2, 2), (4, 2))
 ]
 UNEVEN = Batch(((2, 900), (1, 100), (3, 67), (1, 1)))
+SINGLE = Batch(((1, 900), (1, 100), (1, 67), (1, 1)))
 
 
 def check_cut(attend: LatentTiles, case: Case, cut: Cut, groups: int, device: torch.device) -> None:
-    """One way to divide requests of one and several tokens: near the reference, twice the same."""
+    """One way to divide uneven requests: near the reference, and twice the same.
+
+    They have one token each where blocks read for each other, as that asks for.
+    """
+    batch = UNEVEN if cut.readers == 1 else SINGLE
     generator = torch.Generator().manual_seed(5)
-    args, _ = attention_arguments(device, torch.bfloat16, generator, case.shape, UNEVEN)
+    args, _ = attention_arguments(device, torch.bfloat16, generator, case.shape, batch)
     q, cache, _, metadata, view, scale = args
     expected = REFERENCES["paged_attention"](*args)
     (part,) = parts_of(metadata)

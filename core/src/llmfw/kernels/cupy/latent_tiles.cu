@@ -2,9 +2,10 @@
 //
 // Shapes: those of latent_attention.cu, the cache contiguous; dims multiples of 64. partial float32 [requests, row
 //   tiles, groups, ROWS, V_DIM], and partial_stats of it [..., 2].
-// Launch: block WARPGROUPS * 128 + BRINGERS, clusters of CLUSTER blocks, grid (groups * CLUSTER, row tiles, requests).
-//   A block has ROWS rows, a request's tokens times heads. A group of tiles of keys is shared by the blocks of a
-//   cluster, which join their sums through shared memory; where a request has more groups, merge_latent follows.
+// Launch: block WARPGROUPS * 128 + BRINGERS, clusters of CLUSTER * READERS blocks, grid (groups * CLUSTER * READERS,
+//   row tiles / READERS, requests). A block has ROWS rows, a request's tokens times heads. READERS blocks bring tiles
+//   for each other; all requests have one token then, and row tiles are whole. A group of tiles of keys is shared by
+//   CLUSTER blocks, which join their sums through shared memory; where a request has more groups, merge_latent follows.
 // Numbers: those of latent_attention.cu.
 //
 // One warp brings tiles of 64 keys, STAGES under way. Scores come as keys x rows: products of four warps have 64 rows,
@@ -31,6 +32,9 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#ifndef READERS
+#define READERS 1
+#endif
 #ifndef RESIDENT
 #define RESIDENT 1
 #endif
@@ -50,6 +54,7 @@ constexpr int PITCH = V_DIM + 4;                    // floats from the sums of o
 constexpr int SLICE = V_DIM / CLUSTER;              // values of a row that a block stores
 static_assert(HEAD_DIM % SPAN == 0 && V_DIM % (SPAN * WARPGROUPS) == 0 && V_DIM <= HEAD_DIM, "whole spans");
 static_assert(KEYS == 64 && ROWS % (8 * WARPGROUPS) == 0 && BLOCK_SIZE % 8 == 0 && SLICE % 8 == 0, "whole parts");
+static_assert(READERS == 1 || HEADS % (READERS * ROWS) == 0, "readers have the same keys");
 static_assert(ROWS * PITCH * 4 <= STAGES * TILE_BYTES, "the sums find room where the tiles were");
 
 // All of the block's shared memory.
@@ -69,11 +74,20 @@ struct Work {
   __device__ __forceinline__ int count() const { return last - first; }
 };
 
-// A warp's: lane i < 8 brings keys 8i .. 8i + 7 of a tile.
+// The block's place in its cluster.
+struct Rank {
+  int part, reader;
+  __device__ __forceinline__ int of_part(int i) const { return i * READERS + reader; }
+  __device__ __forceinline__ int of_reader(int i) const { return part * READERS + i; }
+  __device__ __forceinline__ u32 readers() const { return ((1u << READERS) - 1) << part * READERS; }
+};
+
+// A warp's: lane i < 8 brings keys 8i .. 8i + 7 of a tile, where there are more readers one of them does.
 struct Bringer {
   Shared& s;
   const TensorMap& cache;
   const int* table;
+  Rank rank;
   int last, lane, row;  // the last key; where this lane's keys of the next tile lie
   u64 policy;
 
@@ -87,17 +101,21 @@ struct Bringer {
     Barrier* full = &s.full[i % STAGES];
     if (lane == 0) arrive_expecting(full, groups * GROUP_BYTES);
     __syncwarp();
-    if (lane < groups) copy_spans(s.tiles[i % STAGES] + lane * GROUP_BYTES, cache, row, full, policy);
+    u8* to = s.tiles[i % STAGES] + lane * GROUP_BYTES;
+    if (lane < groups && READERS == 1) copy_spans(to, cache, row, full, policy);
+    if (lane < groups && READERS > 1 && lane % READERS == rank.reader)
+      copy_spans_to(rank.readers(), to, cache, row, full, policy);
     find(tile + 1);
   }
 };
 
 // `settled` keys are older than the kernel before this one.
 __device__ __forceinline__ void produce(Shared& s, const TensorMap& cache, const TensorMap& q, const int* table,
-                                        const Share& mine, const Work& work, int settled, int lane) {
+                                        const Share& mine, const Work& work, const Rank& rank, int settled,
+                                        int lane) {
   prefetch_map(cache);
   prefetch_map(q);
-  Bringer bringer = {s, cache, table, mine.last, lane, 0, read_once_policy()};
+  Bringer bringer = {s, cache, table, rank, mine.last, lane, 0, read_once_policy()};
   const int count = work.count();
   bringer.find(work.first);
   int i = 0;
@@ -276,24 +294,32 @@ __device__ __forceinline__ T sums_of(const T* own, int rank) {
   return *own;
 }
 
+// A stage may be filled anew: by all who bring tiles to it.
+__device__ __forceinline__ void release(Barrier* empty, const Rank& rank, int lane) {
+  __syncwarp();
+  if (READERS == 1 && lane == 0) arrive(empty);
+  if (READERS > 1 && lane < READERS) arrive_at(empty, rank.of_reader(lane));
+}
+
 // Adds up this block's slice of the cluster's sums.
 __device__ __forceinline__ void join(scalar* out, float* partial, float2* partial_stats, const Shared& s, int rows,
-                                     int rank) {
+                                     const Rank& rank) {
   const float* sums = reinterpret_cast<const float*>(s.tiles);
   for (int item = threadIdx.x; item < rows * (SLICE / 8); item += THREADS) {
-    const int row = item / (SLICE / 8), first = rank * SLICE + item % (SLICE / 8) * 8;
+    const int row = item / (SLICE / 8), first = rank.part * SLICE + item % (SLICE / 8) * 8;
     float2 its[CLUSTER];
     float peak = NEG_INF, total = 0, y[8] = {};
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) {
-      its[i] = sums_of(&s.stats[row], i);
+      its[i] = sums_of(&s.stats[row], rank.of_part(i));
       peak = fmaxf(peak, its[i].x);
     }
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) {
+      const float4* at = reinterpret_cast<const float4*>(sums + row * PITCH + first);
       float x[8];
-      *reinterpret_cast<float4*>(x) = sums_of(reinterpret_cast<const float4*>(sums + row * PITCH + first), i);
-      *reinterpret_cast<float4*>(x + 4) = sums_of(reinterpret_cast<const float4*>(sums + row * PITCH + first + 4), i);
+      *reinterpret_cast<float4*>(x) = sums_of(at, rank.of_part(i));
+      *reinterpret_cast<float4*>(x + 4) = sums_of(at + 1, rank.of_part(i));
       if (its[i].x == NEG_INF) continue;
       const float part = exp2_fast(its[i].x - peak);
       total += its[i].y * part;
@@ -316,7 +342,7 @@ __device__ __forceinline__ void join(scalar* out, float* partial, float2* partia
 
 // All threads of the cluster's blocks, or those of this block that multiply.
 __device__ __forceinline__ void meet_others() {
-  if (CLUSTER == 1) return meet(1, THREADS);
+  if (CLUSTER * READERS == 1) return meet(1, THREADS);
   __syncwarp();
   cluster_arrive();
   cluster_wait();
@@ -330,28 +356,31 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL, int(threadIdx.x) / 32, 0);  // one number for the warp
   const int request = first_request + blockIdx.z;
-  const int rank = CLUSTER > 1 ? rank_in_cluster() : 0, group = blockIdx.x / CLUSTER, groups = gridDim.x / CLUSTER;
+  const int all = CLUSTER * READERS > 1 ? rank_in_cluster() : 0;
+  const Rank rank = {all / READERS, all % READERS};
+  const int group = blockIdx.x / (CLUSTER * READERS), groups = gridDim.x / (CLUSTER * READERS);
+  const int row_tile = blockIdx.y * READERS + rank.reader, row0 = row_tile * ROWS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], WARPGROUPS * 4);
+      barrier_init(&s.empty[i], WARPGROUPS * 4 * READERS);
     }
     barrier_init(&s.queries_full, 1);
     barriers_ready();
   }
   follow_older();
-  const int row0 = blockIdx.y * ROWS;
   const Share mine = share_of(cu_query_lens, kv_lens, request, row0, group, groups, least_share);
   __syncthreads();
   if (row0 >= mine.rows || group >= mine.active) return;
   const int tiles = mine.stop - mine.from;
-  const Work work = {mine.from + tiles * rank / CLUSTER, mine.from + tiles * (rank + 1) / CLUSTER, row0};
+  const Work work = {mine.from + tiles * rank.part / CLUSTER, mine.from + tiles * (rank.part + 1) / CLUSTER, row0};
+  if (READERS > 1) cluster_arrive(), cluster_wait();  // the others' barriers are there
 
   if (warp >= THREADS / 32) {
     if (HANDOVER) give_registers<40>();
     if (warp == THREADS / 32)
-      produce(s, cache, q, block_tables + request * table_stride, mine, work, mine.past - fresh, lane);
-    if (CLUSTER > 1) meet_others(), meet_others();
+      produce(s, cache, q, block_tables + request * table_stride, mine, work, rank, mine.past - fresh, lane);
+    if (CLUSTER * READERS > 1) meet_others(), meet_others();
   } else {
     if (HANDOVER) take_registers<232>();
     follow();
@@ -376,16 +405,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
       soften(x, r, fade, s, at);
       fade_values(o, fade, s, at);
       weigh(o, s, here, at);
-      __syncwarp();
-      if (lane == 0) arrive(&s.empty[i % STAGES]);
+      release(&s.empty[i % STAGES], rank, lane);
     }
     leave(o, r, s, at);
     meet_others();
-    const i64 place = ((i64(blockIdx.z) * gridDim.y + blockIdx.y) * groups + group) * ROWS;
+    const i64 place = ((i64(blockIdx.z) * gridDim.y * READERS + row_tile) * groups + group) * ROWS;
     const bool whole = mine.active == 1;
     join(out + (i64(mine.q_start) * HEADS + row0) * V_DIM, whole ? nullptr : partial + place * V_DIM,
          whole ? nullptr : partial_stats + place, s, min(ROWS, mine.rows - row0), rank);
-    if (CLUSTER > 1) meet_others();  // they have read this block's sums
+    if (CLUSTER * READERS > 1) meet_others();  // they have read this block's sums
   }
 }
 

@@ -35,17 +35,24 @@ class Cut:
         warpgroups: That multiply; they divide rows for scores and the latent for values.
         cluster: Blocks that share a range of keys.
         resident: Blocks of one multiprocessor at once.
+        readers: Blocks of different rows that bring tiles for each other.
     """
 
     rows: int
     warpgroups: int
     cluster: int
     resident: int = 1
+    readers: int = 1
 
     @property
     def threads(self) -> int:
         """Of a block: those that multiply, and those that bring tiles, as latent_tiles.cu says."""
         return self.warpgroups * 128 + (128 if self.rows * self.warpgroups > 64 else 32)
+
+    @property
+    def blocks(self) -> int:
+        """Of a cluster."""
+        return self.cluster * self.readers
 
     def stages(self, head_dim: int) -> int:
         """Tiles under way: what memory holds."""
@@ -153,9 +160,10 @@ class LatentTiles:
                 STAGES=cut.stages(heads.head_dim),
                 CLUSTER=cut.cluster,
                 RESIDENT=cut.resident,
+                READERS=cut.readers,
             )
             size = cut.shared_bytes(heads.head_dim)
-            found = module.launcher("latent_tiles", "PTTPPPPPqiiif", size, cut.cluster)
+            found = module.launcher("latent_tiles", "PTTPPPPPqiiif", size, cut.blocks)
             self._launchers[cut] = found
         return found
 
@@ -183,7 +191,7 @@ class LatentTiles:
         room = self._splits.room(part.requests, plan.division, q.device)
         dim, slots = heads.head_dim, cache.shape[0] * heads.block_size
         self.launcher(plan.cut)(
-            (plan.groups * plan.cut.cluster, plan.columns, part.requests),
+            (plan.groups * plan.cut.blocks, plan.columns // plan.cut.readers, part.requests),
             (plan.cut.threads, 1, 1),
             out.data_ptr(),
             tensor_map(q.data_ptr(), q.shape[0] * heads.num_heads, dim, q.dtype, plan.cut.rows),
