@@ -20,6 +20,7 @@ from llmfw.testing.checks import (
     discovered_by_metadata,
     imports_without_torch,
     matches_reference,
+    preempted_undisturbed,
     run_checks,
     wheel_builds_and_installs,
 )
@@ -221,3 +222,10 @@ def test_a_real_configuration_is_shrunk_and_keeps_its_switches(tmp_path: Path) -
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'LlamaForCausalLM'"):
         subjects_of("LlamaForCausalML")
+
+
+@pytest.mark.parametrize("positions", [36, 60, 63, 72])
+def test_requests_are_preempted_whatever_the_longest_prompt(positions: int) -> None:
+    raw = shrunk_config("LlamaForCausalLM") | {"max_position_embeddings": positions}
+    with Subject("LlamaForCausalLM", raw) as subject:
+        preempted_undisturbed(subject)  # raises CheckSkipped where nothing is preempted
