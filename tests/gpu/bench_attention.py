@@ -21,13 +21,15 @@ from gpu.bench_common import (
     report,
 )
 from gpu.kernel_cases import Batch, attention_arguments
+from llmfw.kernels.cupy import latent_tiles, tune
 from llmfw.kernels.cupy import prefill as prefill_module
-from llmfw.kernels.cupy import tune
 from llmfw.kernels.cupy.attention import Part
 from llmfw.kernels.cupy.latent_attention import LatentAttention
+from llmfw.kernels.cupy.latent_tiles import LatentTiles
 from llmfw.kernels.cupy.paged_decode import PagedDecode
 
-LATENT_POINTS = [(b, n) for b in (1, 8, 32, 64, 256) for n in (128, 512, 1024, 4096)]
+LatentKernel = LatentAttention | LatentTiles
+LATENT_POINTS = [(1, 192), (1, 1024), (8, 8192), (32, 1024), (64, 192), (64, 1024), (256, 1024)]
 
 
 def attention() -> None:
@@ -139,15 +141,18 @@ def latent() -> None:
     """Attention of generation requests over a latent cache of 512 + 64 values a token."""
     for heads in (16, 128):
         shape = latent_shape(heads)
-        attend = LatentAttention(context_of("paged_attention", shape))
+        context = context_of("paged_attention", shape)
+        kernels: list[tuple[str, LatentKernel]] = [("warps", LatentAttention(context))]
+        if latent_tiles.refusal(context) is None:
+            kernels.append(("tiles", LatentTiles(context)))
         for batch, length in LATENT_POINTS:
             nbytes = batch * length * shape["head_dim"] * 2
-            runs = latent_runs(attend, batch, length)
-            plan = attend.plan(batch, 1, length)
-            label = f"{heads} heads decode {batch} x {length}"
-            facts = {"splits": plan.splits, "keys": plan.tile.keys}
-            report("latent", label, tune.graph_time(runs), nbytes, **facts)
-            del runs
+            flops = 2 * batch * length * heads * (shape["head_dim"] + shape["v_head_dim"])
+            for name, attend in kernels:
+                us = tune.graph_time(latent_runs(attend, batch, length))
+                facts = {"tflops": round(flops / us / 1e6), "plan": attend.plan(batch, 1, length)}
+                label = f"{heads} heads {name} {batch} x {length}"
+                report("latent", label, us, nbytes, **{k: str(v) for k, v in facts.items()})
 
 
 def latent_shape(heads: int) -> dict[str, int]:
@@ -165,7 +170,7 @@ def latent_shape(heads: int) -> dict[str, int]:
     }
 
 
-def latent_runs(attend: LatentAttention, batch: int, length: int, **overrides: Any) -> list[Run]:
+def latent_runs(attend: LatentKernel, batch: int, length: int, **overrides: Any) -> list[Run]:
     """One launch for each of some layers' caches; all requests have `length` keys."""
     heads = attend.heads
     blocks = -(-length // 16)
