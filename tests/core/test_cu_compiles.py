@@ -42,6 +42,11 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "HEAD_DIM": 80, "ROTARY_DIM": 32, "ROWS": 16, "GROUP": 20, "BLOCK_SIZE": 8},
         {"DTYPE": F16, "HEAD_DIM": 64, "INTERLEAVED": 1, "LANES": 4, "SOFTCAP": 1},
     ],
+    "rope_staged.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HEAD_DIM": 192, "WARPS": 8, "STAGES": 2, "SOFTCAP": 1},
+        {"DTYPE": BF16, "HEAD_DIM": 144, "ROTARY_DIM": 48, "BLOCK_SIZE": 8, "STAGES": 1},
+    ],
     "paged_staged.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "WARPS": 8, "STAGES": 2, "SOFTCAP": 1},
@@ -107,6 +112,12 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": BF16},
         {"DTYPE": F16, "ROWS": 64, "WARPS": 8, "CHUNK": 64, "SPLIT": 8},
         {"DTYPE": BF16, "ROWS": 8, "GATED": 1, "SPLIT": 2},
+    ],
+    "tiled.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "ROWS": 256, "TILE": 208, "SHARE": 2, "STAGES": 3},
+        {"DTYPE": BF16, "ROWS": 256, "TILE": 224, "PARTS": 2, "SHARE": 2, "GATED": 1},
+        {"DTYPE": BF16, "ROWS": 256, "TILE": 256, "PARTS": 2, "SPLIT": 4},
     ],
     "moe_route.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "EXPERTS": 1000}],
     "moe_order.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "EXPERTS": 1000, "ROWS": 64}],

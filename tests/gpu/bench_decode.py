@@ -10,10 +10,12 @@ import torch
 
 from gpu.bench_attention import decode_caches
 from gpu.bench_common import (
+    BF16,
     COLD,
     DEVICE,
     MODELS,
     attention_shape,
+    context_of,
     kernel,
     randn,
     report,
@@ -21,27 +23,63 @@ from gpu.bench_common import (
 )
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.kernels.cupy import paged_plan, tune
+from llmfw.kernels.cupy.compile import compile_ahead
+from llmfw.kernels.cupy.rope_decode import RopeAndAttend
 
 KEYS = 960
 BATCHES = (1, 8, 32, 64, 256)
-AHEAD = (0, 1, 2, 3, 4)  # tiles asked for into L2
+WAYS = ((0, 0), (2, 0), (4, 0), (8, 0), (1, 1), (2, 1), (3, 1), (4, 1))  # tiles ahead, kept up
+
+
+WIDE = paged_plan.registers_cut
+
+
+def NARROW(heads: Any, rows: int, blocks: int, device: Any) -> Any:
+    return WIDE(heads, rows, 1 << 20, device)
 
 
 def decode() -> None:
     """Norm, product, rotation, attention, product: rotation apart, and as one with attention."""
-    built = paged_plan.AHEAD
+    compile_all()
     for name in MODELS:
-        for batch in BATCHES:
+        for batch in (32, 1, 8, 64, 256):
             layers = layers_of(name, batch)
-            for ahead in AHEAD:
-                paged_plan.AHEAD = ahead
-                for kind, attend in (("two", two_ops(name)), ("one", one_op(name))):
+            for way in WAYS:
+                paged_plan.AHEAD, paged_plan.KEEP = way
+                kinds = [("one", one_op(name))]
+                if batch <= 8 and way in ((0, 0), (2, 0)):
+                    kinds.append(("narrow", one_op(name)))
+                if way in ((0, 0), (3, 1)):
+                    kinds.append(("two", two_ops(name)))
+                for kind, attend in kinds:
+                    paged_plan.registers_cut = NARROW if kind == "narrow" else WIDE
                     runs = [functools.partial(layer, attend) for layer in layers]
                     us = tune.graph_time(runs, launches=24)
-                    label = f"{name} {kind} {batch} x {KEYS} ahead {ahead}"
+                    label = f"{name} {kind} {batch} x {KEYS} ahead {way}"
                     report("decode", label, us, layers[0].keywords["nbytes"])
             del layers, runs
-    paged_plan.AHEAD = built
+
+
+def compile_all() -> None:
+    """All ways at once, on several cores."""
+    uses = []
+    for name in MODELS:
+        one = RopeAndAttend(context_of("rope_and_attend", rope_shape(name) | attention_shape(name)))
+        for way in WAYS:
+            paged_plan.AHEAD, paged_plan.KEEP = way
+            for batch in BATCHES:
+                for cut in (WIDE, NARROW):
+                    paged_plan.registers_cut = cut
+                    plan = one.decode.plan(batch, 1, KEYS)
+                    constants = one.decode.constants(plan.rows, plan.cut)
+                    uses.append(("rope_decode.cu", constants | one._rotation))
+                paged_plan.registers_cut = WIDE
+                plan = one.decode.plan(batch, 1, KEYS)
+                constants = one.decode.constants(plan.rows, plan.cut)
+                if way in ((0, 0), (3, 1)):
+                    uses.append(("paged_decode.cu", constants))
+    unique = {(source, tuple(sorted(each.items()))): (source, each) for source, each in uses}
+    compile_ahead(DEVICE, BF16, unique.values())
 
 
 Attend = Callable[..., torch.Tensor]

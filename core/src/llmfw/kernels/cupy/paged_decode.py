@@ -63,17 +63,18 @@ class Meeting(NamedTuple):
 class PagedDecode:
     """The compiled kernels for one head layout, and the counters that its blocks meet at.
 
-    Launches of one instance must follow each other on one stream.
+    Launches of one instance must follow each other on one stream. `taken_bytes` of a block's shared
+    memory are left alone.
     """
 
-    def __init__(self, context: OpContext) -> None:
+    def __init__(self, context: OpContext, taken_bytes: int = 0) -> None:
         self.heads = Heads.of(context)
         self._context = context
         device = context.info.device
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
         properties: Any = torch.cuda.get_device_properties(device_index(device))
         shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES)
-        self._device = Device(properties.multi_processor_count, shared)
+        self._device = Device(properties.multi_processor_count, shared, taken_bytes)
         self._counters = torch.zeros(paged_plan.COUNTERS, dtype=torch.int32, device=device)
 
     def plan(self, requests: int, max_q: int, max_kv: int, splits: int | None = None) -> Plan:
@@ -104,7 +105,11 @@ class PagedDecode:
             "SOFTCAP": int(heads.softcap),
             "WARPS": cut.warps,
             "MIN_BLOCKS": cut.resident,
-            **({"STAGES": cut.stages} if cut.stages else {"AHEAD": paged_plan.AHEAD}),
+            **(
+                {"STAGES": cut.stages}
+                if cut.stages
+                else {"AHEAD": paged_plan.AHEAD, "KEEP": paged_plan.KEEP}
+            ),
         }
 
     def meeting(self, requests: int, plan: Plan) -> Meeting:

@@ -20,6 +20,7 @@ RESERVED_BYTES = SYSTEM_BYTES + (1 << 10)  # and those of its warps' statistics
 MOST_WARPS = 8  # of a multiprocessor, whose registers they need all
 LONG_SHARE = 2048  # keys that a block walks at least where the requests alone fill the device
 AHEAD = 0  # tiles that a warp asks for into L2 beyond those that it loads
+KEEP = 1
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
 
 
@@ -64,10 +65,17 @@ class Heads:
 
 @dataclass(frozen=True)
 class Device:
-    """What plans depend on: multiprocessors, and the most shared memory of a block in bytes."""
+    """What plans depend on.
+
+    Args:
+        sms: Multiprocessors.
+        shared_bytes: The most shared memory of a block.
+        taken_bytes: What of it a kernel has taken for something else than tiles and sums.
+    """
 
     sms: int
     shared_bytes: int = LEAST_SHARED_BYTES
+    taken_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ def staged_cut(heads: Heads, blocks: int, device: Device) -> Cut:
     for warps in (8, 4, 2) if few else (4, 2):
         for resident in range(MOST_WARPS // warps, 0, -1):
             room = (device.shared_bytes + SYSTEM_BYTES) // resident - RESERVED_BYTES
+            room -= device.taken_bytes
             stages = min(most, room // (warps * heads.tile_bytes))
             if stages >= LEAST_STAGES:
                 return Cut(warps, resident, stages)

@@ -12,19 +12,20 @@ from llmfw.kernels.cupy import paged_decode, rope_cache
 from llmfw.kernels.cupy.compile import load
 from llmfw.kernels.cupy.launch import Launcher, pointer
 from llmfw.kernels.cupy.paged_decode import PagedDecode, check_block_size
-from llmfw.kernels.cupy.paged_plan import REGISTERS_DIM, Cut, Heads
+from llmfw.kernels.cupy.paged_plan import Cut, Heads
 from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 
+ROWS, ROW_PADDING = 16, 8  # most of a block, and what keeps them in different banks
 SIGNATURE = "PPPPPPPPPPPPPPPPqqqqqqiiiiffff"
 
 
 def supports(context: OpContext) -> str | None:
-    """What both ops support, where tiles of keys fit in registers."""
-    if Heads.of(context).widest > REGISTERS_DIM:
-        return f"head sizes above {REGISTERS_DIM} are left to kernels of their own"
+    """What both ops support, with values as wide as keys."""
+    if context["v_head_dim"] != context["head_dim"]:
+        return f"K and V have head sizes {context['head_dim']} and {context['v_head_dim']}"
     return rope_cache.supports(context) or paged_decode.supports(context)
 
 
@@ -32,7 +33,9 @@ class RopeAndAttend:
     """The compiled kernels for one head layout, divided over the device as paged_decode is."""
 
     def __init__(self, context: OpContext) -> None:
-        self.decode = PagedDecode(context)
+        heads = Heads.of(context)
+        rows = min(heads.group, ROWS) * (heads.head_dim + ROW_PADDING)
+        self.decode = PagedDecode(context, 2 * (rows + 2 * heads.head_dim))
         self._context = context
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
         rotary = context["rotary_dim"] or context["head_dim"]
@@ -54,14 +57,12 @@ class RopeAndAttend:
         """The kernel for blocks of so many rows and such a cut, compiled when first wanted."""
         found = self._launchers.get((rows, cut))
         if found is None:
-            context = self._context
-            found = load(
-                "rope_decode.cu",
-                context.info.device,
-                context.dtype,
-                **self.decode.constants(rows, cut),
-                **self._rotation,
-            ).launcher("rope_decode", SIGNATURE)
+            context, constants = self._context, self.decode.constants(rows, cut)
+            name = "rope_staged" if cut.stages else "rope_decode"
+            module = load(
+                f"{name}.cu", context.info.device, context.dtype, **constants, **self._rotation
+            )
+            found = module.launcher(name, SIGNATURE, cut.shared_bytes(self.decode.heads))
             self._launchers[rows, cut] = found
         return found
 
