@@ -112,6 +112,7 @@ def step() -> None:
             table = torch.randint(0, 99, (rows * 4096 + 4096,), dtype=torch.int32, device=DEVICE)
             blocks = torch.zeros(rows + 1, 64, dtype=torch.int32, device=DEVICE)
             which, places = torch.arange(rows, device=DEVICE), torch.arange(rows, device=DEVICE)
+            still = torch.zeros_like(places)
             ops = {
                 "own": {op: kernel(op, {"vocab_size": vocab}) for op in STEP_OPS},
                 "torch": {op: REFERENCES[op] for op in STEP_OPS},
@@ -126,7 +127,7 @@ def step() -> None:
                 us = tune.graph_time(rotated(2 * rows * vocab, make), launches=16)
                 report("step", f"{name} {kind} argmax x{rows}", us, 2 * rows * vocab)
                 prepare = functools.partial(
-                    calls["prepare_decode"], which, places, table, blocks, 4096, 16
+                    calls["prepare_decode"], which, places, still, table, blocks, 4096, 16
                 )
                 us = tune.graph_time([prepare])
                 report("step", f"{name} {kind} prepare_decode x{rows}", us, rows * 64 * 8)

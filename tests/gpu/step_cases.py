@@ -54,11 +54,12 @@ def step_cases() -> Iterator[Case]:
             blocks = torch.randint(0, 9999, (rows, w + 3), generator=g, dtype=torch.int32)
             positions = torch.randint(0, length - 1, (n,), generator=g)
             chosen = torch.randperm(rows, generator=g)[:n]
-            tensors = [x.to(d) for x in (chosen, positions, tokens, blocks)]
-            return (*tensors[:3], tensors[3][:, :w], length, size), {}
+            advance = torch.arange(n) % 2
+            tensors = [x.to(d) for x in (chosen, positions, advance, tokens, blocks)]
+            return (*tensors[:4], tensors[4][:, :w], length, size), {}
 
         label = f"{count}x{width}"
-        yield Case("prepare_decode", "bfloat16", {}, prepare, label, tolerance=0, wide=wide)
+        yield Case("prepare_decode", "bfloat16", {}, prepare, label, (1,), wide=wide, tolerance=0)
     sizes = [(1, 5000, False), (6, 77, False), (3, 4098, False)]
     sizes += [(1, 151936, True), (33, 128256, True), (300, 50257, True)]
     for dtype in DTYPE_NAMES:

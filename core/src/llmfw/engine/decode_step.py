@@ -156,13 +156,12 @@ class DecodeStep:
     def compute(self) -> DecodeOutput:
         """Run the model over the staged requests and put each greedy token in its place.
 
-        Their positions then go on by one.
+        The staged positions go on by one.
         """
         memory = self._memory
-        rows, positions = self.inputs[0], self.inputs[1]
-        input_ids, targets, slots, kv_lens, tables = self._prepare(
-            rows,
-            positions,
+        rows = self.inputs[0]
+        input_ids, positions, targets, slots, kv_lens, tables = self._prepare(
+            *self.inputs.unbind(),
             memory.flat_tokens,
             self._blocks,
             memory.max_model_len,
@@ -185,5 +184,4 @@ class DecodeStep:
         logits = self._forward(metadata, input_ids, positions)
         argmax = self._ops.resolve("argmax", logits.dtype, vocab_size=logits.shape[-1])
         tokens = argmax(logits, memory.flat_tokens, targets)
-        positions += self.inputs[2]
         return DecodeOutput(logits, tokens)

@@ -329,9 +329,10 @@ def _prepare_decode(context: OpContext, generator: torch.Generator) -> Iterator[
     for count in (1, 5):
         chosen = torch.randperm(rows, generator=generator)[:count]
         positions = torch.randint(0, length - 1, (count,), generator=generator)
-        tensors = [x.to(device) for x in (chosen, positions, tokens, blocks)]
-        narrow = tensors[3][:, :-2]
-        yield Case(f"requests={count}", (*tensors[:3], narrow, length, block_size))
+        advance = torch.arange(count) % 2
+        tensors = [x.to(device) for x in (chosen, positions, advance, tokens, blocks)]
+        arguments = (*tensors[:4], tensors[4][:, :-2], length, block_size)
+        yield Case(f"requests={count}", arguments, written=(1,))
 
 
 def _argmax(context: OpContext, generator: torch.Generator) -> Iterator[Case]:

@@ -47,7 +47,8 @@ def copy_blocks(
 
 def prepare_decode(
     rows: torch.Tensor,
-    positions: torch.Tensor,
+    last: torch.Tensor,
+    advance: torch.Tensor,
     tokens: torch.Tensor,
     blocks: torch.Tensor,
     max_model_len: int,
@@ -57,19 +58,22 @@ def prepare_decode(
 
     Args:
         rows: int64 [n], the requests' rows in tables of all requests.
-        positions: int64 [n], where each request's last token stands.
+        last: int64 [n], where each request's last token stands; goes on by `advance`, in place.
+        advance: int64 [n].
         tokens: int32 [all rows * max_model_len], token values.
         blocks: int32 [all rows, max_blocks], cache blocks.
         max_model_len: Tokens of a row.
         block_size: Tokens of a cache block.
 
     Returns:
-        input_ids int64 [n]; targets int64 [n], where in tokens the next ones go; slots int64 [n];
-        kv_lens int32 [n]; block_tables int32 [n, max_blocks].
+        input_ids int64 [n]; positions int64 [n], `last` as it was; targets int64 [n], where in tokens
+        the next ones go; slots int64 [n]; kv_lens int32 [n]; block_tables int32 [n, max_blocks].
     """
+    positions = last.clone()
+    last += advance
     places = rows * max_model_len + positions  # [n], where the last tokens stand
     tables = blocks.index_select(0, rows)  # [n, max_blocks]
     block = tables.gather(1, (positions // block_size)[:, None])[:, 0]
     slots = block.long() * block_size + positions % block_size
     input_ids = tokens.index_select(0, places).long()
-    return input_ids, places + 1, slots, (positions + 1).int(), tables
+    return input_ids, positions, places + 1, slots, (positions + 1).int(), tables

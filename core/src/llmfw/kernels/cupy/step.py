@@ -66,32 +66,35 @@ def argmax(context: OpContext) -> Callable[..., torch.Tensor]:
 def prepare_decode(context: OpContext) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The op `prepare_decode`."""
     module = load("prepare_decode.cu", context.info.device, context.dtype, THREADS=PREPARE_THREADS)
-    launch = module.launcher("prepare_decode", "PPPPPPPPPqqii")
+    launch = module.launcher("prepare_decode", "PPPPPPPPPPPqqii")
 
     def call(
         rows: torch.Tensor,
-        positions: torch.Tensor,
+        last: torch.Tensor,
+        advance: torch.Tensor,
         tokens: torch.Tensor,
         blocks: torch.Tensor,
         max_model_len: int,
         block_size: int,
     ) -> tuple[torch.Tensor, ...]:
         count, width = rows.shape[0], blocks.shape[1]
-        wide = torch.empty((3, count), dtype=torch.int64, device=rows.device)
+        wide = torch.empty((4, count), dtype=torch.int64, device=rows.device)
         kv_lens = torch.empty(count, dtype=torch.int32, device=rows.device)
         tables = torch.empty((count, width), dtype=torch.int32, device=rows.device)
-        input_ids, targets, slots = wide.unbind()
+        input_ids, positions, targets, slots = wide.unbind()
         if count:
             launch(
                 (count, 1, 1),
                 (PREPARE_THREADS, 1, 1),
                 input_ids.data_ptr(),
+                positions.data_ptr(),
                 targets.data_ptr(),
                 slots.data_ptr(),
                 kv_lens.data_ptr(),
                 tables.data_ptr(),
                 rows.data_ptr(),
-                positions.data_ptr(),
+                last.data_ptr(),
+                advance.data_ptr(),
                 tokens.data_ptr(),
                 blocks.data_ptr(),
                 blocks.stride(0),
@@ -99,6 +102,6 @@ def prepare_decode(context: OpContext) -> Callable[..., tuple[torch.Tensor, ...]
                 block_size,
                 width,
             )
-        return input_ids, targets, slots, kv_lens, tables
+        return input_ids, positions, targets, slots, kv_lens, tables
 
     return call
