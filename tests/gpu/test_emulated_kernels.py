@@ -209,6 +209,21 @@ def test_rotation_with_attention_matches_its_reference(case: Case, device: torch
     run(case, device)
 
 
+def test_a_token_without_a_slot_is_not_kept(device: torch.device) -> None:
+    case = next(case for case in rope_attend_cases() if "bfloat16-few-2/2x80" in str(case))
+    args, kwargs = case.draw(device, torch.bfloat16, torch.Generator().manual_seed(0))
+    k, v, view = args[3], args[4], args[6]
+    before = k.clone(), v.clone()
+    kept = torch.tensor([True, False, True, True, True])
+    slots = view.slots.clone()
+    view.slots[~kept] = -1
+    kernel_of(case, device).build(case.context(device))(*args, **kwargs)
+    for cache, old in zip((k, v), before, strict=True):
+        changed = (cache != old) & ~(cache.isnan() & old.isnan())
+        rows = changed.flatten(2).any(-1).flatten().nonzero()[:, 0]
+        assert sorted(rows.tolist()) == sorted(slots[kept].tolist())
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize(
     "label",
