@@ -66,8 +66,9 @@ def prepare_decode(
         block_size: Tokens of a cache block.
 
     Returns:
-        input_ids int64 [n]; positions int64 [n], `last` as it was; targets int64 [n], where in tokens
-        the next ones go; slots int64 [n]; kv_lens int32 [n]; block_tables int32 [n, max_blocks].
+        input_ids int64 [n]; positions int64 [n], `last` as it was; targets int64 [n], where in
+        tokens the next ones go; slots int64 [n]; kv_lens int32 [n]; block_tables int32
+        [n, max_blocks].
     """
     positions = last.clone()
     last += advance
