@@ -29,7 +29,6 @@ static_assert(CHANNELS % WIDTH == 0, "a thread has whole packs");
 static_assert(TILE == 1 || TILE >= PAST, "only a request's first tile reads its state");
 
 // As silu: with its exact division and exponential the sums would wait for instructions, not for memory.
-__device__ __forceinline__ float quick_silu(float x) { return __fdividef(x, 1.0f + exp2_fast(-x * LOG2E)); }
 
 // The state after the request: its last tokens, and before them, where it has fewer than PAST, what was kept.
 __device__ __forceinline__ void keep_last(scalar* kept, const Pack<WIDTH> (&inputs)[PAST + TILE], const scalar* source,
@@ -85,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         sum += to_float(inputs[i + k].at[j]) * to_float(weights[at / WIDTH].at[at % WIDTH]);
       }
       if (bias) sum += to_float(offsets.at[j]);
-      y.at[j] = from_float(with_silu ? quick_silu(sum) : sum);
+      y.at[j] = from_float(with_silu ? silu(sum) : sum);
     }
     store<WIDTH>(out + i64(from + i) * CHANNELS + channel, y);
   }

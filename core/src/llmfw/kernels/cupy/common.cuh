@@ -83,7 +83,10 @@ __device__ __forceinline__ float warp_sum(float x) { return group_sum<32>(x); }
 
 // Activations; code of a `GatedActivation` may use them.
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+// Results of 16 bits are rounded far more coarsely than the quick instructions err.
+__device__ __forceinline__ float silu(float x) {
+  return DTYPE == F32 ? x / (1.0f + expf(-x)) : __fdividef(x, 1.0f + exp2_fast(-LOG2E * x));
+}
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 __device__ __forceinline__ float gelu_tanh(float x) {
   return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));

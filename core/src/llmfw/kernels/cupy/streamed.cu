@@ -102,7 +102,12 @@ __device__ __forceinline__ void produce(Shared& s, const TensorMap& weight, cons
 
 typedef float Sums[COLUMNS][4];
 
-// Four warps multiply 64 rows of the weight with all rows of x.
+__device__ __forceinline__ void release(Shared& s, int i, int lane) {
+  __syncwarp();
+  if (lane == 0) arrive(&s.empty[i % STAGES]);
+}
+
+// Four warps ask for the products of 64 rows of the weight with all rows of x.
 __device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int warp) {
   open_products();
 #pragma unroll
@@ -111,7 +116,20 @@ __device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int warp) {
     const u8* x = stage + WEIGHT_BYTES + k / SPAN * ROWS * BOX_ROW + k % SPAN * 2;
     multiply_tile(sum, tile_at(weight), tile_at(x));
   }
-  finish_products();
+  close_products();
+}
+
+// The sums of one tile; a stage is free once the products of the next one have been asked for and its own are done.
+__device__ __forceinline__ void accumulate(Sums& sum, Shared& s, int& i, int chunks, int warp, int lane) {
+  for (int n = 0; n < chunks; ++n, ++i) {
+    wait_for(&s.full[i % STAGES], i / STAGES % 2);
+    multiply(sum, s.stages[i % STAGES], warp);
+    await_products<1>();
+    if (n > 0) release(s, i - 1, lane);
+  }
+  await_products<0>();
+  release(s, i - 1, lane);
+  settle(sum);
 }
 
 // Where the sums of a group of 8 rows lie: in order; GATED the gates' beside those of their ups.
@@ -214,12 +232,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
   int i = 0;
   for (int tile = work.tile, round = 0; tile < work.tiles; tile += work.stride, ++round) {
     Sums sum = {};
-    for (int n = work.each(); n > 0; --n, ++i) {
-      wait_for(&s.full[i % STAGES], i / STAGES % 2);
-      multiply(sum, s.stages[i % STAGES], warp);
-      __syncwarp();
-      if (lane == 0) arrive(&s.empty[i % STAGES]);
-    }
+    accumulate(sum, s, i, work.each(), warp, lane);
     if (round > 0) wait_for(&s.sums_empty, (round + 1) % 2);
     send(s, sum, rank, warp, lane);
     wait_for(&s.sums_full, round % 2);
