@@ -51,9 +51,8 @@ constexpr int BRINGERS = HANDOVER ? 128 : 32;        // one warp works; a warpgr
 constexpr int COLUMNS = ROWS / WARPGROUPS / 8;      // a warpgroup's rows in the scores, by 8
 constexpr int SPANS_EACH = VALUE_SPANS / WARPGROUPS;  // and its part of the values
 constexpr int PITCH = V_DIM + 4;                    // floats from the sums of one row to the next
-constexpr int SLICE = V_DIM / CLUSTER;              // values of a row that a block stores
 static_assert(HEAD_DIM % SPAN == 0 && V_DIM % (SPAN * WARPGROUPS) == 0 && V_DIM <= HEAD_DIM, "whole spans");
-static_assert(KEYS == 64 && ROWS % (8 * WARPGROUPS) == 0 && BLOCK_SIZE % 8 == 0 && SLICE % 8 == 0, "whole parts");
+static_assert(KEYS == 64 && ROWS % (8 * WARPGROUPS) == 0 && BLOCK_SIZE % 8 == 0, "whole parts");
 static_assert(READERS == 1 || HEADS % (READERS * ROWS) == 0, "readers have the same keys");
 static_assert(ROWS * PITCH * 4 <= STAGES * TILE_BYTES, "the sums find room where the tiles were");
 
@@ -68,10 +67,10 @@ struct Shared {
   Barrier full[STAGES], empty[STAGES], queries_full;
 };
 
-// Tiles [first, last) are the block's.
+// A block's tiles: the first is known before lengths are.
 struct Work {
-  int first, last, row0;
-  __device__ __forceinline__ int count() const { return last - first; }
+  int first, stride, count, row0;
+  __device__ __forceinline__ int tile(int i) const { return first + i * stride; }
 };
 
 // The block's place in its cluster.
@@ -88,16 +87,15 @@ struct Bringer {
   const TensorMap& cache;
   const int* table;
   Rank rank;
-  int last, lane, row;  // the last key; where this lane's keys of the next tile lie
+  int table_width, lane, page;  // where this lane's keys of the next tile lie
   u64 policy;
 
-  __device__ __forceinline__ void find(int tile) {
-    const int position = min(tile * KEYS + lane % 8 * 8, last);
-    row = table[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE / 8 * 8;
-  }
+  __device__ __forceinline__ int key(int tile) const { return tile * KEYS + lane % 8 * 8; }
 
-  __device__ __forceinline__ void bring(int i, int tile) {
-    const int groups = min(KEYS, last + 1 - tile * KEYS + 7) / 8;
+  __device__ __forceinline__ void find(int tile) { page = table[min(key(tile) / BLOCK_SIZE, table_width - 1)]; }
+
+  __device__ __forceinline__ void bring(int i, int tile, int next, int last) {
+    const int groups = min(KEYS, last + 1 - tile * KEYS + 7) / 8, row = page * BLOCK_SIZE + key(tile) % BLOCK_SIZE;
     Barrier* full = &s.full[i % STAGES];
     if (lane == 0) arrive_expecting(full, groups * GROUP_BYTES);
     __syncwarp();
@@ -105,31 +103,28 @@ struct Bringer {
     if (lane < groups && READERS == 1) copy_spans(to, cache, row, full, policy);
     if (lane < groups && READERS > 1 && lane % READERS == rank.reader)
       copy_spans_to(rank.readers(), to, cache, row, full, policy);
-    find(tile + 1);
+    find(next);
   }
 };
 
 // `settled` keys are older than the kernel before this one.
-__device__ __forceinline__ void produce(Shared& s, const TensorMap& cache, const TensorMap& q, const int* table,
-                                        const Share& mine, const Work& work, const Rank& rank, int settled,
-                                        int lane) {
-  prefetch_map(cache);
-  prefetch_map(q);
-  Bringer bringer = {s, cache, table, rank, mine.last, lane, 0, read_once_policy()};
-  const int count = work.count();
-  bringer.find(work.first);
+__device__ __forceinline__ void produce(Bringer& bringer, const TensorMap& q, const Share& mine, const Work& work,
+                                        int settled) {
+  Shared& s = bringer.s;
   int i = 0;
-  for (; PDL && i < min(count, STAGES) && (work.first + i + 1) * KEYS <= settled; ++i) bringer.bring(i, work.first + i);
+  for (; PDL && i < min(work.count, STAGES) && (work.tile(i) + 1) * KEYS <= settled; ++i)
+    bringer.bring(i, work.tile(i), work.tile(i + 1), mine.last);
   follow();
-  if (lane == 0) {
+  if (bringer.lane == 0 && work.count > 0) {
     arrive_expecting(&s.queries_full, QUERY_BYTES);
     const u64 often = read_often_policy();
     for (int span = 0; span < SPANS; ++span)
       copy_box(s.queries[span], q, mine.q_start * HEADS + work.row0, span * SPAN, &s.queries_full, often);
   }
-  for (; i < count; ++i) {
+  __syncwarp();
+  for (; i < work.count; ++i) {
     if (i >= STAGES) wait_for(&s.empty[i % STAGES], (i / STAGES + 1) % 2);
-    bringer.bring(i, work.first + i);
+    bringer.bring(i, work.tile(i), work.tile(i + 1), mine.last);
   }
 }
 
@@ -228,22 +223,26 @@ __device__ __forceinline__ void soften(Scores& x, Running& r, float (&fade)[COLU
 
 __device__ __forceinline__ void fade_values(Values& o, const float (&own)[COLUMNS][2], const Shared& s,
                                             const Place& at) {
+  float2 fade[ROWS / 8];
+  bool any = false;
 #pragma unroll
   for (int n = 0; n < ROWS / 8; ++n) {
-    float2 fade;
     if constexpr (WARPGROUPS == 1)
-      fade = make_float2(own[n][0], own[n][1]);
+      fade[n] = make_float2(own[n][0], own[n][1]);
     else
-      fade = *reinterpret_cast<const float2*>(&s.fades[n * 8 + 2 * at.c]);
-    if (!__any_sync(ALL, fade.x != 1.0f || fade.y != 1.0f)) continue;
+      fade[n] = *reinterpret_cast<const float2*>(&s.fades[n * 8 + 2 * at.c]);
+    any |= fade[n].x != 1.0f || fade[n].y != 1.0f;
+  }
+  if (!__any_sync(ALL, any)) return;
+#pragma unroll
+  for (int n = 0; n < ROWS / 8; ++n)
 #pragma unroll
     for (int span = 0; span < SPANS_EACH; ++span) {
-      o[span][n][0] *= fade.x;
-      o[span][n][1] *= fade.y;
-      o[span][n][2] *= fade.x;
-      o[span][n][3] *= fade.y;
+      o[span][n][0] *= fade[n].x;
+      o[span][n][1] *= fade[n].y;
+      o[span][n][2] *= fade[n].x;
+      o[span][n][3] *= fade[n].y;
     }
-  }
 }
 
 __device__ __forceinline__ void weigh(Values& o, const Shared& s, const u8* tile, const Place& at) {
@@ -304,9 +303,11 @@ __device__ __forceinline__ void release(Barrier* empty, const Rank& rank, int la
 // Adds up this block's slice of the cluster's sums.
 __device__ __forceinline__ void join(scalar* out, float* partial, float2* partial_stats, const Shared& s, int rows,
                                      const Rank& rank) {
+  constexpr int PACKS = V_DIM / 8;
   const float* sums = reinterpret_cast<const float*>(s.tiles);
-  for (int item = threadIdx.x; item < rows * (SLICE / 8); item += THREADS) {
-    const int row = item / (SLICE / 8), first = rank.part * SLICE + item % (SLICE / 8) * 8;
+  const int all = rows * PACKS, last = all * (rank.part + 1) / CLUSTER;
+  for (int item = all * rank.part / CLUSTER + threadIdx.x; item < last; item += THREADS) {
+    const int row = item / PACKS, first = item % PACKS * 8;
     float2 its[CLUSTER];
     float peak = NEG_INF, total = 0, y[8] = {};
 #pragma unroll
@@ -350,8 +351,8 @@ __device__ __forceinline__ void meet_others() {
 
 extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
     latent_tiles(scalar* out, TENSOR_MAP q, TENSOR_MAP cache, const int* block_tables, const int* cu_query_lens,
-                 const int* kv_lens, float* partial, float2* partial_stats, i64 table_stride, int first_request,
-                 int least_share, int fresh, float scale) {
+                 const int* kv_lens, float* partial, float2* partial_stats, i64 table_stride, int table_width,
+                 int first_request, int least_share, int fresh, float scale) {
   DYNAMIC_SHARED(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL, int(threadIdx.x) / 32, 0);  // one number for the warp
@@ -369,17 +370,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
     barriers_ready();
   }
   follow_older();
+  const int first = blockIdx.x / READERS;
+  Bringer bringer = {s, cache, block_tables + request * table_stride, rank, table_width, lane, 0, read_once_policy()};
+  if (warp == THREADS / 32) {
+    prefetch_map(cache);
+    prefetch_map(q);
+    bringer.find(first);
+  }
   const Share mine = share_of(cu_query_lens, kv_lens, request, row0, group, groups, least_share);
   __syncthreads();
   if (row0 >= mine.rows || group >= mine.active) return;
-  const int tiles = mine.stop - mine.from;
-  const Work work = {mine.from + tiles * rank.part / CLUSTER, mine.from + tiles * (rank.part + 1) / CLUSTER, row0};
+  const int stride = mine.active * CLUSTER, tiles = mine.last / KEYS + 1;
+  const Work work = {first, stride, first < tiles ? (tiles - first + stride - 1) / stride : 0, row0};
   if (READERS > 1) cluster_arrive(), cluster_wait();  // the others' barriers are there
 
   if (warp >= THREADS / 32) {
     if (HANDOVER) give_registers<40>();
-    if (warp == THREADS / 32)
-      produce(s, cache, q, block_tables + request * table_stride, mine, work, rank, mine.past - fresh, lane);
+    if (warp == THREADS / 32) produce(bringer, q, mine, work, mine.past - fresh);
     if (CLUSTER * READERS > 1) meet_others(), meet_others();
   } else {
     if (HANDOVER) take_registers<232>();
@@ -392,10 +399,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
       r.top[n][0] = r.top[n][1] = NEG_INF;
       r.sum[n][0] = r.sum[n][1] = 0;
     }
-    if (work.count() > 0) wait_for(&s.queries_full, 0);
-    for (int i = 0; i < work.count(); ++i) {
+    if (work.count > 0) wait_for(&s.queries_full, 0);
+    for (int i = 0; i < work.count; ++i) {
       u8* here = s.tiles[i % STAGES];
-      const int tile = work.first + i;
+      const int tile = work.tile(i);
       Scores x = {};
       float fade[COLUMNS][2];
       wait_for(&s.full[i % STAGES], i / STAGES % 2);

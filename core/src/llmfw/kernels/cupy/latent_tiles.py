@@ -163,7 +163,7 @@ class LatentTiles:
                 READERS=cut.readers,
             )
             size = cut.shared_bytes(heads.head_dim)
-            found = module.launcher("latent_tiles", "PTTPPPPPqiiif", size, cut.blocks)
+            found = module.launcher("latent_tiles", "PTTPPPPPqiiiif", size, cut.blocks)
             self._launchers[cut] = found
         return found
 
@@ -201,6 +201,7 @@ class LatentTiles:
             kv_lens.data_ptr(),
             *self._splits.addresses(room, part.requests, plan.division),
             block_tables.stride(0),
+            block_tables.shape[1],
             part.first,
             plan.least_share,
             heads.block_size if part.settled else UNSETTLED,
