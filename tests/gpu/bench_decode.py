@@ -25,39 +25,62 @@ from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.kernels.cupy import paged_plan, tune
 from llmfw.kernels.cupy.compile import compile_ahead
 from llmfw.kernels.cupy.rope_decode import RopeAndAttend
+from llmfw.kernels.cupy.streamed import Streamed
 
 KEYS = 960
 BATCHES = (1, 8, 32, 64, 256)
-WAYS = ((0, 0), (2, 0), (4, 0), (8, 0), (1, 1), (2, 1), (3, 1), (4, 1))  # tiles ahead, kept up
+# tiles ahead, kept up in the loop, begun before the kernel before is done
+WAYS = ((0, 0, 1), (1, 1, 1), (1, 1, 0), (2, 1, 1))
+WIDE, STAGES = paged_plan.registers_cut, Streamed.stages
 
 
-WIDE = paged_plan.registers_cut
-
-
-def NARROW(heads: Any, rows: int, blocks: int, device: Any) -> Any:
+def narrow(heads: Any, rows: int, blocks: int, device: Any) -> Any:
+    """Blocks of four warps."""
     return WIDE(heads, rows, 1 << 20, device)
+
+
+def lean(self: Any, bucket: int, in_features: int) -> int:
+    """No more stages than chunks."""
+    chunks = -(-in_features // self.chunk(bucket) // self.split)
+    return max(1, min(STAGES(self, bucket, in_features), chunks))
+
+
+def setting(way: tuple[int, int, int], cut: Any = WIDE) -> None:
+    """Constants of the kernels that are built from now on."""
+    paged_plan.AHEAD, paged_plan.KEEP, paged_plan.EARLY = way
+    paged_plan.registers_cut = cut
 
 
 def decode() -> None:
     """Norm, product, rotation, attention, product: rotation apart, and as one with attention."""
     compile_all()
     for name in MODELS:
-        for batch in (32, 1, 8, 64, 256):
-            layers = layers_of(name, batch)
-            for way in WAYS:
-                paged_plan.AHEAD, paged_plan.KEEP = way
-                kinds = [("one", one_op(name))]
-                if batch <= 8 and way in ((0, 0), (2, 0)):
-                    kinds.append(("narrow", one_op(name)))
-                if way in ((0, 0), (3, 1)):
-                    kinds.append(("two", two_ops(name)))
-                for kind, attend in kinds:
-                    paged_plan.registers_cut = NARROW if kind == "narrow" else WIDE
-                    runs = [functools.partial(layer, attend) for layer in layers]
-                    us = tune.graph_time(runs, launches=24)
-                    label = f"{name} {kind} {batch} x {KEYS} ahead {way}"
-                    report("decode", label, us, layers[0].keywords["nbytes"])
-            del layers, runs
+        for batch, longest in (
+            (32, KEYS),
+            (32, 4096),
+            (1, KEYS),
+            (8, KEYS),
+            (64, KEYS),
+            (256, KEYS),
+        ):
+            for stages in (STAGES, lean) if batch == 8 and name == "S" else (STAGES,):
+                Streamed.stages = stages
+                layers = layers_of(name, batch, longest)
+                for way in WAYS:
+                    for kind in ("two", "one", "narrow"):
+                        if (kind == "narrow" and batch > 8) or (
+                            kind == "two" and way not in WAYS[:2]
+                        ):
+                            continue
+                        setting(way, narrow if kind == "narrow" else WIDE)
+                        attend = (two_ops if kind == "two" else one_op)(name)
+                        runs = [functools.partial(layer, attend) for layer in layers]
+                        us = tune.graph_time(runs, launches=24, repeats=6)
+                        label = f"{name} {kind} {batch} x {KEYS}/{longest} {way}"
+                        label += " lean" if stages is lean else ""
+                        report("decode", label, us, layers[0].keywords["nbytes"])
+                del layers, runs
+            Streamed.stages = STAGES
 
 
 def compile_all() -> None:
@@ -66,18 +89,14 @@ def compile_all() -> None:
     for name in MODELS:
         one = RopeAndAttend(context_of("rope_and_attend", rope_shape(name) | attention_shape(name)))
         for way in WAYS:
-            paged_plan.AHEAD, paged_plan.KEEP = way
             for batch in BATCHES:
-                for cut in (WIDE, NARROW):
-                    paged_plan.registers_cut = cut
+                for cut in (WIDE, narrow):
+                    setting(way, cut)
                     plan = one.decode.plan(batch, 1, KEYS)
                     constants = one.decode.constants(plan.rows, plan.cut)
                     uses.append(("rope_decode.cu", constants | one._rotation))
-                paged_plan.registers_cut = WIDE
-                plan = one.decode.plan(batch, 1, KEYS)
-                constants = one.decode.constants(plan.rows, plan.cut)
-                if way in ((0, 0), (3, 1)):
-                    uses.append(("paged_decode.cu", constants))
+                    if cut is WIDE and way in WAYS[:2]:
+                        uses.append(("paged_decode.cu", constants))
     unique = {(source, tuple(sorted(each.items()))): (source, each) for source, each in uses}
     compile_ahead(DEVICE, BF16, unique.values())
 
@@ -112,7 +131,7 @@ def one_op(name: str) -> Attend:
     return attend
 
 
-def layers_of(name: str, batch: int) -> list[functools.partial[torch.Tensor]]:
+def layers_of(name: str, batch: int, longest: int) -> list[functools.partial[torch.Tensor]]:
     """Layers with weights and caches of their own, together larger than what L2 holds."""
     hidden, _, heads, kv_heads, dim, _, _ = MODELS[name]
     width, out = (heads + 2 * kv_heads) * dim, heads * dim
@@ -132,7 +151,7 @@ def layers_of(name: str, batch: int) -> list[functools.partial[torch.Tensor]]:
         groups=(CacheGroupView(tables, slots, 16),),
         caches={},
         max_query_len=1,
-        max_kv_len=KEYS,
+        max_kv_len=longest,
     )
     shape = {"in_features": hidden, "out_features": width, "bias": 0}
     qkv = kernel("linear", shape)

@@ -86,11 +86,12 @@ __device__ __forceinline__ bool take_share(Share& mine, const int* cu_query_lens
   mine.kv_head = blockIdx.x % kv_heads;
   mine.row0 = blockIdx.x / kv_heads * ROWS;
   mine.q_start = cu_query_lens[request];
+  const int kv_len = kv_lens[request];  // asked for with the others, not after them
   const int q_len = cu_query_lens[request + 1] - mine.q_start;
   mine.rows = q_len * GROUP;
   if (mine.row0 >= mine.rows) return false;
 
-  mine.past = max(kv_lens[request], q_len) - q_len;
+  mine.past = max(kv_len, q_len) - q_len;
   mine.last = mine.past + (min(mine.row0 + ROWS, mine.rows) - 1) / GROUP;
   const int first = mine.past + mine.row0 / GROUP;
   const int begin = window > 0 ? max(0, first - window + 1) / 16 : 0;
@@ -132,9 +133,12 @@ __device__ __forceinline__ bool can_guess(int window) {
   return window <= 0 && blockIdx.y == 0 && BLOCK_SIZE % 16 == 0;
 }
 
-// The page of such a tile; rubbish where the request has no such tile.
-__device__ __forceinline__ int guess_page(const int* table, int table_width, int tile) {
-  return table[min(tile * 16 / BLOCK_SIZE, table_width - 1)];
+// The pages of a warp's first N tiles then; rubbish where the request has no such tiles.
+template <int N>
+__device__ __forceinline__ void guess_pages(Pages (&pages)[N], const int* table, int table_width, int warp) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    pages[i].of[0] = pages[i].of[1] = table[min((warp + i * WARPS) * 16 / BLOCK_SIZE, table_width - 1)];
 }
 
 // Rows g and g + 8 of the tile: lane 4g + c has of steps 2j and 2j + 1 dims 32 j + 8 c .. + 7, then 32 FULL + 4 c ..

@@ -16,8 +16,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const int* table = block_tables + request * table_stride;
   follow_older();
   const bool guessed = can_guess(window);
-  Pages pages = {};
-  if (guessed) pages.of[0] = pages.of[1] = guess_page(table, table_width, lane.warp);
+  Pages pages[2] = {};
+  if (guessed) guess_pages(pages, table, table_width, lane.warp);
   Share mine;
   if (!take_share(mine, cu_query_lens, kv_lens, request, kv_heads, window, least_share)) return;
   const Cache cache = {k_cache + mine.kv_head * HEAD_DIM, v_cache + mine.kv_head * V_DIM, table, k_block_stride,

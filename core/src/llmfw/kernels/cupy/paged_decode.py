@@ -108,7 +108,7 @@ class PagedDecode:
             **(
                 {"STAGES": cut.stages}
                 if cut.stages
-                else {"AHEAD": paged_plan.AHEAD, "KEEP": paged_plan.KEEP}
+                else {"AHEAD": paged_plan.AHEAD, "KEEP": paged_plan.KEEP, "EARLY": paged_plan.EARLY}
             ),
         }
 

@@ -19,8 +19,9 @@ SYSTEM_BYTES = 1 << 10  # of a resident block's shared memory
 RESERVED_BYTES = SYSTEM_BYTES + (1 << 10)  # and those of its warps' statistics
 MOST_WARPS = 8  # of a multiprocessor, whose registers they need all
 LONG_SHARE = 2048  # keys that a block walks at least where the requests alone fill the device
-AHEAD = 0  # tiles that a warp asks for into L2 beyond those that it loads
+AHEAD = 1  # tiles that a warp asks for into L2 beyond those that it loads
 KEEP = 1
+EARLY = 1
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
 
 

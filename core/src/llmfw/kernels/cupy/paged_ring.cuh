@@ -99,12 +99,6 @@ struct AsCopied {
   __device__ __forceinline__ void tile(u8*, int) const {}
 };
 
-// The pages of a warp's first tiles as they are known before the request's length is.
-__device__ __forceinline__ void guess_first(Pages (&pages)[STAGES], const int* table, int table_width, int warp) {
-#pragma unroll
-  for (int i = 0; i < STAGES; ++i) pages[i].of[0] = pages[i].of[1] = guess_page(table, table_width, warp + i * WARPS);
-}
-
 // A warp's way through its block's share, every WARPS-th tile.
 struct Walk {
   const Cache& cache;

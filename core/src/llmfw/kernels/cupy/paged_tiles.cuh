@@ -12,6 +12,9 @@
 #ifndef KEEP
 #define KEEP 1
 #endif
+#ifndef EARLY
+#define EARLY 1
+#endif
 
 constexpr int V_REGS = V_DIM / 16;
 constexpr int LINE = 128 / sizeof(scalar);  // scalars that one request into L2 brings
@@ -138,12 +141,18 @@ struct Walk {
   Keys k;
   Values v;
 
-  // `guess` are the first tile's pages where `guessed`.
-  __device__ __forceinline__ Walk(const Cache& cache, const Lane& lane, const Share& mine, Pages guess, bool guessed)
+  // `guess` are the pages of the first two tiles where `guessed`.
+  __device__ __forceinline__ Walk(const Cache& cache, const Lane& lane, const Share& mine, const Pages (&guess)[2],
+                                  bool guessed)
       : cache(cache), lane(lane), tile(mine.begin + lane.warp), stop(mine.stop) {
     if (tile >= stop) return;
-    at = locate(guessed ? guess : find_pages(cache, tile), cache, tile);
-    if (tile + WARPS < stop) next = find_pages(cache, tile + WARPS);
+    Pages first = guess[0];
+    next = guess[1];
+    if (!guessed) {
+      first = find_pages(cache, tile);
+      if (tile + WARPS < stop) next = find_pages(cache, tile + WARPS);
+    }
+    at = locate(first, cache, tile);
   }
 
   __device__ __forceinline__ void load() {

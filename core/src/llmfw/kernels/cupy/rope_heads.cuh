@@ -47,18 +47,32 @@ struct Source {
   }
 };
 
-// One head: rows of q come first, then the newest key and value. `weight` is that of its norm.
+// What older kernels left that a lane needs: asked for before the tiles, behind which it would queue.
+struct Ready {
+  Angles angles;
+  Packs weight;  // of the first head's norm
+};
+
+__device__ __forceinline__ Ready make_ready(const Source& source, i64 position, const Unit& unit) {
+  Ready ready;
+  if (source.cos_sin && unit.turns()) ready.angles = load_angles(source.cos_sin, position, unit);
+  const scalar* const norm = source.norm(threadIdx.x / LANES);
+  if (unit.active() && norm) ready.weight = load_packs(norm, unit);
+  return ready;
+}
+
+// One head: rows of q come first, then the newest key and value.
 __device__ __forceinline__ void turn_head(Fresh& fresh, const Source& source, int item, const Unit& unit,
-                                           const Packs& weight, const Angles& angles) {
+                                          const Ready& ready) {
   const bool active = item < source.heads() && unit.active();
   Part part;
   if (active) part.set(load_packs(source.head(item), unit));
   if (source.q_norm || source.k_norm) {  // uniform, so that all lanes meet in the shuffles
     const float scale = part.inverse_rms(source.eps);
-    if (active && source.norm(item)) part.normalise(scale, weight, source.offset);
+    if (active && source.norm(item)) part.normalise(scale, ready.weight, source.offset);
   }
   if (!active) return;
-  if (source.cos_sin && unit.turns() && !source.is_value(item)) part.turn(angles);
+  if (source.cos_sin && unit.turns() && !source.is_value(item)) part.turn(ready.angles);
   const Packs packs = part.rounded_packs();
   if (item < source.rows) {
     store_packs(fresh.q[item], packs, unit);
@@ -76,21 +90,15 @@ __device__ __forceinline__ scalar* kept_at(scalar* cache, i64 slot, const Share&
   return cache + slot / BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride + mine.kv_head * HEAD_DIM;
 }
 
-// All heads of the block. What is older than the kernel before is read before `follow`.
-__device__ __forceinline__ void turn_all(Fresh& fresh, const Source& source, const i64* position) {
-  const Unit unit = this_unit();
+// All heads of the block, once the kernel before is done.
+__device__ __forceinline__ void turn_all(Fresh& fresh, const Source& source, Ready& ready, const Unit& unit) {
   int item = threadIdx.x / LANES;
-  Angles angles;
-  if (source.cos_sin && unit.turns()) angles = load_angles(source.cos_sin, *position, unit);
-  Packs weight;
-  if (unit.active() && source.norm(item)) weight = load_packs(source.norm(item), unit);
-  follow();
-  turn_head(fresh, source, item, unit, weight, angles);
+  turn_head(fresh, source, item, unit, ready);
 #pragma unroll
   for (int first = AT_ONCE; first < MOST_HEADS; first += AT_ONCE) {
     item += AT_ONCE;
-    if (unit.active() && source.norm(item)) weight = load_packs(source.norm(item), unit);
-    turn_head(fresh, source, item, unit, weight, angles);
+    if (unit.active() && source.norm(item)) ready.weight = load_packs(source.norm(item), unit);
+    turn_head(fresh, source, item, unit, ready);
   }
   __syncthreads();
 }

@@ -57,17 +57,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   follow_older();
   const bool guessed = can_guess(window);
   Pages pages[STAGES] = {};
-  if (guessed) guess_first(pages, table, table_width, lane.warp);
+  if (guessed) guess_pages(pages, table, table_width, lane.warp);
+  const i64 position = positions[request], slot = slots[request];
   Share mine;
   if (!take_share(mine, cu_query_lens, kv_lens, request, kv_heads, window, least_share)) return;
-  const Cache cache = {k_cache + mine.kv_head * HEAD_DIM, v_cache + mine.kv_head * V_DIM, table, k_block_stride,
-                       k_slot_stride, v_block_stride, v_slot_stride, last_kept(mine)};
-  DYNAMIC_SHARED(memory);
-  Walk walk(cache, lane, mine, memory, pages, guessed);
-  walk.start([](int) { return true; });
-  walk.find_next();
-
-  const i64 slot = slots[request];
   const Source source = {qkv + request * qkv_stride,
                          q_norm,
                          k_norm,
@@ -81,8 +74,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                          mine.past / 16 < mine.stop,
                          eps,
                          offset};
+  const Unit unit = this_unit();
+  Ready ready = make_ready(source, position, unit);
+  const Cache cache = {k_cache + mine.kv_head * HEAD_DIM, v_cache + mine.kv_head * V_DIM, table, k_block_stride,
+                       k_slot_stride, v_block_stride, v_slot_stride, last_kept(mine)};
+  DYNAMIC_SHARED(memory);
+  Walk walk(cache, lane, mine, memory, pages, guessed);
+  walk.start([](int) { return true; });
+  walk.find_next();
+
   __shared__ Fresh fresh;
-  turn_all(fresh, source, positions + request);
+  follow();
+  turn_all(fresh, source, ready, unit);
   Queries a;
   take_queries(a, fresh, mine, window, lane);
   Sums sums;
