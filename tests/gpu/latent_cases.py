@@ -157,16 +157,18 @@ def latent_attention_cases() -> Iterator[Case]:
 
 
 CUTS = [
-    Cut(rows, warpgroups, cluster, resident)
-    for rows, warpgroups, resident in (
-        (16, 1, 1),
-        (16, 1, 2),
-        (16, 2, 2),
-        (32, 1, 1),
-        (32, 2, 1),
-        (64, 2, 1),
+    Cut(rows, warpgroups, cluster, resident, ahead=ahead)
+    for rows, warpgroups, resident, ahead in (
+        (16, 1, 1, False),
+        (16, 1, 1, True),
+        (16, 1, 2, False),
+        (16, 2, 2, False),
+        (32, 1, 1, True),
+        (32, 2, 1, False),
+        (64, 2, 1, False),
+        (64, 2, 1, True),
     )
-    for cluster in (1, 2, 8)
+    for cluster in (1, 3, 8)
 ]
 SHARED_CUTS = [
     Cut(rows, warpgroups, cluster, readers=readers)

@@ -35,6 +35,9 @@
 #ifndef READERS
 #define READERS 1
 #endif
+#ifndef AHEAD
+#define AHEAD 0
+#endif
 #ifndef RESIDENT
 #define RESIDENT 1
 #endif
@@ -53,6 +56,7 @@ constexpr int SPANS_EACH = VALUE_SPANS / WARPGROUPS;  // and its part of the val
 constexpr int PITCH = V_DIM + 4;                    // floats from the sums of one row to the next
 static_assert(HEAD_DIM % SPAN == 0 && V_DIM % (SPAN * WARPGROUPS) == 0 && V_DIM <= HEAD_DIM, "whole spans");
 static_assert(KEYS == 64 && ROWS % (8 * WARPGROUPS) == 0 && BLOCK_SIZE % 8 == 0, "whole parts");
+static_assert(STAGES > AHEAD, "scores of the next tile while this one is there");
 static_assert(READERS == 1 || HEADS % (READERS * ROWS) == 0, "readers have the same keys");
 static_assert(ROWS * PITCH * 4 <= STAGES * TILE_BYTES, "the sums find room where the tiles were");
 
@@ -152,16 +156,21 @@ __device__ __forceinline__ void clear_beyond(u8* tile, int keys) {
   }
 }
 
+// Asks for the scores of a tile.
 __device__ __forceinline__ void score(Scores& x, const Shared& s, const u8* tile, const Place& at) {
   const Groups keys = groups_at(tile, GROUP_BYTES);
   const Groups rows = groups_at(s.queries[0] + at.team * COLUMNS * 8 * BOX_ROW, 8 * BOX_ROW);
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = 0;
+  settle(x);
   open_products();
 #pragma unroll
   for (int k = 0; k < HEAD_DIM; k += 16)
     multiply_groups<0>(x, keys.further(k / SPAN * 8 * BOX_ROW + k % SPAN * 2),
                        rows.further(k / SPAN * ROWS * BOX_ROW + k % SPAN * 2));
-  finish_products();
-  settle(x);
+  close_products();
 }
 
 // Scores to base 2; those of keys after a row's own are -inf.
@@ -178,7 +187,7 @@ __device__ __forceinline__ void mask(Scores& x, const Share& mine, int row0, int
     }
 }
 
-// Scores to weights, in shared memory; `fade` is what earlier sums of the warpgroup's rows are multiplied with.
+// Scores to weights; `fade` is what earlier sums of the warpgroup's rows are multiplied with.
 __device__ __forceinline__ void soften(Scores& x, Running& r, float (&fade)[COLUMNS][2], Shared& s, const Place& at) {
 #pragma unroll
   for (int n = 0; n < COLUMNS; ++n) {
@@ -210,6 +219,13 @@ __device__ __forceinline__ void soften(Scores& x, Running& r, float (&fade)[COLU
       x[n][2 + i] = exp2_fast(x[n][2 + i] - base);
       r.sum[n][i] = r.sum[n][i] * fade[n][i] + x[n][i] + x[n][2 + i];
     }
+  }
+}
+
+// Weights to shared memory, where the products of all warpgroups find them.
+__device__ __forceinline__ void share(const Scores& x, const float (&fade)[COLUMNS][2], Shared& s, const Place& at) {
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n) {
     const int lane = at.g * 4 + at.c, row = at.team * COLUMNS * 8 + n * 8 + lane % 8;
     const int pack = (at.warp * 2 + lane / 8 % 2) ^ row % 8;
     store_columns(reinterpret_cast<scalar*>(s.weights + row * BOX_ROW + pack * 16), pack2(x[n][0], x[n][1]),
@@ -223,40 +239,40 @@ __device__ __forceinline__ void soften(Scores& x, Running& r, float (&fade)[COLU
 
 __device__ __forceinline__ void fade_values(Values& o, const float (&own)[COLUMNS][2], const Shared& s,
                                             const Place& at) {
-  float2 fade[ROWS / 8];
-  bool any = false;
 #pragma unroll
   for (int n = 0; n < ROWS / 8; ++n) {
+    float2 fade;
     if constexpr (WARPGROUPS == 1)
-      fade[n] = make_float2(own[n][0], own[n][1]);
+      fade = make_float2(own[n][0], own[n][1]);
     else
-      fade[n] = *reinterpret_cast<const float2*>(&s.fades[n * 8 + 2 * at.c]);
-    any |= fade[n].x != 1.0f || fade[n].y != 1.0f;
-  }
-  if (!__any_sync(ALL, any)) return;
-#pragma unroll
-  for (int n = 0; n < ROWS / 8; ++n)
+      fade = *reinterpret_cast<const float2*>(&s.fades[n * 8 + 2 * at.c]);
 #pragma unroll
     for (int span = 0; span < SPANS_EACH; ++span) {
-      o[span][n][0] *= fade[n].x;
-      o[span][n][1] *= fade[n].y;
-      o[span][n][2] *= fade[n].x;
-      o[span][n][3] *= fade[n].y;
+      o[span][n][0] *= fade.x;
+      o[span][n][1] *= fade.y;
+      o[span][n][2] *= fade.x;
+      o[span][n][3] *= fade.y;
     }
+  }
 }
 
+__device__ __forceinline__ void settle(Values& o) {
+#pragma unroll
+  for (int span = 0; span < SPANS_EACH; ++span) settle(o[span]);
+}
+
+// Asks for the tile's part of the values.
 __device__ __forceinline__ void weigh(Values& o, const Shared& s, const u8* tile, const Place& at) {
   const Groups values = groups_at(tile + at.team * SPANS_EACH * 8 * BOX_ROW, GROUP_BYTES);
   const Groups rows = groups_at(s.weights, 8 * BOX_ROW);
+  settle(o);
   open_products();
 #pragma unroll
   for (int k = 0; k < KEYS; k += 16)
 #pragma unroll
     for (int span = 0; span < SPANS_EACH; ++span)
       multiply_groups<1>(o[span], values.further(k / 8 * GROUP_BYTES + span * 8 * BOX_ROW), rows.further(k * 2));
-  finish_products();
-#pragma unroll
-  for (int span = 0; span < SPANS_EACH; ++span) settle(o[span]);
+  close_products();
 }
 
 // The block's sums to shared memory, where the cluster's blocks find them.
@@ -400,18 +416,55 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
       r.sum[n][0] = r.sum[n][1] = 0;
     }
     if (work.count > 0) wait_for(&s.queries_full, 0);
-    for (int i = 0; i < work.count; ++i) {
+    const auto ask = [&](Scores& x, int i) {
       u8* here = s.tiles[i % STAGES];
-      const int tile = work.tile(i);
-      Scores x = {};
-      float fade[COLUMNS][2];
+      const int keys = mine.last + 1 - work.tile(i) * KEYS;
       wait_for(&s.full[i % STAGES], i / STAGES % 2);
-      if (mine.last + 1 - tile * KEYS < KEYS) clear_beyond(here, mine.last + 1 - tile * KEYS);
+      if (keys < KEYS) clear_beyond(here, keys);
       score(x, s, here, at);
-      mask(x, mine, row0, tile, scale * LOG2E, at);
+    };
+    // The scores in x become weights, once all have multiplied with the last ones.
+    float fade[COLUMNS][2];
+    const auto turn = [&](Scores& x, int i) {
+      mask(x, mine, row0, work.tile(i), scale * LOG2E, at);
       soften(x, r, fade, s, at);
+      if (AHEAD) {
+        await_products<0>();
+        settle(o);
+        if (i > 0) release(&s.empty[(i - 1) % STAGES], rank, lane);
+        meet(1, THREADS);
+      }
+      share(x, fade, s, at);
+    };
+    Scores x;
+    const int last = work.count - 1;
+    if (AHEAD && last >= 0) {
+      ask(x, 0);
+      await_products<0>();
+      settle(x);
+      for (int i = 0; i < last; ++i) {
+        turn(x, i);
+        ask(x, i + 1);
+        fade_values(o, fade, s, at);
+        weigh(o, s, s.tiles[i % STAGES], at);
+        await_products<1>();
+        settle(x);
+      }
+      turn(x, last);
       fade_values(o, fade, s, at);
-      weigh(o, s, here, at);
+      weigh(o, s, s.tiles[last % STAGES], at);
+      await_products<0>();
+      settle(o);
+    }
+    for (int i = 0; !AHEAD && i <= last; ++i) {
+      ask(x, i);
+      await_products<0>();
+      settle(x);
+      turn(x, i);
+      fade_values(o, fade, s, at);
+      weigh(o, s, s.tiles[i % STAGES], at);
+      await_products<0>();
+      settle(o);
       release(&s.empty[i % STAGES], rank, lane);
     }
     leave(o, r, s, at);

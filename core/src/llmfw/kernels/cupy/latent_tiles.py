@@ -36,6 +36,7 @@ class Cut:
         cluster: Blocks that share a range of keys.
         resident: Blocks of one multiprocessor at once.
         readers: Blocks of different rows that bring tiles for each other.
+        ahead: Whether the next tile's scores are multiplied before this one's values.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Cut:
     cluster: int
     resident: int = 1
     readers: int = 1
+    ahead: bool = False
 
     @property
     def threads(self) -> int:
@@ -161,6 +163,7 @@ class LatentTiles:
                 CLUSTER=cut.cluster,
                 RESIDENT=cut.resident,
                 READERS=cut.readers,
+                AHEAD=int(cut.ahead),
             )
             size = cut.shared_bytes(heads.head_dim)
             found = module.launcher("latent_tiles", "PTTPPPPPqiiiif", size, cut.blocks)

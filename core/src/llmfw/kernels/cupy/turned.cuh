@@ -17,7 +17,9 @@ struct Groups {
 };
 
 __device__ __forceinline__ Groups groups_at(const void* p, int pitch) {
-  return {u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(pitch >> 4) << 32 | u64(1) << 62};
+  u64 x = u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(pitch >> 4) << 32 | u64(1) << 62;
+  asm volatile("" : "+l"(x));  // so that those further on are added up where they are used, and fill no registers
+  return {x};
 }
 
 // d[64 x 8 N] += a[64 x 16] b[8 N x 16]^T as multiply_tile of hopper.cuh. COLUMNS: a is given by its columns: 16 rows
