@@ -8,7 +8,7 @@ import torch
 
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy.compile import load
-from llmfw.kernels.cupy.launch import pointer
+from llmfw.kernels.cupy.launch import dense, pointer
 from llmfw.ops.kernel import OpContext
 
 THREADS = 128
@@ -87,6 +87,7 @@ def rope_and_cache(context: OpContext) -> Callable[..., torch.Tensor]:
             )
         if qkv.stride(-1) != 1 or qkv.data_ptr() % 16 or qkv.stride(0) % width:
             qkv = qkv.contiguous().clone()
+        cos_sin = None if cos_sin is None else dense(cos_sin)
         tokens = qkv.shape[0]
         q = torch.empty((tokens, q_heads, dim), dtype=qkv.dtype, device=qkv.device)
         if tokens:

@@ -10,7 +10,7 @@ import torch
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy import paged_decode, rope_cache
 from llmfw.kernels.cupy.compile import load
-from llmfw.kernels.cupy.launch import Launcher, pointer
+from llmfw.kernels.cupy.launch import Launcher, dense, pointer
 from llmfw.kernels.cupy.paged_decode import PagedDecode, check_block_size
 from llmfw.kernels.cupy.paged_plan import Cut, Heads
 from llmfw.ops.kernel import OpContext
@@ -100,6 +100,7 @@ class RopeAndAttend:
         check_block_size(heads.block_size, view.block_size)
         if qkv.stride(-1) != 1 or qkv.data_ptr() % 16 or qkv.stride(0) % self._width:
             qkv = qkv.contiguous().clone()
+        cos_sin = None if cos_sin is None else dense(cos_sin)
         if sinks is not None and sinks.dtype is not torch.float32:
             sinks = sinks.float()
         requests = metadata.num_requests
