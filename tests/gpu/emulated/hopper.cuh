@@ -41,6 +41,7 @@ inline void arrive_expecting(Barrier* b, int bytes) {
 inline void wait_for(Barrier* b, int parity) {
   while ((b->parity & 1) == parity) emulated::yield();
 }
+inline void wait_here(Barrier* b, int parity) { wait_for(b, parity); }
 inline void prefetch_map(const TensorMap&) {}
 inline u64 read_once_policy() { return 0; }
 inline u64 read_often_policy() { return 0; }
@@ -102,6 +103,12 @@ T load_at(const T* own, int rank) {
   return *place_at(own, rank);
 }
 inline void arrive_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
+inline void send_to(float* own, int rank, float value, Barrier* counter) {
+  *place_at(own, rank) = value;
+  place_at(counter, rank)->bytes -= 4;
+  settle(place_at(counter, rank));
+}
+inline void pass_at(Barrier* own, int rank) { arrive_at(own, rank); }
 
 inline void store_at(float4* own, int rank, float x, float y, float z, float w) { *place_at(own, rank) = {x, y, z, w}; }
 

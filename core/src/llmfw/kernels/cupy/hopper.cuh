@@ -47,6 +47,21 @@ __device__ __forceinline__ void wait_for(Barrier* b, int parity) {
       : "memory");
 }
 
+// The same for what copies and this block's own threads wrote, without a fence.
+__device__ __forceinline__ void wait_here(Barrier* b, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n"
+      "}" ::"r"(shared_address(b)),
+      "r"(parity)
+      : "memory");
+}
+
 // Fetches the map itself, which the first copy would wait for.
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -156,10 +171,22 @@ __device__ __forceinline__ T load_at(const T* own, int rank) {
   return x;
 }
 
+// The same without a fence: its 4 bytes count at a barrier of the block that it writes to.
+__device__ __forceinline__ void send_to(float* own, int rank, float value, Barrier* counter) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address_at(own, rank)),
+               "r"(__float_as_uint(value)), "r"(address_at(counter, rank))
+               : "memory");
+}
+
 __device__ __forceinline__ void store_at(float4* own, int rank, float x, float y, float z, float w) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_at(own, rank)), "f"(x), "f"(y), "f"(z),
                "f"(w)
                : "memory");
+}
+
+// Says that reads are over, nothing of what was written: that would take a fence.
+__device__ __forceinline__ void pass_at(Barrier* own, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(own, rank)) : "memory");
 }
 
 __device__ __forceinline__ void arrive_at(Barrier* own, int rank) {
