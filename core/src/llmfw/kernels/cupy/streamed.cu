@@ -94,7 +94,7 @@ __device__ __forceinline__ void produce(Shared& s, const TensorMap& weight, cons
   follow();
   for (int i = 0; i < early; ++i) bring_x(s, x, work, i, often);
   for (int i = STAGES; i < count; ++i) {
-    wait_for(&s.empty[i % STAGES], (i / STAGES + 1) % 2);
+    wait_here(&s.empty[i % STAGES], (i / STAGES + 1) % 2);
     bring_weight(s, weight, work, outputs, i, once);
     bring_x(s, x, work, i, often);
   }
@@ -102,12 +102,7 @@ __device__ __forceinline__ void produce(Shared& s, const TensorMap& weight, cons
 
 typedef float Sums[COLUMNS][4];
 
-__device__ __forceinline__ void release(Shared& s, int i, int lane) {
-  __syncwarp();
-  if (lane == 0) arrive(&s.empty[i % STAGES]);
-}
-
-// Four warps ask for the products of 64 rows of the weight with all rows of x.
+// Four warps multiply 64 rows of the weight with all rows of x.
 __device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int warp) {
   open_products();
 #pragma unroll
@@ -116,20 +111,7 @@ __device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int warp) {
     const u8* x = stage + WEIGHT_BYTES + k / SPAN * ROWS * BOX_ROW + k % SPAN * 2;
     multiply_tile(sum, tile_at(weight), tile_at(x));
   }
-  close_products();
-}
-
-// The sums of one tile; a stage is free once the products of the next one have been asked for and its own are done.
-__device__ __forceinline__ void accumulate(Sums& sum, Shared& s, int& i, int chunks, int warp, int lane) {
-  for (int n = 0; n < chunks; ++n, ++i) {
-    wait_for(&s.full[i % STAGES], i / STAGES % 2);
-    multiply(sum, s.stages[i % STAGES], warp);
-    await_products<1>();
-    if (n > 0) release(s, i - 1, lane);
-  }
-  await_products<0>();
-  release(s, i - 1, lane);
-  settle(sum);
+  finish_products();
 }
 
 // Where the sums of a group of 8 rows lie: in order; GATED the gates' beside those of their ups.
@@ -151,17 +133,13 @@ __device__ __forceinline__ void send(Shared& s, const Sums& sum, int rank, int w
       for (int i = 0; i < 2; ++i) {
         float* at = to + (n * 8 + 2 * c + i) * PITCH;
         if (SPLIT > 1)
-          store_at(at, first / SHARE, sum[n][2 * half + i]);
+          send_to(at, first / SHARE, sum[n][2 * half + i], &s.sums_full);
         else
           *at = sum[n][2 * half + i];
       }
   }
   __syncwarp();
-  if (SPLIT > 1) {
-    if (lane < SPLIT) arrive_at(&s.sums_full, lane);
-  } else if (lane == 0) {
-    arrive(&s.sums_full);
-  }
+  if (SPLIT == 1 && lane == 0) arrive(&s.sums_full);
 }
 
 // The sums of 8 neighbouring results of a row.
@@ -213,9 +191,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
       barrier_init(&s.full[i], 1);
       barrier_init(&s.empty[i], WARPS);
     }
-    barrier_init(&s.sums_full, SPLIT * WARPS);
+    barrier_init(&s.sums_full, SPLIT > 1 ? 1 : WARPS);
     barrier_init(&s.sums_empty, WARPS);
     barriers_ready();
+    if (SPLIT > 1) arrive_expecting(&s.sums_full, TILE * ROWS * 4);  // its share of every block's sums
   }
   __syncthreads();
   if (SPLIT > 1) cluster_arrive();
@@ -227,13 +206,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     if (lane == 0) produce(s, weight, x, work, outputs);
     return;
   }
-  follow();
   if (SPLIT > 1) cluster_wait();  // the others' barriers are there
+  follow();
   int i = 0;
   for (int tile = work.tile, round = 0; tile < work.tiles; tile += work.stride, ++round) {
     Sums sum = {};
-    accumulate(sum, s, i, work.each(), warp, lane);
-    if (round > 0) wait_for(&s.sums_empty, (round + 1) % 2);
+    for (int n = work.each(); n > 0; --n, ++i) {
+      wait_here(&s.full[i % STAGES], i / STAGES % 2);
+      multiply(sum, s.stages[i % STAGES], warp);
+      __syncwarp();
+      if (lane == 0) arrive(&s.empty[i % STAGES]);
+    }
+    if (round > 0) wait_here(&s.sums_empty, (round + 1) % 2);
     send(s, sum, rank, warp, lane);
     wait_for(&s.sums_full, round % 2);
     finish(s, y, bias, outputs, rows, tile * (GATED ? TILE / 2 : TILE) + rank * READY);
