@@ -156,37 +156,14 @@ def latent_attention_cases() -> Iterator[Case]:
                 yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
 
 
-CUTS = [
-    Cut(rows, warpgroups, cluster, resident, ahead=ahead)
-    for rows, warpgroups, resident, ahead in (
-        (16, 1, 1, False),
-        (16, 1, 1, True),
-        (16, 1, 2, False),
-        (16, 2, 2, False),
-        (32, 1, 1, True),
-        (32, 2, 1, False),
-        (64, 2, 1, False),
-        (64, 2, 1, True),
-    )
-    for cluster in (1, 3, 8)
-]
-SHARED_CUTS = [
-    Cut(rows, warpgroups, cluster, readers=readers)
-    for rows, warpgroups in ((16, 1), (64, 2))
-    for cluster, readers in ((1, 2), (2, 2), (4, 2))
-]
+CUTS = [Cut(rows, cluster) for rows in (16, 32, 64) for cluster in (1, 2, 3)]
 UNEVEN = Batch(((2, 900), (1, 100), (3, 67), (1, 1)))
-SINGLE = Batch(((1, 900), (1, 100), (1, 67), (1, 1)))
 
 
 def check_cut(attend: LatentTiles, case: Case, cut: Cut, groups: int, device: torch.device) -> None:
-    """One way to divide uneven requests: near the reference, and twice the same.
-
-    They have one token each where blocks read for each other, as that asks for.
-    """
-    batch = UNEVEN if cut.readers == 1 else SINGLE
+    """One way to divide requests of one and several tokens: near the reference, twice the same."""
     generator = torch.Generator().manual_seed(5)
-    args, _ = attention_arguments(device, torch.bfloat16, generator, case.shape, batch)
+    args, _ = attention_arguments(device, torch.bfloat16, generator, case.shape, UNEVEN)
     q, cache, _, metadata, view, scale = args
     expected = REFERENCES["paged_attention"](*args)
     (part,) = parts_of(metadata)

@@ -2,10 +2,9 @@
 //
 // Shapes: those of latent_attention.cu, the cache contiguous; dims multiples of 64. partial float32 [requests, row
 //   tiles, groups, ROWS, V_DIM], and partial_stats of it [..., 2].
-// Launch: block WARPGROUPS * 128 + BRINGERS, clusters of CLUSTER * READERS blocks, grid (groups * CLUSTER * READERS,
-//   row tiles / READERS, requests). A block has ROWS rows, a request's tokens times heads. READERS blocks bring tiles
-//   for each other; all requests have one token then, and row tiles are whole. A group of tiles of keys is shared by
-//   CLUSTER blocks, which join their sums through shared memory; where a request has more groups, merge_latent follows.
+// Launch: block WARPGROUPS * 128 + BRINGERS, clusters of CLUSTER blocks, grid (groups * CLUSTER, row tiles, requests).
+//   A block has ROWS rows, a request's tokens times heads. All blocks of a row tile take tiles of keys in turn; those
+//   of a cluster join their sums through shared memory, and where there are more groups than one, merge_latent follows.
 // Numbers: those of latent_attention.cu.
 //
 // One warp brings tiles of 64 keys, STAGES under way. Scores come as keys x rows: products of four warps have 64 rows,
@@ -32,15 +31,6 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
-#ifndef READERS
-#define READERS 1
-#endif
-#ifndef AHEAD
-#define AHEAD 0
-#endif
-#ifndef RESIDENT
-#define RESIDENT 1
-#endif
 
 #if DTYPE != F32 && HAS_TILE_COPIES
 
@@ -56,8 +46,6 @@ constexpr int SPANS_EACH = VALUE_SPANS / WARPGROUPS;  // and its part of the val
 constexpr int PITCH = V_DIM + 4;                    // floats from the sums of one row to the next
 static_assert(HEAD_DIM % SPAN == 0 && V_DIM % (SPAN * WARPGROUPS) == 0 && V_DIM <= HEAD_DIM, "whole spans");
 static_assert(KEYS == 64 && ROWS % (8 * WARPGROUPS) == 0 && BLOCK_SIZE % 8 == 0, "whole parts");
-static_assert(STAGES > AHEAD, "scores of the next tile while this one is there");
-static_assert(READERS == 1 || HEADS % (READERS * ROWS) == 0, "readers have the same keys");
 static_assert(ROWS * PITCH * 4 <= STAGES * TILE_BYTES, "the sums find room where the tiles were");
 
 // All of the block's shared memory.
@@ -77,20 +65,11 @@ struct Work {
   __device__ __forceinline__ int tile(int i) const { return first + i * stride; }
 };
 
-// The block's place in its cluster.
-struct Rank {
-  int part, reader;
-  __device__ __forceinline__ int of_part(int i) const { return i * READERS + reader; }
-  __device__ __forceinline__ int of_reader(int i) const { return part * READERS + i; }
-  __device__ __forceinline__ u32 readers() const { return ((1u << READERS) - 1) << part * READERS; }
-};
-
-// A warp's: lane i < 8 brings keys 8i .. 8i + 7 of a tile, where there are more readers one of them does.
+// A warp's: lane i < 8 brings keys 8i .. 8i + 7 of a tile.
 struct Bringer {
   Shared& s;
   const TensorMap& cache;
   const int* table;
-  Rank rank;
   int table_width, lane, page;  // where this lane's keys of the next tile lie
   u64 policy;
 
@@ -103,10 +82,7 @@ struct Bringer {
     Barrier* full = &s.full[i % STAGES];
     if (lane == 0) arrive_expecting(full, groups * GROUP_BYTES);
     __syncwarp();
-    u8* to = s.tiles[i % STAGES] + lane * GROUP_BYTES;
-    if (lane < groups && READERS == 1) copy_spans(to, cache, row, full, policy);
-    if (lane < groups && READERS > 1 && lane % READERS == rank.reader)
-      copy_spans_to(rank.readers(), to, cache, row, full, policy);
+    if (lane < groups) copy_spans(s.tiles[i % STAGES] + lane * GROUP_BYTES, cache, row, full, policy);
     find(next);
   }
 };
@@ -156,7 +132,6 @@ __device__ __forceinline__ void clear_beyond(u8* tile, int keys) {
   }
 }
 
-// Asks for the scores of a tile.
 __device__ __forceinline__ void score(Scores& x, const Shared& s, const u8* tile, const Place& at) {
   const Groups keys = groups_at(tile, GROUP_BYTES);
   const Groups rows = groups_at(s.queries[0] + at.team * COLUMNS * 8 * BOX_ROW, 8 * BOX_ROW);
@@ -170,7 +145,8 @@ __device__ __forceinline__ void score(Scores& x, const Shared& s, const u8* tile
   for (int k = 0; k < HEAD_DIM; k += 16)
     multiply_groups<0>(x, keys.further(k / SPAN * 8 * BOX_ROW + k % SPAN * 2),
                        rows.further(k / SPAN * ROWS * BOX_ROW + k % SPAN * 2));
-  close_products();
+  finish_products();
+  settle(x);
 }
 
 // Scores to base 2; those of keys after a row's own are -inf.
@@ -261,7 +237,6 @@ __device__ __forceinline__ void settle(Values& o) {
   for (int span = 0; span < SPANS_EACH; ++span) settle(o[span]);
 }
 
-// Asks for the tile's part of the values.
 __device__ __forceinline__ void weigh(Values& o, const Shared& s, const u8* tile, const Place& at) {
   const Groups values = groups_at(tile + at.team * SPANS_EACH * 8 * BOX_ROW, GROUP_BYTES);
   const Groups rows = groups_at(s.weights, 8 * BOX_ROW);
@@ -272,7 +247,8 @@ __device__ __forceinline__ void weigh(Values& o, const Shared& s, const u8* tile
 #pragma unroll
     for (int span = 0; span < SPANS_EACH; ++span)
       multiply_groups<1>(o[span], values.further(k / 8 * GROUP_BYTES + span * 8 * BOX_ROW), rows.further(k * 2));
-  close_products();
+  finish_products();
+  settle(o);
 }
 
 // The block's sums to shared memory, where the cluster's blocks find them.
@@ -309,34 +285,27 @@ __device__ __forceinline__ T sums_of(const T* own, int rank) {
   return *own;
 }
 
-// A stage may be filled anew: by all who bring tiles to it.
-__device__ __forceinline__ void release(Barrier* empty, const Rank& rank, int lane) {
-  __syncwarp();
-  if (READERS == 1 && lane == 0) arrive(empty);
-  if (READERS > 1 && lane < READERS) arrive_at(empty, rank.of_reader(lane));
-}
-
 // Adds up this block's slice of the cluster's sums.
 __device__ __forceinline__ void join(scalar* out, float* partial, float2* partial_stats, const Shared& s, int rows,
-                                     const Rank& rank) {
+                                     int rank) {
   constexpr int PACKS = V_DIM / 8;
   const float* sums = reinterpret_cast<const float*>(s.tiles);
-  const int all = rows * PACKS, last = all * (rank.part + 1) / CLUSTER;
-  for (int item = all * rank.part / CLUSTER + threadIdx.x; item < last; item += THREADS) {
+  const int all = rows * PACKS, last = all * (rank + 1) / CLUSTER;
+  for (int item = all * rank / CLUSTER + threadIdx.x; item < last; item += THREADS) {
     const int row = item / PACKS, first = item % PACKS * 8;
     float2 its[CLUSTER];
     float peak = NEG_INF, total = 0, y[8] = {};
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) {
-      its[i] = sums_of(&s.stats[row], rank.of_part(i));
+      its[i] = sums_of(&s.stats[row], i);
       peak = fmaxf(peak, its[i].x);
     }
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) {
       const float4* at = reinterpret_cast<const float4*>(sums + row * PITCH + first);
       float x[8];
-      *reinterpret_cast<float4*>(x) = sums_of(at, rank.of_part(i));
-      *reinterpret_cast<float4*>(x + 4) = sums_of(at + 1, rank.of_part(i));
+      *reinterpret_cast<float4*>(x) = sums_of(at, i);
+      *reinterpret_cast<float4*>(x + 4) = sums_of(at + 1, i);
       if (its[i].x == NEG_INF) continue;
       const float part = exp2_fast(its[i].x - peak);
       total += its[i].y * part;
@@ -359,13 +328,13 @@ __device__ __forceinline__ void join(scalar* out, float* partial, float2* partia
 
 // All threads of the cluster's blocks, or those of this block that multiply.
 __device__ __forceinline__ void meet_others() {
-  if (CLUSTER * READERS == 1) return meet(1, THREADS);
+  if (CLUSTER == 1) return meet(1, THREADS);
   __syncwarp();
   cluster_arrive();
   cluster_wait();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, 1)
     latent_tiles(scalar* out, TENSOR_MAP q, TENSOR_MAP cache, const int* block_tables, const int* cu_query_lens,
                  const int* kv_lens, float* partial, float2* partial_stats, i64 table_stride, int table_width,
                  int first_request, int least_share, int fresh, float scale) {
@@ -373,21 +342,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL, int(threadIdx.x) / 32, 0);  // one number for the warp
   const int request = first_request + blockIdx.z;
-  const int all = CLUSTER * READERS > 1 ? rank_in_cluster() : 0;
-  const Rank rank = {all / READERS, all % READERS};
-  const int group = blockIdx.x / (CLUSTER * READERS), groups = gridDim.x / (CLUSTER * READERS);
-  const int row_tile = blockIdx.y * READERS + rank.reader, row0 = row_tile * ROWS;
+  const int rank = CLUSTER > 1 ? rank_in_cluster() : 0, group = blockIdx.x / CLUSTER, groups = gridDim.x / CLUSTER;
+  const int row0 = blockIdx.y * ROWS, first = blockIdx.x;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], WARPGROUPS * 4 * READERS);
+      barrier_init(&s.empty[i], WARPGROUPS * 4);
     }
     barrier_init(&s.queries_full, 1);
     barriers_ready();
   }
   follow_older();
-  const int first = blockIdx.x / READERS;
-  Bringer bringer = {s, cache, block_tables + request * table_stride, rank, table_width, lane, 0, read_once_policy()};
+  Bringer bringer = {s, cache, block_tables + request * table_stride, table_width, lane, 0, read_once_policy()};
   if (warp == THREADS / 32) {
     prefetch_map(cache);
     prefetch_map(q);
@@ -398,12 +364,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
   if (row0 >= mine.rows || group >= mine.active) return;
   const int stride = mine.active * CLUSTER, tiles = mine.last / KEYS + 1;
   const Work work = {first, stride, first < tiles ? (tiles - first + stride - 1) / stride : 0, row0};
-  if (READERS > 1) cluster_arrive(), cluster_wait();  // the others' barriers are there
 
   if (warp >= THREADS / 32) {
     if (HANDOVER) give_registers<40>();
     if (warp == THREADS / 32) produce(bringer, q, mine, work, mine.past - fresh);
-    if (CLUSTER * READERS > 1) meet_others(), meet_others();
+    if (CLUSTER > 1) meet_others(), meet_others();
   } else {
     if (HANDOVER) take_registers<232>();
     follow();
@@ -416,64 +381,29 @@ extern "C" __global__ void __launch_bounds__(THREADS + BRINGERS, RESIDENT)
       r.sum[n][0] = r.sum[n][1] = 0;
     }
     if (work.count > 0) wait_for(&s.queries_full, 0);
-    const auto ask = [&](Scores& x, int i) {
+    for (int i = 0; i < work.count; ++i) {
       u8* here = s.tiles[i % STAGES];
       const int keys = mine.last + 1 - work.tile(i) * KEYS;
+      Scores x;
+      float fade[COLUMNS][2];
       wait_for(&s.full[i % STAGES], i / STAGES % 2);
       if (keys < KEYS) clear_beyond(here, keys);
       score(x, s, here, at);
-    };
-    // The scores in x become weights, once all have multiplied with the last ones.
-    float fade[COLUMNS][2];
-    const auto turn = [&](Scores& x, int i) {
       mask(x, mine, row0, work.tile(i), scale * LOG2E, at);
       soften(x, r, fade, s, at);
-      if (AHEAD) {
-        await_products<0>();
-        settle(o);
-        if (i > 0) release(&s.empty[(i - 1) % STAGES], rank, lane);
-        meet(1, THREADS);
-      }
       share(x, fade, s, at);
-    };
-    Scores x;
-    const int last = work.count - 1;
-    if (AHEAD && last >= 0) {
-      ask(x, 0);
-      await_products<0>();
-      settle(x);
-      for (int i = 0; i < last; ++i) {
-        turn(x, i);
-        ask(x, i + 1);
-        fade_values(o, fade, s, at);
-        weigh(o, s, s.tiles[i % STAGES], at);
-        await_products<1>();
-        settle(x);
-      }
-      turn(x, last);
       fade_values(o, fade, s, at);
-      weigh(o, s, s.tiles[last % STAGES], at);
-      await_products<0>();
-      settle(o);
-    }
-    for (int i = 0; !AHEAD && i <= last; ++i) {
-      ask(x, i);
-      await_products<0>();
-      settle(x);
-      turn(x, i);
-      fade_values(o, fade, s, at);
-      weigh(o, s, s.tiles[i % STAGES], at);
-      await_products<0>();
-      settle(o);
-      release(&s.empty[i % STAGES], rank, lane);
+      weigh(o, s, here, at);
+      __syncwarp();
+      if (lane == 0) arrive(&s.empty[i % STAGES]);
     }
     leave(o, r, s, at);
     meet_others();
-    const i64 place = ((i64(blockIdx.z) * gridDim.y * READERS + row_tile) * groups + group) * ROWS;
+    const i64 place = ((i64(blockIdx.z) * gridDim.y + blockIdx.y) * groups + group) * ROWS;
     const bool whole = mine.active == 1;
     join(out + (i64(mine.q_start) * HEADS + row0) * V_DIM, whole ? nullptr : partial + place * V_DIM,
          whole ? nullptr : partial_stats + place, s, min(ROWS, mine.rows - row0), rank);
-    if (CLUSTER * READERS > 1) meet_others();  // they have read this block's sums
+    if (CLUSTER > 1) meet_others();  // they have read this block's sums
   }
 }
 

@@ -17,49 +17,40 @@ from llmfw.ops.kernel import OpContext
 
 KEYS = 64  # of a tile, what four warps multiply at least
 GROUP = 8  # keys that one copy brings
-SHARED_BYTES = 228 << 10  # of a multiprocessor
-RESERVED_BYTES = 1 << 10  # of it for each resident block
+SHARED_BYTES = 227 << 10  # of a block, which has a multiprocessor for itself
 MOST_STAGES = 4
-MOST_CLUSTER = 8  # blocks; more are not promised
-MOST_GROUPS = 16
-LEAST_TILES = 2  # of a block where a request has more than one cluster, since merging has a price
-LEAST_KEYS = 1024  # of a cluster there
+HANDOVER_ROWS = 64  # from which on a whole warpgroup brings tiles, to give its registers away
+TRIPLE_PART = 7 / 8  # of the multiprocessors: what clusters of three find room on
+MOST_GROUPS = 64
+LONG_WAVES = 2  # of blocks, so that long requests are split although they alone fill the device
+LONG_KEYS = 1024  # of a block there, at least
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a cluster of blocks takes tiles of keys.
+    """What a cluster of blocks does.
 
     Args:
         rows: Query rows of a block, heads times tokens: 16, 32 or 64.
-        warpgroups: That multiply; they divide rows for scores and the latent for values.
-        cluster: Blocks that share a range of keys.
-        resident: Blocks of one multiprocessor at once.
-        readers: Blocks of different rows that bring tiles for each other.
-        ahead: Whether the next tile's scores are multiplied before this one's values.
+        cluster: Blocks that join their sums in shared memory.
     """
 
     rows: int
-    warpgroups: int
-    cluster: int
-    resident: int = 1
-    readers: int = 1
-    ahead: bool = False
+    cluster: int = 1
+
+    @property
+    def warpgroups(self) -> int:
+        """That multiply; two divide the rows for scores and the latent for values."""
+        return 2 if self.rows == HANDOVER_ROWS else 1
 
     @property
     def threads(self) -> int:
         """Of a block: those that multiply, and those that bring tiles, as latent_tiles.cu says."""
-        return self.warpgroups * 128 + (128 if self.rows * self.warpgroups > 64 else 32)
-
-    @property
-    def blocks(self) -> int:
-        """Of a cluster."""
-        return self.cluster * self.readers
+        return self.warpgroups * 128 + (128 if self.rows == HANDOVER_ROWS else 32)
 
     def stages(self, head_dim: int) -> int:
         """Tiles under way: what memory holds."""
-        room = SHARED_BYTES // self.resident - RESERVED_BYTES - self._rest(head_dim)
-        return min(MOST_STAGES, room // _tile_bytes(head_dim))
+        return min(MOST_STAGES, (SHARED_BYTES - self._rest(head_dim)) // _tile_bytes(head_dim))
 
     def shared_bytes(self, head_dim: int) -> int:
         """Shared memory of a block, as latent_tiles.cu divides it."""
@@ -129,20 +120,43 @@ class LatentTiles:
         cut: Cut | None = None,
         groups: int | None = None,
     ) -> Plan:
-        """How a batch of at most these lengths is launched; `cut` and `groups` override."""
-        needed = self.heads.num_heads * max_q
-        rows = next((rows for rows in (16, 32) if needed <= rows), 64) if cut is None else cut.rows
-        columns, tiles = -(-needed // rows), -(-max_kv // KEYS)
-        room = self._sms // (columns * requests)
+        """How a batch of at most these lengths is launched; `cut` and `groups` override.
+
+        Splits fill the device once. Two or three parts of a request are joined within a cluster;
+        larger clusters leave multiprocessors idle, so that more parts go through memory.
+        """
+        needed, tiles = self.heads.num_heads * max_q, -(-max_kv // KEYS)
+        rows = self._rows(needed, requests, tiles) if cut is None else cut.rows
+        columns = -(-needed // rows)
+        blocks = columns * requests
+        room = self._sms // blocks
         if cut is None:
-            cluster = MOST_CLUSTER
-            while cluster > max(1, min(room, tiles)):
-                cluster //= 2
-            cut = Cut(rows, 1 if rows == 16 else 2, cluster)
+            cut = Cut(rows, self._cluster(rows, blocks, tiles))
         if groups is not None:
             return Plan(cut, columns, groups, 1)
-        most = min(room // cut.cluster, tiles // (cut.cluster * LEAST_TILES), MOST_GROUPS)
-        return Plan(cut, columns, max(1, most), LEAST_KEYS // KEYS)
+        if cut.cluster > 1:
+            return Plan(cut, columns, 1, 1)
+        if room > 1:
+            return Plan(cut, columns, min(room, tiles, MOST_GROUPS), 1)
+        share = LONG_KEYS // KEYS
+        waves = -(-LONG_WAVES * self._sms // blocks)
+        return Plan(cut, columns, min(waves, -(-tiles // share), MOST_GROUPS), share)
+
+    def _rows(self, needed: int, requests: int, tiles: int) -> int:
+        """Few where the device has a multiprocessor for each tile, or for two blocks of each."""
+        if needed <= 16 or -(-needed // 16) * requests * tiles <= self._sms:
+            return 16
+        return 32 if needed <= 32 or -(-needed // 32) * requests * 2 <= self._sms else 64
+
+    def _cluster(self, rows: int, blocks: int, tiles: int) -> int:
+        """Two or three where no more parts find room, else one.
+
+        Three leave some multiprocessors idle, which only those who wait for memory do not mind.
+        """
+        room, waits = self._sms // blocks, rows == 16
+        if waits and room in (3, 4) and tiles > 2 and blocks * 3 <= self._sms * TRIPLE_PART:
+            return 3
+        return 2 if 2 <= room <= (4 if waits else 2) and tiles > 1 else 1
 
     def launcher(self, cut: Cut) -> Launcher:
         """The kernel for such a cut, compiled when wanted."""
@@ -161,12 +175,9 @@ class LatentTiles:
                 WARPGROUPS=cut.warpgroups,
                 STAGES=cut.stages(heads.head_dim),
                 CLUSTER=cut.cluster,
-                RESIDENT=cut.resident,
-                READERS=cut.readers,
-                AHEAD=int(cut.ahead),
             )
             size = cut.shared_bytes(heads.head_dim)
-            found = module.launcher("latent_tiles", "PTTPPPPPqiiiif", size, cut.blocks)
+            found = module.launcher("latent_tiles", "PTTPPPPPqiiiif", size, cut.cluster)
             self._launchers[cut] = found
         return found
 
@@ -194,7 +205,7 @@ class LatentTiles:
         room = self._splits.room(part.requests, plan.division, q.device)
         dim, slots = heads.head_dim, cache.shape[0] * heads.block_size
         self.launcher(plan.cut)(
-            (plan.groups * plan.cut.blocks, plan.columns // plan.cut.readers, part.requests),
+            (plan.groups * plan.cut.cluster, plan.columns, part.requests),
             (plan.cut.threads, 1, 1),
             out.data_ptr(),
             tensor_map(q.data_ptr(), q.shape[0] * heads.num_heads, dim, q.dtype, plan.cut.rows),
