@@ -67,7 +67,7 @@ USES: dict[str, list[dict[str, int | str]]] = {
     "latent_tiles.cu": [
         {"DTYPE": BF16, "CLUSTER": 2},
         {"DTYPE": BF16, "ROWS": 64, "WARPGROUPS": 2, "HEADS": 128},
-        {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "HEADS": 3, "BLOCK_SIZE": 24, "CLUSTER": 8},
+        {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "HEADS": 3, "BLOCK_SIZE": 24, "CLUSTER": 3},
     ],
     "merge_latent.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "V_DIM": 48, "HEADS": 3, "ROWS": 64}],
     "latent_rope.cu": [
