@@ -94,11 +94,11 @@ def chain() -> None:
         inner, outer = shapes["head"]
         head = torch.empty(outer, inner, dtype=BF16, device=DEVICE).normal_(0, 0.02)
         nbytes = sum(w.numel() * 2 for layer in weights for w in layer.values()) + head.numel() * 2
-        own = {label: linear.linear(linear_context(*size)) for label, size in shapes.items()}
-        for rows in (1, 4, 8, 32, 64):
+        own, library = chain_products(name)
+        for rows in (1, 4, 8, 32, 64, 128, 256):
             # One stream makes a chain of the graph's kernels, so each may have an input of its own.
             inputs = {label: randn(rows, size[0]) for label, size in shapes.items()}
-            for kind, call in (("own", own), ("cublas", dict.fromkeys(shapes, F.linear))):
+            for kind, call in (("own", own), ("cublas", library)):
                 order = [(label, weight) for layer in weights for label, weight in layer.items()]
                 order.append(("head", head))
                 step = functools.partial(products_of, call, inputs, order)
@@ -106,6 +106,21 @@ def chain() -> None:
                 report("chain", f"{name} {kind} M={rows}", us, nbytes)
         del weights, head
         torch.cuda.empty_cache()
+
+
+def chain_products(name: str) -> tuple[dict[str, Callable[..., torch.Tensor]], ...]:
+    """What serves each product of a model, and the library with the activation after it."""
+    hidden, inner = MODELS[name][:2]
+    shape = {"in_features": hidden, "intermediate_size": inner, "bias": 0}
+    activation = kernel("silu_and_mul", {"intermediate_size": inner})
+
+    def apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return activation(F.linear(x, weight, bias))  # type: ignore[no-any-return]
+
+    shapes = product_shapes()[name]
+    own = {label: linear.linear(linear_context(*size)) for label, size in shapes.items()}
+    own["gate_up"] = kernel("gated_linear", shape)
+    return own, {**dict.fromkeys(shapes, F.linear), "gate_up": apart}
 
 
 def products_of(

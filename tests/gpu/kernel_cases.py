@@ -18,12 +18,15 @@ import torch
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.kernels.cupy import gated_linear, linear
 from llmfw.kernels.cupy.declarations import KERNELS
-from llmfw.kernels.cupy.products import STREAMED_ROWS, bucket_of
+from llmfw.kernels.cupy.products import GEMV_ROWS, STREAMED_ROWS, Variant, bucket_of
 from llmfw.kernels.cupy.streamed import CUTS, Streamed, servable
+from llmfw.kernels.cupy.tiled import Tiled
 from llmfw.ops.device import cuda_features
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
+# tile, share, split: blocks alone, and all that they can have in common
+TILED_CUTS = ((208, 1, 1), (224, 2, 1), (64, 1, 4), (64, 2, 4), (96, 4, 2))
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 FEATURES = frozenset({"cuda", "cupy"}) | cuda_features(*CAPABILITY)
@@ -405,7 +408,7 @@ def product_cases(
         for in_features, outputs, wide in sizes:
             if dtype != "bfloat16" and in_features != 192:
                 continue
-            for rows in (1, 2, 3, 4, 5, 9, 31, 64, 65):
+            for rows in (1, 2, 3, 4, 5, 9, 31, 64, 65, 200, 256):
                 for bias in (0, 1):
 
                     def draw(
@@ -452,9 +455,14 @@ def product_variants(
     bucket = bucket_of(rows)
     if bucket is None:
         return
-    found = module.variants(bucket, context)
-    if bucket in STREAMED_ROWS and servable(context):
+    found: tuple[Variant, ...] = ()
+    if bucket in GEMV_ROWS:
+        found = module.variants(bucket, context)
+    elif servable(context) and bucket in STREAMED_ROWS:
         found = tuple(Streamed(*cut, gated=gated) for cut in CUTS)
+    elif servable(context):
+        kinds = (cut for cut in TILED_CUTS if cut[2] * 64 <= context["in_features"])
+        found = tuple(Tiled(*cut, gated=gated) for cut in kinds)
     for variant in (each for each in found if each.source not in without):
         product = variant.build(bucket, context, outputs)
 

@@ -21,8 +21,8 @@ sanitize() {
     for ((part = 1; part <= parts; part++)); do
       port=$((port + 16)) # each tries ten from there on
       # Names that begin with _Z are those of C++: torch's kernels. Ours are C's.
-      # racecheck does not follow streamed.cu's barriers: docs/design/kernels-cupy.md, "Sanitizers".
-      WITHOUT=$([ $tool = racecheck ] && echo streamed.cu) OMP_NUM_THREADS=1 timeout -k 10 "${LIMIT:-200}" \
+      # racecheck does not follow the barriers of these sources: docs/design/kernels-cupy.md, "Sanitizers".
+      WITHOUT=$([ $tool = racecheck ] && echo streamed.cu tiled.cu latent_tiles.cu) OMP_NUM_THREADS=1 timeout -k 10 "${LIMIT:-200}" \
         compute-sanitizer --tool $tool --port $port --launch-timeout 0 --show-backtrace device \
         --kernel-name-exclude kns=_Z --error-exitcode 9 \
         python3 tests/gpu/sanitize.py "$part/$parts" $ops >"$OUT/$tool-$part.log" 2>&1 &

@@ -1,7 +1,7 @@
 """The op `gated_linear`: gate and up in one product with silu(gate) * up at its end, for few rows.
 
-gemv.cu (1, 2 and 4 rows) and streamed.cu (5 to 64) serve where they beat the product and the
-activation apart; these serve the rest.
+gemv.cu (1, 2 and 4 rows), streamed.cu (5 to 64) and tiled.cu (65 to 256) serve where they beat the
+product and the activation apart; these serve the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from llmfw.kernels.cupy.activation import supports as activation_supports
 from llmfw.kernels.cupy.gemv import gemv_variants
 from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves
 from llmfw.kernels.cupy.streamed import streamed_variants
+from llmfw.kernels.cupy.tile_plan import tiled_variants
 from llmfw.kernels.cupy.tune import Contest, choices, details
 from llmfw.ops.kernel import OpContext
 
@@ -30,6 +31,7 @@ def variants(bucket: int, context: OpContext) -> tuple[Variant, ...]:
     return (
         *gemv_variants(bucket, context["in_features"], context.dtype, gated=True),
         *streamed_variants(bucket, context, 2 * context["intermediate_size"]),
+        *tiled_variants(bucket, context, 2 * context["intermediate_size"]),
     )
 
 

@@ -1,7 +1,7 @@
 """The op `linear`: own kernels for few rows where they are faster, cuBLAS for the rest.
 
-gemv.cu serves 1, 2 and 4 rows, streamed.cu (tensor cores) 5 to 64; tune.py measures which variant,
-if any, beats cuBLAS for a shape.
+gemv.cu serves 1, 2 and 4 rows, streamed.cu (tensor cores) 5 to 64, tiled.cu 65 to 256; tune.py
+measures which variant, if any, beats cuBLAS for a shape.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from llmfw.kernels.cupy.gemv import gemv_variants
 from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves
 from llmfw.kernels.cupy.streamed import streamed_variants
+from llmfw.kernels.cupy.tile_plan import tiled_variants
 from llmfw.kernels.cupy.tune import Contest, choices, details
 from llmfw.ops.kernel import OpContext
 
@@ -29,6 +30,7 @@ def variants(bucket: int, context: OpContext) -> tuple[Variant, ...]:
     return (
         *gemv_variants(bucket, context["in_features"], context.dtype),
         *streamed_variants(bucket, context, context["out_features"]),
+        *tiled_variants(bucket, context, context["out_features"]),
     )
 
 

@@ -11,7 +11,8 @@ from llmfw.ops.kernel import OpContext
 
 GEMV_ROWS = (1, 2, 4)  # of exactly so many rows
 STREAMED_ROWS = (8, 16, 32, 64)
-BUCKETS = GEMV_ROWS + STREAMED_ROWS  # greatest number of rows that one choice serves
+TILED_ROWS = (128, 256)
+BUCKETS = GEMV_ROWS + STREAMED_ROWS + TILED_ROWS  # most rows that one choice serves
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, int], None]
 
@@ -35,10 +36,10 @@ class Variant(Protocol):
 
 
 def bucket_of(rows: int) -> int | None:
-    """The bucket that serves `rows` (1 to 64), None where none does."""
-    if rows in GEMV_ROWS:
-        return rows
-    return next((bucket for bucket in STREAMED_ROWS if GEMV_ROWS[-1] < rows <= bucket), None)
+    """The bucket that serves `rows` (1 to 256), None where none does."""
+    if rows <= GEMV_ROWS[-1]:
+        return rows if rows in GEMV_ROWS else None
+    return next((bucket for bucket in BUCKETS if rows <= bucket), None)
 
 
 def by_rows(compiled: Mapping[int, Product]) -> tuple[Product | None, ...]:

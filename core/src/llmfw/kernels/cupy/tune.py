@@ -168,7 +168,7 @@ def table_path(index: int) -> Path:
         arch_of(index),
         torch.__version__,
         cupy.__version__,
-        source_digest("gemv.cu", "streamed.cu"),
+        source_digest("gemv.cu", "streamed.cu", "tiled.cu"),
     )
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     return cache_dir() / f"tune-{gpu.replace(' ', '-')}-{digest}.json"

@@ -1,0 +1,121 @@
+"""Variants of tiled.cu: products of 65 to 256 rows by tiles that fill the multiprocessors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.launch import pointer
+from llmfw.kernels.cupy.products import Product
+from llmfw.kernels.cupy.tensor_map import tensor_map
+from llmfw.ops.kernel import OpContext
+
+CHUNK = 64  # values of each row of a stage
+GROUPS = 2  # warpgroups that multiply
+SHARED_BYTES = 226 << 10  # of a block, which has a multiprocessor for itself
+MOST_STAGES = 8
+USABLE = 10 / 11  # part of the multiprocessors that clusters of 4 and 8 can have: 120 of 132
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """tiled.cu with its constants; `share` x `split` blocks are a cluster.
+
+    Args:
+        tile: Rows of the weight that a block multiplies at once: a multiple of 8, of 16 if `gated`.
+        share: Blocks with neighbouring tiles, which share x.
+        split: Blocks that share the summed dimension.
+        gated: Whether silu(gate) * up ends the product.
+    """
+
+    tile: int
+    share: int = 1
+    split: int = 1
+    gated: bool = False
+    source: str = "tiled.cu"
+
+    @property
+    def name(self) -> str:
+        """For messages and results."""
+        kind = "gated" if self.gated else "tiled"
+        return f"{kind}_n{self.tile}_s{self.share}_k{self.split}"
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.share * self.split
+
+    def clusters(self, weight_rows: int) -> int:
+        """That do the work, if all of it were done in one round."""
+        return -(-weight_rows // (self.tile * self.share))
+
+    def at_once(self, sms: int) -> int:
+        """Clusters that run at the same time: those of more than two do not fit everywhere."""
+        usable = sms if self.cluster <= 2 else int(sms * USABLE)
+        return max(1, usable // self.cluster)
+
+    def constants(self, bucket: int, context: OpContext) -> dict[str, int]:
+        """The source's compile-time constants; all shapes share most of them."""
+        return {
+            "ROWS": bucket,
+            "GATED": int(self.gated),
+            "GROUPS": GROUPS,
+            "TILE": self.tile,
+            "SHARE": self.share,
+            "SPLIT": self.split,
+            "STAGES": self.stages(bucket),
+        }
+
+    def stages(self, bucket: int) -> int:
+        """Chunks of each row under way: what memory holds."""
+        room = SHARED_BYTES - self._barrier_bytes
+        return min(MOST_STAGES, room // self._stage_bytes(bucket))
+
+    def shared_bytes(self, bucket: int) -> int:
+        """Of a block: the stages, in whose place sums of a split lie later, and barriers."""
+        stages = self.stages(bucket) * self._stage_bytes(bucket)
+        sums = self.tile * bucket * 4 if self.split > 1 else 0
+        return max(stages, sums) + self._barrier_bytes
+
+    @property
+    def _barrier_bytes(self) -> int:
+        return (2 * MOST_STAGES + 2) * 8
+
+    def _stage_bytes(self, bucket: int) -> int:
+        return (self.tile + bucket) * CHUNK * 2
+
+    def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
+        """Compile; the result is called with (x, weight, bias, out, rows)."""
+        in_features, dtype, device = context["in_features"], context.dtype, context.info.device
+        module = load(self.source, device, dtype, **self.constants(bucket, context))
+        launch = module.launcher("tiled", "PTTPiii", self.shared_bytes(bucket), self.cluster)
+        weight_rows = outputs * (1 + self.gated)
+        sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+        clusters = self.clusters(weight_rows)
+        if self.split == 1:  # a cluster walks over tiles, all over as many
+            clusters = -(-clusters // -(-clusters // self.at_once(sms)))
+        grid, block = (clusters * self.cluster, 1, 1), (GROUPS * 128, 1, 1)
+        weight_box, x_box = self.tile // (1 + self.gated), bucket // self.share
+
+        def run(
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            out: torch.Tensor,
+            rows: int,
+        ) -> None:
+            launch(
+                grid,
+                block,
+                out.data_ptr(),
+                tensor_map(x.data_ptr(), rows, in_features, dtype, x_box),
+                tensor_map(weight.data_ptr(), weight_rows, in_features, dtype, weight_box),
+                pointer(bias),
+                in_features,
+                outputs,
+                rows,
+            )
+
+        return run
