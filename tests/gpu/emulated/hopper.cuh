@@ -117,11 +117,6 @@ inline void copy_box_to(u32 blocks, void* to, const TensorMap& from, int row, in
     if (blocks >> rank & 1) copy_box(place_at(static_cast<u8*>(to), rank), from, row, column, place_at(b, rank), policy);
 }
 
-inline void copy_spans_to(u32 blocks, void* to, const TensorMap& from, int row, Barrier* b, u64 policy) {
-  for (int rank = 0; rank < int(emulated::cluster->size()); ++rank)
-    if (blocks >> rank & 1) copy_spans(place_at(static_cast<u8*>(to), rank), from, row, place_at(b, rank), policy);
-}
-
 #if DTYPE != F32
 inline void open_products() {}
 inline void close_products() {}

@@ -97,16 +97,6 @@ __device__ __forceinline__ void copy_spans(void* to, const TensorMap& from, int 
       : "memory");
 }
 
-// copy_spans to the same place in all blocks of the cluster whose bit is set; each one's own barrier counts the bytes.
-__device__ __forceinline__ void copy_spans_to(u32 blocks, void* to, const TensorMap& from, int row, Barrier* b,
-                                              u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      ".L2::cache_hint [%0], [%1, {%2, %3, %2}], [%4], %5, %6;" ::"r"(shared_address(to)),
-      "l"(&from), "r"(0), "r"(row), "r"(shared_address(b)), "h"(u16(blocks)), "l"(policy)
-      : "memory");
-}
-
 // What this thread wrote to shared memory is seen by products and copies that follow a barrier.
 __device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
