@@ -225,6 +225,21 @@ def test_two_packs_of_one_name_are_both_left_out(
     assert [entry.dist for entry, _ in packs] == ["twin-b"]
 
 
+def test_a_pack_that_does_not_fit_says_what_it_lacks_in_one_line(
+    site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = {"llmfw.kernels": {"old": "pack_old:pack"}}
+    lacking = ("absent>=1", "gone")
+    write_dist(site, "pack-old", entry_points=points, requires=lacking, code="pack = object()\n")
+    packs, (problem,) = load_kernel_packs({"cpu"}, scan(site))
+    assert packs == []
+    assert problem.reason == (
+        "pack-old 0.1.0 does not fit what is installed: requires absent>=1, which is not installed;"
+        " requires gone, which is not installed"
+    )
+    assert problem.reason in caplog.text
+
+
 def test_a_disabled_pack_is_not_imported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = {"llmfw.kernels": {"off": "pack_off:pack"}}
     write_dist(site, "pack-off", entry_points=points, code="raise SystemExit('imported')\n")

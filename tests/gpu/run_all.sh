@@ -50,6 +50,7 @@ if [[ " ${stages[*]} " == *" steps "* ]]; then # decode, prefill and kernels by 
       >"$OUT/prefill-$shape.json"
   done
   timeout "${LIMIT:-240}" python3 -m llmfw_cli kernels bench --device cuda --json >"$OUT/kernels-bench.json"
+  timeout "${LIMIT:-240}" python3 -m llmfw_cli kernels bench --large --device cuda --json >"$OUT/kernels-large.json"
   stages=("${stages[@]/steps/}")
 fi
 stages=(${stages[*]})

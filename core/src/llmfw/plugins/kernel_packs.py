@@ -38,7 +38,8 @@ class PackProblem:
     @property
     def reason(self) -> str:
         """Why, in one line."""
-        return self.error.message.splitlines()[0]
+        first, *more = self.error.message.splitlines()
+        return f"{first} {'; '.join(line.strip() for line in more)}" if first[-1:] == ":" else first
 
 
 Packs = list[tuple[PluginEntry, object]]
