@@ -91,10 +91,26 @@ def test_rows_of_drafts_share_a_block_as_far_as_registers_go() -> None:
     assert [(plan.rows, plan.columns) for plan in plans] == [(16, 4), (8, 8)]
 
 
+def test_tiles_are_asked_for_ahead_up_to_two_waves_of_blocks() -> None:
+    shape, device = heads(128, 128, 2), Device(SMS, 227 << 10)
+    columns = plan_launch(shape, 1, 1, 960, device).columns
+    two_waves = 2 * SMS * 2 // columns
+    ahead = [
+        plan_launch(shape, n, 1, 960, device).cut.ahead for n in (1, 8, two_waves, 2 * two_waves)
+    ]
+    assert ahead == [1, 1, 1, 0]
+
+
+def test_blocks_beside_those_of_another_kernel_have_four_warps() -> None:
+    shape = heads(128, 128, 2)
+    cuts = [plan_launch(shape, 1, 1, 960, Device(SMS, wide=wide)).cut for wide in (True, False)]
+    assert [(cut.warps, cut.resident) for cut in cuts] == [(8, 1), (4, 2)]
+
+
 @pytest.mark.parametrize(
     ("head_dim", "source", "cut", "shared"),
     [
-        (128, "paged_decode", Cut(8, 1), 0),
+        (128, "paged_decode", Cut(8, 1, ahead=1), 0),
         (256, "paged_staged", Cut(4, 1, 3), 4 * 3 * 16 * 2 * 256 * 2),
     ],
 )

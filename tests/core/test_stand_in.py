@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from llmfw import ModelConfig, RopeParams
-from llmfw.attention.metadata import LayerCache
+from llmfw.attention.metadata import AttentionMetadata, LayerCache
+from llmfw.kernels.cupy import rope_decode
 from llmfw.layers import Attention, stock_layer
 from llmfw.models import bind_tree
 from llmfw.models.weights import materialize
 from llmfw.ops import reference
 from llmfw.ops.inputs import paged_batch
-from llmfw.ops.kernel import DeviceInfo, Kernel
+from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
 from llmfw.ops.table import OpTable
 
 HERE = __name__
@@ -153,3 +155,27 @@ def test_what_it_would_bypass_is_told() -> None:
     assert choice.refused == (
         ("one.rope_and_attend", "would bypass other.rope, which serves rope_and_cache"),
     )
+
+
+def test_the_kernel_for_gpus_serves_single_tokens_whose_blocks_start_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128}
+    shape |= {"rotary_dim": 128, "interleaved": 0, "qk_norm": 0, "block_size": 16}
+    info = DeviceInfo(torch.device("cpu", 0), frozenset({"cuda", "cupy"}))
+    context = OpContext("rope_and_attend", torch.bfloat16, info, shape)
+    assert rope_decode.supports(context) is None
+    wide = replace(context, shape=shape | {"head_dim": 256, "v_head_dim": 256})
+    assert "256 are not one up to 128" in str(rope_decode.supports(wide))
+    pays = rope_decode.RopeAndAttend(context).pays
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(*requests: tuple[int, int], contexts: int = 0) -> AttentionMetadata:
+        return paged_batch(requests, contexts, 16, generator, torch.device("cpu"))[0]
+
+    assert pays(batch(*[(1, 9)] * 33))
+    assert not pays(batch(*[(1, 9)] * 34))
+    assert not pays(batch((1, 9), (2, 9)))
+    assert not pays(batch((1, 9), contexts=1))

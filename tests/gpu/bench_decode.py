@@ -10,95 +10,33 @@ import torch
 
 from gpu.bench_attention import decode_caches
 from gpu.bench_common import (
-    BF16,
     COLD,
     DEVICE,
     MODELS,
     attention_shape,
-    context_of,
     kernel,
     randn,
     report,
     rope_shape,
 )
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
-from llmfw.kernels.cupy import paged_plan, tune
-from llmfw.kernels.cupy.compile import compile_ahead
-from llmfw.kernels.cupy.rope_decode import RopeAndAttend
-from llmfw.kernels.cupy.streamed import Streamed
+from llmfw.kernels.cupy import tune
 
 KEYS = 960
 BATCHES = (1, 8, 32, 64, 256)
-# tiles ahead, kept up in the loop, begun before the kernel before is done
-WAYS = ((0, 0, 1), (1, 1, 1), (1, 1, 0), (2, 1, 1))
-WIDE, STAGES = paged_plan.registers_cut, Streamed.stages
-
-
-def narrow(heads: Any, rows: int, blocks: int, device: Any) -> Any:
-    """Blocks of four warps."""
-    return WIDE(heads, rows, 1 << 20, device)
-
-
-def lean(self: Any, bucket: int, in_features: int) -> int:
-    """No more stages than chunks."""
-    chunks = -(-in_features // self.chunk(bucket) // self.split)
-    return max(1, min(STAGES(self, bucket, in_features), chunks))
-
-
-def setting(way: tuple[int, int, int], cut: Any = WIDE) -> None:
-    """Constants of the kernels that are built from now on."""
-    paged_plan.AHEAD, paged_plan.KEEP, paged_plan.EARLY = way
-    paged_plan.registers_cut = cut
 
 
 def decode() -> None:
     """Norm, product, rotation, attention, product: rotation apart, and as one with attention."""
-    compile_all()
     for name in MODELS:
-        for batch, longest in (
-            (32, KEYS),
-            (32, 4096),
-            (1, KEYS),
-            (8, KEYS),
-            (64, KEYS),
-            (256, KEYS),
-        ):
-            for stages in (STAGES, lean) if batch == 8 and name == "S" else (STAGES,):
-                Streamed.stages = stages
-                layers = layers_of(name, batch, longest)
-                for way in WAYS:
-                    for kind in ("two", "one", "narrow"):
-                        if (kind == "narrow" and batch > 8) or (
-                            kind == "two" and way not in WAYS[:2]
-                        ):
-                            continue
-                        setting(way, narrow if kind == "narrow" else WIDE)
-                        attend = (two_ops if kind == "two" else one_op)(name)
-                        runs = [functools.partial(layer, attend) for layer in layers]
-                        us = tune.graph_time(runs, launches=24, repeats=6)
-                        label = f"{name} {kind} {batch} x {KEYS}/{longest} {way}"
-                        label += " lean" if stages is lean else ""
-                        report("decode", label, us, layers[0].keywords["nbytes"])
-                del layers, runs
-            Streamed.stages = STAGES
-
-
-def compile_all() -> None:
-    """All ways at once, on several cores."""
-    uses = []
-    for name in MODELS:
-        one = RopeAndAttend(context_of("rope_and_attend", rope_shape(name) | attention_shape(name)))
-        for way in WAYS:
-            for batch in BATCHES:
-                for cut in (WIDE, narrow):
-                    setting(way, cut)
-                    plan = one.decode.plan(batch, 1, KEYS)
-                    constants = one.decode.constants(plan.rows, plan.cut)
-                    uses.append(("rope_decode.cu", constants | one._rotation))
-                    if cut is WIDE and way in WAYS[:2]:
-                        uses.append(("paged_decode.cu", constants))
-    unique = {(source, tuple(sorted(each.items()))): (source, each) for source, each in uses}
-    compile_ahead(DEVICE, BF16, unique.values())
+        for batch in BATCHES:
+            layers = layers_of(name, batch)
+            for kind, attend in (("two", two_ops(name)), ("one", one_op(name))):
+                runs = [functools.partial(layer, attend) for layer in layers]
+                us = tune.graph_time(runs, launches=24)
+                nbytes = layers[0].keywords["nbytes"]
+                report("decode", f"{name} {kind} {batch} x {KEYS}", us, nbytes)
+            del layers, runs
 
 
 Attend = Callable[..., torch.Tensor]
@@ -131,7 +69,7 @@ def one_op(name: str) -> Attend:
     return attend
 
 
-def layers_of(name: str, batch: int, longest: int) -> list[functools.partial[torch.Tensor]]:
+def layers_of(name: str, batch: int) -> list[functools.partial[torch.Tensor]]:
     """Layers with weights and caches of their own, together larger than what L2 holds."""
     hidden, _, heads, kv_heads, dim, _, _ = MODELS[name]
     width, out = (heads + 2 * kv_heads) * dim, heads * dim
@@ -151,7 +89,7 @@ def layers_of(name: str, batch: int, longest: int) -> list[functools.partial[tor
         groups=(CacheGroupView(tables, slots, 16),),
         caches={},
         max_query_len=1,
-        max_kv_len=longest,
+        max_kv_len=KEYS,
     )
     shape = {"in_features": hidden, "out_features": width, "bias": 0}
     qkv = kernel("linear", shape)

@@ -63,23 +63,28 @@ class Meeting(NamedTuple):
 class PagedDecode:
     """The compiled kernels for one head layout, and the counters that its blocks meet at.
 
-    Launches of one instance must follow each other on one stream. `taken_bytes` of a block's shared
-    memory are left alone.
+    Launches of one instance must follow each other on one stream. `wide`: whether few blocks may
+    have 8 warps.
     """
 
-    def __init__(self, context: OpContext, taken_bytes: int = 0) -> None:
+    def __init__(self, context: OpContext, wide: bool = True) -> None:
         self.heads = Heads.of(context)
         self._context = context
         device = context.info.device
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
         properties: Any = torch.cuda.get_device_properties(device_index(device))
         shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES)
-        self._device = Device(properties.multi_processor_count, shared, taken_bytes)
+        self._device = Device(properties.multi_processor_count, shared, wide)
         self._counters = torch.zeros(paged_plan.COUNTERS, dtype=torch.int32, device=device)
 
     def plan(self, requests: int, max_q: int, max_kv: int, splits: int | None = None) -> Plan:
         """How a batch of at most these lengths is launched."""
         return plan_launch(self.heads, requests, max_q, max_kv, self._device, splits)
+
+    def most_at_once(self) -> int:
+        """Requests of one token each whose blocks are all resident at the same time."""
+        plan = self.plan(1, 1, 1)
+        return self._device.sms * plan.cut.resident // plan.columns
 
     def launcher(self, rows: int, cut: Cut) -> Launcher:
         """The kernel for blocks of so many rows and such a cut, compiled when first wanted."""
@@ -105,11 +110,7 @@ class PagedDecode:
             "SOFTCAP": int(heads.softcap),
             "WARPS": cut.warps,
             "MIN_BLOCKS": cut.resident,
-            **(
-                {"STAGES": cut.stages}
-                if cut.stages
-                else {"AHEAD": paged_plan.AHEAD, "KEEP": paged_plan.KEEP, "EARLY": paged_plan.EARLY}
-            ),
+            **({"STAGES": cut.stages} if cut.stages else {"AHEAD": cut.ahead}),
         }
 
     def meeting(self, requests: int, plan: Plan) -> Meeting:

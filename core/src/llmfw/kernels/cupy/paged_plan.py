@@ -19,9 +19,8 @@ SYSTEM_BYTES = 1 << 10  # of a resident block's shared memory
 RESERVED_BYTES = SYSTEM_BYTES + (1 << 10)  # and those of its warps' statistics
 MOST_WARPS = 8  # of a multiprocessor, whose registers they need all
 LONG_SHARE = 2048  # keys that a block walks at least where the requests alone fill the device
-AHEAD = 1  # tiles that a warp asks for into L2 beyond those that it loads
-KEEP = 1
-EARLY = 1
+AHEAD = 1  # tiles that a warp asks for into L2 beyond those that it loads,
+AHEAD_WAVES = 2  # where there are at most so many waves of blocks: more keep memory busy themselves
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
 
 
@@ -71,12 +70,12 @@ class Device:
     Args:
         sms: Multiprocessors.
         shared_bytes: The most shared memory of a block.
-        taken_bytes: What of it a kernel has taken for something else than tiles and sums.
+        wide: Whether few blocks may have 8 warps, beside which no block of another kernel fits.
     """
 
     sms: int
     shared_bytes: int = LEAST_SHARED_BYTES
-    taken_bytes: int = 0
+    wide: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,13 @@ class Cut:
         warps: Warps of a block.
         resident: Blocks at once, for which registers are left.
         stages: Tiles of a warp under way in shared memory; 0 where registers hold them.
+        ahead: Tiles of a warp that are asked for into L2, beside those in registers.
     """
 
     warps: int
     resident: int
     stages: int = 0
+    ahead: int = 0
 
     def shared_bytes(self, heads: Heads) -> int:
         """Shared memory that a launch asks for."""
@@ -121,10 +122,11 @@ def registers_cut(heads: Heads, rows: int, blocks: int, device: Device) -> Cut:
     """Blocks whose tiles lie in registers: few get 8 warps each, so that less is left to join."""
     dim = heads.widest
     resident = 4 if dim <= 64 else 3 if dim <= 96 else 2
-    wide = Cut(8, resident // 2)
+    ahead = AHEAD if blocks <= AHEAD_WAVES * device.sms * resident else 0
+    wide = Cut(8, resident // 2, ahead=ahead)
     slab = wide.warps * rows * (dim + 4) * 4
     fits = blocks <= device.sms * wide.resident and slab < SLAB_BYTES
-    return wide if fits else Cut(4, resident)
+    return wide if fits and device.wide else Cut(4, resident, ahead=ahead)
 
 
 def staged_cut(heads: Heads, blocks: int, device: Device) -> Cut:
@@ -142,7 +144,6 @@ def staged_cut(heads: Heads, blocks: int, device: Device) -> Cut:
     for warps in (8, 4, 2) if few else (4, 2):
         for resident in range(MOST_WARPS // warps, 0, -1):
             room = (device.shared_bytes + SYSTEM_BYTES) // resident - RESERVED_BYTES
-            room -= device.taken_bytes
             stages = min(most, room // (warps * heads.tile_bytes))
             if stages >= LEAST_STAGES:
                 return Cut(warps, resident, stages)

@@ -9,12 +9,6 @@
 #ifndef AHEAD
 #define AHEAD 0
 #endif
-#ifndef KEEP
-#define KEEP 1
-#endif
-#ifndef EARLY
-#define EARLY 1
-#endif
 
 constexpr int V_REGS = V_DIM / 16;
 constexpr int LINE = 128 / sizeof(scalar);  // scalars that one request into L2 brings
@@ -169,7 +163,7 @@ struct Walk {
         const int one = tile + i * WARPS;
         if (one < stop) fetch_tile(cache, i == 1 ? next : find_pages(cache, one), one);
       }
-      if constexpr (KEEP) find_far(AHEAD + 1);
+      find_far(AHEAD + 1);
     }
   }
 
@@ -192,7 +186,7 @@ struct Walk {
         at = locate(next, cache, tile + WARPS);
         load_keys(k, cache, at, lane);
       }
-      if constexpr (AHEAD > 0 && KEEP) {
+      if constexpr (AHEAD > 0) {
         const int one = tile + (AHEAD + 1) * WARPS;
         if (one < stop) fetch_tile(cache, far, one);
         find_far(AHEAD + 2);

@@ -12,20 +12,20 @@ from llmfw.kernels.cupy import paged_decode, rope_cache
 from llmfw.kernels.cupy.compile import load
 from llmfw.kernels.cupy.launch import Launcher, dense, pointer
 from llmfw.kernels.cupy.paged_decode import PagedDecode, check_block_size
-from llmfw.kernels.cupy.paged_plan import Cut, Heads
+from llmfw.kernels.cupy.paged_plan import REGISTERS_DIM, Cut, Heads
 from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
     from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 
-ROWS, ROW_PADDING = 16, 8  # most of a block, and what keeps them in different banks
 SIGNATURE = "PPPPPPPPPPPPPPPPqqqqqqiiiiffff"
 
 
 def supports(context: OpContext) -> str | None:
-    """What both ops support, with values as wide as keys."""
-    if context["v_head_dim"] != context["head_dim"]:
-        return f"K and V have head sizes {context['head_dim']} and {context['v_head_dim']}"
+    """What both ops support, where tiles of keys fit in registers and V is as wide as K."""
+    heads = Heads.of(context)
+    if heads.v_dim != heads.head_dim or heads.head_dim > REGISTERS_DIM:
+        return f"head sizes {heads.head_dim} and {heads.v_dim} are not one up to {REGISTERS_DIM}"
     return rope_cache.supports(context) or paged_decode.supports(context)
 
 
@@ -33,9 +33,8 @@ class RopeAndAttend:
     """The compiled kernels for one head layout, divided over the device as paged_decode is."""
 
     def __init__(self, context: OpContext) -> None:
-        heads = Heads.of(context)
-        rows = min(heads.group, ROWS) * (heads.head_dim + ROW_PADDING)
-        self.decode = PagedDecode(context, 2 * (rows + 2 * heads.head_dim))
+        self.decode = PagedDecode(context, wide=False)  # so that blocks fit beside a product's
+        self._most_requests = self.decode.most_at_once()
         self._context = context
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
         rotary = context["rotary_dim"] or context["head_dim"]
@@ -48,21 +47,24 @@ class RopeAndAttend:
             "LANES": rope_cache.lanes_of(dim, self._width),
         }
 
-    @staticmethod
-    def pays(metadata: AttentionMetadata) -> bool:
-        """Whether it serves a batch: one in which every request generates one token."""
-        return not metadata.num_contexts and metadata.max_query_len == 1
+    def pays(self, metadata: AttentionMetadata) -> bool:
+        """Whether it serves a batch: every request generates one token, and all start at once.
+
+        Of more blocks than are resident each waits for its own heads: there two kernels are
+        quicker.
+        """
+        singles = not metadata.num_contexts and metadata.max_query_len == 1
+        return singles and metadata.num_requests <= self._most_requests
 
     def launcher(self, rows: int, cut: Cut) -> Launcher:
         """The kernel for blocks of so many rows and such a cut, compiled when first wanted."""
         found = self._launchers.get((rows, cut))
         if found is None:
             context, constants = self._context, self.decode.constants(rows, cut)
-            name = "rope_staged" if cut.stages else "rope_decode"
             module = load(
-                f"{name}.cu", context.info.device, context.dtype, **constants, **self._rotation
+                "rope_decode.cu", context.info.device, context.dtype, **constants, **self._rotation
             )
-            found = module.launcher(name, SIGNATURE, cut.shared_bytes(self.decode.heads))
+            found = module.launcher("rope_decode", SIGNATURE)
             self._launchers[rows, cut] = found
         return found
 
