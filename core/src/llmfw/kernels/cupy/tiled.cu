@@ -155,8 +155,8 @@ __device__ __forceinline__ void turn_over(Shared& s, Feed& feed, const TensorMap
 // Each block of a split gets everybody's sums of the outputs that it stores; they lie first among a thread's after this.
 __device__ __forceinline__ void exchange(Sums& sum, Shared& s, const Place& place, int lane) {
   __syncwarp();
-  if (lane < SPLIT) arrive_at(&s.drained, place.rank_of(lane));
-  wait_for(&s.drained, 0);
+  if (lane < SPLIT) pass_at(&s.drained, place.rank_of(lane));
+  wait_here(&s.drained, 0);
 #pragma unroll
   for (int to = 0; to < SPLIT; ++to)
 #pragma unroll
