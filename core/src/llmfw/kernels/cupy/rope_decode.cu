@@ -1,8 +1,9 @@
 // rope_and_attend where every request generates one token: q/k norm, rotary embedding, paged K/V write and split-KV
 // flash decoding in one kernel, 16-bit types, for head sizes up to 128.
 //
-// Shapes: those of paged.cuh, with qkv [requests, (heads + 2 kv_heads) * HEAD_DIM], rows qkv_stride apart, in q's place;
-//   positions, slots int64 [requests]; cos_sin, q_norm, k_norm as rope_cache.cu has them. A negative slot keeps nothing.
+// Shapes: those of paged.cuh, with qkv [requests, (heads + 2 kv_heads) * HEAD_DIM], rows qkv_stride apart, in place of
+//   q; positions, slots int64 [requests]; cos_sin, q_norm, k_norm as rope_cache.cu has them. A negative slot keeps
+//   nothing.
 // Launch: as paged.cuh tells. Numbers: rotary.cuh, paged.cuh.
 //
 // Every block normalises and rotates its own rows of q, and the block whose share holds the newest key that key too,
