@@ -34,8 +34,8 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 // With PDL a kernel starts while the one before it still runs; every kernel calls follow() before it reads or writes
 // what the one before writes or reads. Earlier it may read weights, and after follow_older() what was written two
-// kernels ago or earlier, three where the one before follows briefly. PDL 1 lets the next kernel start when the one
-// before is done, 2 at once; 0 does nothing.
+// kernels ago or earlier, one more for each of those right before that follow briefly (embedding and norm do in a row).
+// PDL 1 lets the next kernel start when the one before is done, 2 at once; 0 does nothing.
 __device__ __forceinline__ void follow() {
   if (PDL == 2) let_next_start();
   if (PDL > 0) wait_for_previous();
