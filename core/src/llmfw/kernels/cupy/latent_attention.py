@@ -251,8 +251,8 @@ def latent_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         width = heads.num_heads * heads.v_dim
         out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
         lengths = view.block_tables, metadata.cu_query_lens, metadata.kv_lens_device
+        kernel = tiles if tiles is not None and k_cache.is_contiguous() else attend
         for part in parts_of(metadata):
-            kernel = tiles if tiles is not None and tiles.serves(k_cache, part) else attend
             kernel(out, q, k_cache, *lengths, part, scale)
         return out
 

@@ -108,10 +108,6 @@ class LatentTiles:
         self._launchers: dict[Cut, Launcher] = {}
         self._splits = Splits(context, self.heads)
 
-    def serves(self, cache: torch.Tensor, part: Part) -> bool:
-        """Whether these requests are best attended here."""
-        return cache.is_contiguous()
-
     def plan(
         self,
         requests: int,
