@@ -74,7 +74,7 @@ def test_cuts_that_compete_differ() -> None:
 def context(capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> OpContext:
     features = cuda_features(*capability) | {"cuda", "cupy"}
     info = DeviceInfo(torch.device("cuda", 0), features)
-    return OpContext("linear", dtype, info, {"in_features": 512, "out_features": 512, "bias": 0})
+    return OpContext("linear", dtype, info, {"in_features": 1536, "out_features": 512, "bias": 0})
 
 
 def test_other_tensor_cores_and_other_rows_are_left_to_others(
@@ -89,6 +89,16 @@ def test_other_tensor_cores_and_other_rows_are_left_to_others(
     assert tile_plan.tiled_variants(64, context((9, 0)), 512) == ()
     assert tile_plan.tiled_variants(128, context((9, 0), torch.float32), 512) == ()
     assert len(tile_plan.tiled_variants(128, context((9, 0)), 512)) == MEASURED
+
+
+def test_what_lost_everywhere_is_not_measured() -> None:
+    """Cuts won for gate and up in one, and up to 128 rows for long sums."""
+    promising = tile_plan.is_promising
+    assert promising(Product(256, 4096, 28672, gated=True))
+    assert promising(Product(128, 14336, 4096))
+    assert not promising(Product(256, 14336, 4096))
+    assert not promising(Product(128, 4096, 6144))
+    assert not promising(Product(128, 4096, 128256))
 
 
 def test_every_batch_of_a_graph_has_a_bucket() -> None:

@@ -30,6 +30,7 @@ KINDS = ((2, 1), (1, 4), (2, 4))  # blocks that share x and the summed dimension
 LEAST_TILE, MOST_TILE = 32, 256  # columns of one instruction
 MOST_SUMS = 224  # of a thread, in registers
 MEASURED = 2  # cuts
+LONG, LONG_ROWS = 2, 128  # times as many inputs as outputs; rows up to which such products won
 ALIKE = 32  # rows of a tile below which cuts of one kind take about as long
 
 
@@ -50,7 +51,14 @@ def tiled_variants(bucket: int, context: OpContext, weight_rows: int) -> tuple[T
     device = device_index(context.info.device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     gated = "intermediate_size" in context.shape
-    return best_cuts(Product(bucket, context["in_features"], weight_rows, gated), sms, MEASURED)
+    product = Product(bucket, context["in_features"], weight_rows, gated)
+    return best_cuts(product, sms, MEASURED) if is_promising(product) else ()
+
+
+def is_promising(product: Product) -> bool:
+    """Whether a cut won for such a product anywhere; a start measures nothing for the others."""
+    is_long = product.in_features >= LONG * product.weight_rows
+    return product.gated or (is_long and product.rows <= LONG_ROWS)
 
 
 def best_cuts(product: Product, sms: int, count: int) -> tuple[Tiled, ...]:
