@@ -190,6 +190,10 @@ def test_the_command_with_large_calls(monkeypatch):
     assert (row["kernel"], row["case"]) == ("cpu.silu_and_mul", "tokens=2 few")
     assert row["shape"] == "intermediate_size=14336"
     assert value["copy_gb_per_s"] > 0
+    none = run("kernels", "bench", "--large", "--op", "grouped_linear", "--device", "cpu")
+    assert none.exit_code == 2
+    assert "grouped_linear has large calls" in none.stderr
+    assert "rms_norm" in none.stderr
 
 
 def test_the_command_of_a_model(tiny_model):  # noqa: F811

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmfw.errors import UsageError
 from llmfw.ops.costs import BENCHES
+from llmfw.ops.large_calls import LARGE_CALLS
 from llmfw.ops.timing import KernelTime, contexts_of, time_kernel, time_large
 
 if TYPE_CHECKING:
@@ -47,6 +49,20 @@ def time_pairs(pairs: Sequence[Pair], tokens: Sequence[int], kv_len: int) -> Ite
     order = {key: number for number, key in enumerate(dict.fromkeys(map(_key, pairs)))}
     for kernel, context in sorted(pairs, key=lambda pair: order[_key(pair)]):
         yield from time_kernel(kernel, context, tokens=tokens, kv_len=kv_len)
+
+
+def pairs_with_large_calls(pairs: Sequence[Pair]) -> list[Pair]:
+    """The kernels among `pairs` whose ops have large calls.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    found = [each for each in pairs if each[0] is not None and each[1].op in LARGE_CALLS]
+    if not found:
+        ops = ", ".join(dict.fromkeys(context.op for _, context in pairs))
+        hint = f"--large times kernels of {', '.join(sorted(LARGE_CALLS))}"
+        raise UsageError(f"no kernel at hand of {ops} has large calls", hint=hint)
+    return found
 
 
 def time_large_calls(pairs: Sequence[Pair]) -> Iterator[KernelTime]:

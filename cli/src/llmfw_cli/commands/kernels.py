@@ -151,6 +151,7 @@ def bench(
     from llmfw_cli.bench.kernels import (
         pairs_of_kernels,
         pairs_of_model,
+        pairs_with_large_calls,
         row_of,
         time_large_calls,
         time_pairs,
@@ -179,6 +180,8 @@ def bench(
     ]
     if not pairs:
         raise UsageError(f"no such kernel serves {info.device}", hint="see llmfw kernels list")
+    if large:
+        pairs = pairs_with_large_calls(pairs)
     bandwidth, rate = read_bandwidth(info.device), matrix_rate(info.device, kind)
     times = time_large_calls(pairs) if large else time_pairs(pairs, counts, context)
     rows = [row_of(each, bandwidth, rate) for each in times]
