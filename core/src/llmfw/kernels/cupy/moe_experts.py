@@ -38,7 +38,7 @@ from llmfw.ops.kernel import OpContext
 SLICE = 64  # values of the summed dimension that moe_grouped.cu takes at a time
 LANES = 32
 MANY_ROWS = 48  # of an expert on average, from which the library serves
-# The best of eight ways for the shapes of docs/design/kernels-cupy.md, within 4 %.
+# The best of eight ways for the shapes of docs/design/kernels-cupy-layers.md, within 4 %.
 UP_ONE, UP_FEW = Gemv(1, 4, 2), Gemv(1, 1, 2)  # of one token, of more
 DOWN_SHORT, DOWN_LONG = Gemv(4, 4, 2), Gemv(2, 8, 2)
 LONG = 2048  # values of a row
