@@ -215,6 +215,11 @@ def device_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
+    return torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+
+
 @functools.cache
 def arch_of(index: int) -> str:
     """The newest architecture that both the device and NVRTC know, as "sm_89".

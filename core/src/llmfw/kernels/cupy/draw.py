@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.compile import load, multiprocessors
 from llmfw.kernels.cupy.launch import pointer
 from llmfw.ops import reference_draw
 from llmfw.ops.kernel import OpContext
@@ -67,7 +67,7 @@ def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
     draw = module.launcher("draw_tokens", "PPPPPPPPPPq")
     tiles = -(-vocab // (32 * EACH))
     most = -(-tiles // (THREADS // 32))
-    sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+    sms = multiprocessors(device)
     space = _Workspace.of(LEAST_ROWS, tiles, device)
 
     def call(

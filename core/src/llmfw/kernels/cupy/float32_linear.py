@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from llmfw.kernels.cupy.compile import compile_ahead, device_index, load
+from llmfw.kernels.cupy.compile import compile_ahead, load, multiprocessors
 from llmfw.kernels.cupy.launch import pointer
 from llmfw.ops import reference
 from llmfw.ops.kernel import OpContext
@@ -41,7 +41,7 @@ def float32_linear(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `float32_linear` for one weight shape."""
     device, dtype, size = context.info.device, context.dtype, context["in_features"]
     outputs = context["out_features"]
-    sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+    sms = multiprocessors(device)
     uses = [
         ("float32_linear.cu", {"IN": size, "ROWS": rows, "OUTPUTS": made}) for rows, made in TILES
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from llmfw.kernels.cupy.attention import Part
-from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.compile import load, multiprocessors
 from llmfw.kernels.cupy.latent_merge import Division, LatentHeads, Splits
 from llmfw.kernels.cupy.launch import Launcher
 from llmfw.kernels.cupy.paged_decode import UNSETTLED
@@ -103,8 +103,7 @@ class LatentTiles:
     def __init__(self, context: OpContext) -> None:
         self.heads = LatentHeads.of(context)
         self._context = context
-        properties = torch.cuda.get_device_properties(device_index(context.info.device))
-        self._sms: int = properties.multi_processor_count
+        self._sms = multiprocessors(context.info.device)
         self._launchers: dict[Cut, Launcher] = {}
         self._splits = Splits(context, self.heads)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.compile import load, multiprocessors
 from llmfw.kernels.cupy.launch import pointer
 from llmfw.ops import reference_step
 from llmfw.ops.kernel import OpContext
@@ -31,7 +31,7 @@ def argmax(context: OpContext) -> Callable[..., torch.Tensor]:
     constants = {"VOCAB": vocab, "WIDTH": width, "THREADS": ARGMAX_THREADS}
     launch = load("argmax.cu", device, context.dtype, **constants).launcher("argmax", "PPPPPPq")
     most = -(-vocab // (width * ARGMAX_THREADS))
-    sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+    sms = multiprocessors(device)
     best = torch.zeros(MAX_ROWS, dtype=torch.int64, device=device)
     counters = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.compile import load, multiprocessors
 from llmfw.kernels.cupy.launch import pointer
 from llmfw.kernels.cupy.products import STREAMED_ROWS, Product
 from llmfw.kernels.cupy.tensor_map import tensor_map
@@ -98,7 +98,7 @@ class Streamed:
         launch = module.launcher("streamed", "PTTPiii", shared, self.split)
         weight_rows = outputs * (1 + self.gated)
         tiles = -(-weight_rows // self.tile)
-        sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+        sms = multiprocessors(device)
         walkers = tiles if self.split > 1 else min(tiles, sms)
         grid, block = (walkers * self.split, 1, 1), (self.warps * 32 + 32, 1, 1)
         box = self.tile // (1 + self.gated)

@@ -11,9 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from llmfw.kernels.cupy.compile import device_index
+from llmfw.kernels.cupy.compile import multiprocessors
 from llmfw.kernels.cupy.products import TILED_ROWS
 from llmfw.kernels.cupy.streamed import servable
 from llmfw.kernels.cupy.tiled import CHUNK, GROUPS, Tiled
@@ -48,11 +46,11 @@ def tiled_variants(bucket: int, context: OpContext, weight_rows: int) -> tuple[T
     """The few that may serve up to `bucket` rows of x best."""
     if bucket not in TILED_ROWS or not servable(context):
         return ()
-    device = device_index(context.info.device)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
     gated = "intermediate_size" in context.shape
     product = Product(bucket, context["in_features"], weight_rows, gated)
-    return best_cuts(product, sms, MEASURED) if is_promising(product) else ()
+    if not is_promising(product):
+        return ()
+    return best_cuts(product, multiprocessors(context.info.device), MEASURED)
 
 
 def is_promising(product: Product) -> bool:

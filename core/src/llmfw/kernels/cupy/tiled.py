@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmfw.kernels.cupy.compile import device_index, load
+from llmfw.kernels.cupy.compile import load, multiprocessors
 from llmfw.kernels.cupy.launch import pointer
 from llmfw.kernels.cupy.products import Product
 from llmfw.kernels.cupy.tensor_map import tensor_map
@@ -92,7 +92,7 @@ class Tiled:
         module = load(self.source, device, dtype, **self.constants(bucket, context))
         launch = module.launcher("tiled", "PTTPiii", self.shared_bytes(bucket), self.cluster)
         weight_rows = outputs * (1 + self.gated)
-        sms = torch.cuda.get_device_properties(device_index(device)).multi_processor_count
+        sms = multiprocessors(device)
         clusters = self.clusters(weight_rows)
         if self.split == 1:  # a cluster walks over tiles, all over as many
             clusters = -(-clusters // -(-clusters // self.at_once(sms)))
