@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from llmfw.layers import (
     Experts,
     GatedActivation,
     GatedMLP,
+    Linear,
     MoE,
     MoEParams,
     stock_layer,
@@ -86,6 +88,42 @@ def test_the_layer_is_the_weighted_sum_of_each_tokens_experts(shared: dict, reno
     for tokens in (1, 2, 33):
         x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
         torch.testing.assert_close(layer(x), one_by_one(layer, x), atol=1e-3, rtol=1e-4)
+
+
+class OwnExperts(Experts):
+    """Another package's, which knows of no `added`."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
+    ) -> torch.Tensor:
+        return super().forward(x, weights, experts)
+
+
+class OwnRouter(Linear):
+    """Another package's, which multiplies float32 alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("shared", [None, 10])
+def test_parts_with_a_forward_of_their_own_get_what_they_know(shared: int | None):
+    def make(kind: str, role: str, cfg: ModelConfig, layer_idx: int | None, spec) -> nn.Module:
+        if role == "experts":
+            return OwnExperts(config=cfg, **spec)
+        if role == "gate":
+            return OwnRouter(**spec)
+        return stock_layer(kind, role, cfg, layer_idx, spec)
+
+    moe = MoEParams(COUNT, TOP_K, WIDTH, shared_size=shared, float32_router=True)
+    x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layers = [
+        ready(MoE(hidden_size=HIDDEN, moe=moe, config=each), torch.bfloat16)
+        for each in (config(), replace(config(), layer_factory=make))
+    ]
+    expected, found = (layer(x) for layer in layers)
+    assert isinstance(layers[1].experts, OwnExperts)
+    torch.testing.assert_close(found, expected)
 
 
 def test_experts_with_biases_and_an_activation_of_gate_and_up():

@@ -250,7 +250,9 @@ class MoE(Layer):
             bias=moe.bias,
             dtype=torch.float32 if moe.float32_router else None,
         )
-        self._gate_widens = not moe.float32_router or isinstance(self.gate, Linear)
+        # A part with a `forward` of its own gets what it always got.
+        own_gate = type(self.gate).forward is Linear.forward
+        self._gate_widens = own_gate or not moe.float32_router
         self.e_score_correction_bias: torch.Tensor | None
         bias = _empty(moe.num_experts, dtype=torch.float32) if moe.score_bias else None
         self.register_parameter("e_score_correction_bias", bias)
@@ -264,6 +266,7 @@ class MoE(Layer):
             activation=activation,
             bias=moe.bias,
         )
+        self._experts_add = type(self.experts).forward is Experts.forward
         self.shared_expert: nn.Module | None = None
         self.shared_expert_gate: nn.Module | None = None
         if moe.shared_size is not None:
@@ -314,7 +317,7 @@ class MoE(Layer):
             moe.group_best,
             moe.scale,
         )
-        if isinstance(self.experts, Experts):
+        if self._experts_add:
             return self.experts(x, weights, experts, shared)  # type: ignore[no-any-return]
         routed = self.experts(x, weights, experts)
         return routed if shared is None else routed + shared  # type: ignore[no-any-return]
