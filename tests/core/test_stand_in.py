@@ -14,7 +14,7 @@ from llmfw import ModelConfig, RopeParams
 from llmfw.attention.metadata import AttentionMetadata, LayerCache
 from llmfw.kernels.cupy import rope_decode
 from llmfw.layers import Attention, stock_layer
-from llmfw.models import bind_tree
+from llmfw.models import bind_tree, finish_loading
 from llmfw.models.weights import materialize
 from llmfw.ops import reference
 from llmfw.ops.inputs import paged_batch
@@ -92,6 +92,7 @@ def layer(ops: OpTable, **changes: Any) -> Attention:
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    finish_loading(made)
     return made
 
 
@@ -145,6 +146,30 @@ def test_it_stands_in_for_its_own_packs_kernels_alone(
 ) -> None:
     forward(layer(table(kernels, select), **changes), SINGLES)
     assert calls == kind
+
+
+def test_positions_of_a_layers_own_go_through_both_ops() -> None:
+    """They may be as new as the kernel before, which the one kernel does not wait for."""
+
+    class Shifted(Attention):
+        shift: int | None = 1
+
+        def attend(self, qkv, position_ids, attn_metadata):
+            own = position_ids if self.shift is None else position_ids + self.shift
+            return super().attend(qkv, own, attn_metadata)
+
+    rotated = {"rope": RopeParams(dim=16, max_positions=128)}
+    made = layer(table(), **rotated)
+    made.__class__ = Shifted
+    shifted, *_ = forward(made, SINGLES)
+    assert calls == ["attention"]
+    Shifted.shift = 0
+    plain, *_ = forward(made, SINGLES)
+    Shifted.shift = None
+    both_at_once, *_ = forward(made, SINGLES)
+    assert calls == ["both"]
+    torch.testing.assert_close(both_at_once, plain, rtol=0, atol=0)
+    assert not torch.equal(shifted, plain)
 
 
 def test_what_it_would_bypass_is_told() -> None:

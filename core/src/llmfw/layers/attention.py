@@ -210,7 +210,12 @@ class Attention(Layer):
         if self.rotary_emb is not None:
             cos_sin, interleaved = self.rotary_emb.cos_sin, self.rotary_emb.rope.interleaved
         at_once = self._rope_and_attend
-        if at_once is not None and at_once.pays(attn_metadata):
+        # It reads positions while the kernel before still runs, which may make a layer's own ones.
+        if (
+            at_once is not None
+            and position_ids.data_ptr() == attn_metadata.positions.data_ptr()
+            and at_once.pays(attn_metadata)
+        ):
             return at_once(
                 qkv,
                 position_ids,

@@ -296,9 +296,9 @@ def rope_and_attend(
 ) -> torch.Tensor:
     """rope_and_cache, then paged_attention of its result: [T, Hq * D].
 
-    Kernels may take it that no request of the batch reads what another one of it writes, and that
-    `view.slots` are where `view.block_tables` say; the result of a token without a slot is
-    undefined.
+    Kernels may take it that no request of the batch reads what another one of it writes, that
+    `view.slots` are where `view.block_tables` say, and that on a GPU only qkv comes from the kernel
+    right before; the result of a token without a slot is undefined.
     """
     kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.shape[-1] // head_dim - 2 * kv_heads
