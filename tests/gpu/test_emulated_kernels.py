@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpu import kernel_cases
 from gpu.emulated import emulator
 from gpu.expert_cases import expert_cases, route_cases, router_cases
 from gpu.kernel_cases import (
@@ -52,6 +53,7 @@ from llmfw.kernels.cupy import (
 from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.latent_tiles import LatentTiles
 from llmfw.kernels.cupy.paged_plan import Cut
+from llmfw.kernels.cupy.tiled import Tiled
 from llmfw.layers import stock_layer
 from llmfw.models import bind_tree
 from llmfw.models.build import finish_loading
@@ -280,6 +282,28 @@ def test_every_product_variant_matches_its_reference(case: Case, device: torch.d
     context = case.context(device)
     for call in product_variants(context, int(case.facts["rows"])):
         check(case, call, device)
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "linear-bfloat16-65x192-50b",  # a tile's chunks all fit at once, and the next one's
+        pytest.param("linear-bfloat16-256x1024-40", marks=pytest.mark.slow),  # and do not
+        "gated_linear-bfloat16-200x192-56b",
+    ],
+)
+def test_blocks_walk_over_tiles(
+    label: str, share: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(c for c in (*linear_cases(), *gated_linear_cases()) if str(c) == label)
+    gated = case.op == "gated_linear"
+    cut = Tiled(8 * (1 + gated), share, gated=gated)
+    rows = case.shape["intermediate_size"] * 2 if gated else case.shape["out_features"]
+    assert cut.clusters(rows) > cut.at_once(emulator.SMS)
+    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((cut.tile, share, 1),))
+    (call,) = product_variants(case.context(device), int(case.facts["rows"]))
+    check(case, call, device)
 
 
 def test_contexts_go_through_packed_keys_and_values(
