@@ -94,6 +94,7 @@ inline void cluster_wait() {
 template <class P>
 P* place_at(P* own, int rank) {
   u8* const here = emulated::block->dynamic_shared();
+  if ((*emulated::cluster)[rank].live == 0) abort();  // nobody may reach into a block that is gone
   u8* const there = (*emulated::cluster)[rank].dynamic_shared();
   return (P*)(there + ((u8*)own - here));
 }
