@@ -30,11 +30,20 @@ class Case:
 
 @dataclass(frozen=True)
 class OpInputs:
-    """Static shapes to try for an op, and the calls to check for each of them."""
+    """Static shapes to try for an op, and the calls to check for each of them.
+
+    Args:
+        shapes: Static shapes.
+        draw: Draws the calls.
+        codes: For `OpContext.code`.
+        compared: What counts of (arguments after a call, its result), where kernels may give the
+            same in several ways; the result itself when left out.
+    """
 
     shapes: tuple[Shape, ...]
     draw: Callable[[OpContext, torch.Generator], Iterator[Case]]
-    codes: tuple[str, ...] = ("",)  # for `OpContext.code`
+    codes: tuple[str, ...] = ("",)
+    compared: Callable[[Arguments, object], object] | None = None
 
 
 def normal(context: OpContext, generator: torch.Generator, *size: int) -> torch.Tensor:

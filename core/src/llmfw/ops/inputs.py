@@ -16,6 +16,7 @@ import torch
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.ops.drawn import Case, OpInputs, normal, shapes, unaligned
 from llmfw.ops.inputs_moe import MOE_INPUTS
+from llmfw.ops.inputs_normed import NORMED_INPUTS
 from llmfw.ops.inputs_products import PRODUCT_INPUTS
 from llmfw.ops.kernel import OpContext
 from llmfw.ops.reference_step import argmax
@@ -408,6 +409,7 @@ _GATED = shapes("intermediate_size", (1,), (77,), (1536,))
 
 INPUTS: dict[str, OpInputs] = {
     **PRODUCT_INPUTS,
+    **NORMED_INPUTS,
     **MOE_INPUTS,
     "embedding": OpInputs(
         shapes("num_embeddings embedding_dim", (11, 33), (50, 64), (7, 2568)), _embedding

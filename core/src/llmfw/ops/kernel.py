@@ -38,6 +38,9 @@ class OpContext:
         moe_experts: num_experts, hidden_size, intermediate_size, bias (0 or 1); `code` is that of
             the gated activation
         gated_linear: in_features, intermediate_size, bias (0 or 1)
+        add_linear: in_features, out_features
+        normed_linear: in_features, out_features, bias (0 or 1)
+        normed_gated_linear: in_features, intermediate_size, bias (0 or 1)
         rms_norm, add_rms_norm, layer_norm: hidden_size
         gated_rms_norm: hidden_size, num_groups
         silu_and_mul, gelu_and_mul, gelu_tanh_and_mul: intermediate_size
@@ -84,7 +87,9 @@ class Kernel:
             `head_linear` may have `prepare(weight) -> Tensor`, called once after loading, whose
             result is passed as `weight` from then on. One for `expanded_attention` must have
             `pays(metadata) -> bool`: whether it is quicker for a batch than `paged_attention`, and
-            one for `rope_and_attend` whether it serves a batch.
+            one for `rope_and_attend` whether it serves a batch. One for `add_linear`,
+            `normed_linear` or `normed_gated_linear` must have `serves_rows(rows) -> bool`: whether
+            it is quicker for so many than the norm and the product apart.
         requires: Device features that must all be there, e.g. ("cuda", "sm_80", "cupy").
         dtypes: Names of the dtypes served.
         supports: Given the context, None when the kernel serves it, else the reason why not.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from llmfw.ops.reference_draw import draw_tokens, penalise
 from llmfw.ops.reference_moe import grouped_linear, moe_experts, moe_route
+from llmfw.ops.reference_normed import add_linear, normed_gated_linear, normed_linear
 from llmfw.ops.reference_state import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan
 from llmfw.ops.reference_step import argmax, copy_blocks, prepare_decode
 
@@ -409,6 +410,9 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "grouped_linear": grouped_linear,
     "head_linear": head_linear,
     "gated_linear": gated_linear,
+    "add_linear": add_linear,
+    "normed_linear": normed_linear,
+    "normed_gated_linear": normed_gated_linear,
     "embedding": embedding,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
