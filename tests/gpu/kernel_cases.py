@@ -22,6 +22,7 @@ from llmfw.kernels.cupy.products import GEMV_ROWS, STREAMED_ROWS, Variant, bucke
 from llmfw.kernels.cupy.streamed import CUTS, Streamed, servable
 from llmfw.kernels.cupy.tiled import Tiled
 from llmfw.ops.device import cuda_features
+from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
@@ -97,6 +98,9 @@ def check(case: Case, call: Callable[..., Any], device: torch.device, seed: int 
     expected = REFERENCES[case.op](*expected_args, **kwargs)
     with poisoned():
         result = call(*args, **kwargs)
+    compared = INPUTS[case.op].compared
+    if compared is not None:
+        result, expected = compared(args, result), compared(expected_args, expected)
     pairs = list(zip(as_tuple(result), as_tuple(expected), strict=True))
     pairs += [(args[i], expected_args[i]) for i in case.mutated]
     kernel = kernel_of(case, device)

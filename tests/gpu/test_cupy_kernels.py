@@ -24,6 +24,7 @@ from gpu.kernel_cases import (
     relative_error,
     rope_cases,
 )
+from gpu.normed_cases import normed_cases, normed_variants
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.rope_attend_cases import rope_attend_cases
 from gpu.sampling_cases import sampling_cases
@@ -108,6 +109,13 @@ def test_experts_in_a_graph_follow_choices_that_change(tokens: int, device: torc
 def test_every_product_variant_matches_cublas(case: Case, device: torch.device) -> None:
     check(case, built(case, device), device)
     for call in product_variants(case.context(device), int(case.facts["rows"])):
+        check(case, call, device)
+
+
+@pytest.mark.parametrize("case", normed_cases(), ids=str)
+def test_products_that_share_a_norm(case: Case, device: torch.device) -> None:
+    check(case, built(case, device), device)
+    for call in normed_variants(case.context(device), int(case.facts["rows"])):
         check(case, call, device)
 
 

@@ -33,6 +33,7 @@ HEADERS = (
     "paged.cuh",
     "paged_tiles.cuh",
     "rotary.cuh",
+    "streamed_norm.cuh",
     "tile_results.cuh",
     "turned.cuh",
     "wgmma.cuh",

@@ -75,6 +75,10 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("linear", "linear", "linear", ALL),
     _kernel("float32_linear", "float32_linear", "float32_linear", HALVES, tolerance=FLOAT32),
     _kernel("gated_linear", "gated_linear", "gated_linear", ALL),
+    *(
+        _kernel(op, "normed_linear", op, ("bfloat16",))
+        for op in ("add_linear", "normed_linear", "normed_gated_linear")
+    ),
     _kernel("causal_conv1d", "causal_conv", "causal_conv1d", ALL),
     _kernel("selective_scan", "scans", "selective_scan", ALL),
     _kernel("ssd_scan", "scans", "ssd_scan", ALL),

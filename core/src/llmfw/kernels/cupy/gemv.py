@@ -8,7 +8,7 @@ import torch
 
 from llmfw.kernels.cupy.compile import load
 from llmfw.kernels.cupy.launch import pointer
-from llmfw.kernels.cupy.products import GEMV_ROWS, Product
+from llmfw.kernels.cupy.products import GEMV_ROWS, NO_NORM, NormArguments, NormedProduct, Role
 from llmfw.ops.kernel import OpContext
 
 WARPS = 8
@@ -34,12 +34,14 @@ class Gemv:
         sharers: Warps that share them.
         in_flight: Packs of each row that a lane has asked for.
         gated: Whether silu(gate) * up ends the product.
+        role: What it does for a norm beside it.
     """
 
     outputs: int
     sharers: int
     in_flight: int
     gated: bool = False
+    role: Role = Role.PLAIN
     source: str = "gemv.cu"
 
     @property
@@ -57,13 +59,21 @@ class Gemv:
             "SHARERS": self.sharers,
             "IN_FLIGHT": self.in_flight,
             "GATED": int(self.gated),
+            **self.role.constants,
         }
 
-    def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
-        """Compile; the result is called with (x, weight, bias, out, rows)."""
+    def parts(self, outputs: int) -> int:
+        """Parts of the squares that it writes: none, the next product reads the residual."""
+        return 0
+
+    def build(self, bucket: int, context: OpContext, outputs: int) -> NormedProduct:
+        """Compile; the result is called with (x, weight, bias, out, rows) and what its role needs.
+
+        It serves exactly `bucket` rows.
+        """
         constants = self.constants(bucket, context)
         module = load(self.source, context.info.device, context.dtype, **constants)
-        launch = module.launcher("gemv", "PPPPi")
+        launch = module.launcher("gemv", "PPPPiPPf")
         grid = (-(-outputs * self.sharers // (self.outputs * WARPS)), 1, 1)
         block = (WARPS * 32, 1, 1)
 
@@ -73,6 +83,7 @@ class Gemv:
             bias: torch.Tensor | None,
             out: torch.Tensor,
             rows: int,
+            norm: NormArguments = NO_NORM,
         ) -> None:
             launch(
                 grid,
@@ -82,6 +93,9 @@ class Gemv:
                 weight.data_ptr(),
                 pointer(bias),
                 outputs,
+                norm.residual,
+                norm.norm_weight,
+                norm.number,
             )
 
         return run

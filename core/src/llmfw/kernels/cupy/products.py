@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from enum import Enum
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,6 +16,55 @@ TILED_ROWS = (128, 256)
 BUCKETS = GEMV_ROWS + STREAMED_ROWS + TILED_ROWS  # most rows that one choice serves
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, int], None]
+
+
+class Role(Enum):
+    """What a product does for an RMS norm that is divided between two of them."""
+
+    PLAIN = "nothing"
+    ADDS = "adds to the residual, multiplies by the norm's weight"
+    NORMED = "divides by the root mean square"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """For gemv.cu and streamed.cu."""
+        return {"ADDS": int(self is Role.ADDS), "NORMED": int(self is Role.NORMED)}
+
+
+class NormArguments(NamedTuple):
+    """What a kernel with such a role is given besides: addresses and numbers.
+
+    Args:
+        residual: ADDS: added to; NORMED: whose mean square is taken where no squares are given.
+        norm_weight: ADDS.
+        squares: Sums of parts of the residual's squares, written or read.
+        parts: Their number a row.
+        number: ADDS: the norm's offset; NORMED: its eps.
+    """
+
+    residual: int = 0
+    norm_weight: int = 0
+    squares: int = 0
+    parts: int = 0
+    number: float = 0.0
+
+
+NO_NORM = NormArguments()
+
+
+class NormedProduct(Protocol):
+    """A product that may be given what its role needs."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        rows: int,
+        norm: NormArguments = NO_NORM,
+    ) -> None:
+        """Launch it."""
 
 
 class Variant(Protocol):

@@ -2,11 +2,15 @@
 //
 // Shapes: x [rows, in], weight [outputs, in], bias [outputs] or null, y [rows, outputs]; contiguous, 16-byte aligned,
 //   in a multiple of 8, rows at most ROWS. GATED: weight [2 * outputs, in] = gate | up, bias alike, y = silu(gate) * up.
-// Launch: block WARPS * 32 + 32, clusters of SPLIT blocks, grid (tiles or fewer) * SPLIT. A tile is 16 WARPS rows of the
-//   weight (GATED: half of them gates, half their ups). One thread brings tiles, CHUNK values of every row at a time,
-//   STAGES ahead; four warps together multiply 64 rows with all rows of x. The blocks of a cluster share the summed
-//   dimension and send their sums to the one that stores them. Without a split a block walks several tiles.
-// Numbers: float32 sums on tensor cores; GATED rounds where the references of linear and silu_and_mul round.
+//   An RMS norm may be divided between two products. ADDS (add_linear): residual [rows, outputs] += x weight^T, y =
+//   residual * (number + norm_weight [outputs]), squares [rows, parts] (float32) the sums of residual^2 over READY outputs
+//   each. NORMED (normed_linear): x is that y, squares its parts, a multiple of 4 of them, and each row's sums are divided
+//   by sqrt(mean(residual^2) + number) before the bias is added.
+// Launch: block WARPS * 32 + 32 (NORMED: + 64), clusters of SPLIT blocks, grid (tiles or fewer) * SPLIT. A tile is 16 WARPS
+//   rows of the weight (GATED: half of them gates, half their ups). One thread brings tiles, CHUNK values of every row at
+//   a time, STAGES ahead; four warps together multiply 64 rows with all rows of x. The blocks of a cluster share the
+//   summed dimension and send their sums to the one that stores them. Without a split a block walks several tiles.
+// Numbers: float32 sums on tensor cores; roundings where the references round.
 //
 // The weight's first chunks are asked for before the kernel before is done (follow in common.cuh).
 #include "common.cuh"
@@ -17,6 +21,12 @@
 #endif
 #ifndef GATED
 #define GATED 0
+#endif
+#ifndef ADDS
+#define ADDS 0
+#endif
+#ifndef NORMED
+#define NORMED 0
 #endif
 #ifndef WARPS
 #define WARPS 4
@@ -46,7 +56,8 @@ static_assert(ROWS % 8 == 0 && WARPS % 4 == 0 && CHUNK % SPAN == 0 && SHARE % (G
 struct Shared {
   u8 stages[STAGES][STAGE_BYTES];
   float sums[SPLIT][ROWS * PITCH];  // by the block that sent them
-  Barrier full[STAGES], empty[STAGES], sums_full, sums_empty;
+  float scales[NORMED ? ROWS : 2];  // 1 / sqrt(mean of squares), by row
+  Barrier full[STAGES], empty[STAGES], sums_full, sums_empty, scales_full;
 };
 
 // The work of one block: chunks [first, last) of the summed dimension, of every so-many-th tile.
@@ -153,6 +164,8 @@ __device__ __forceinline__ void add(float (&total)[8], const Shared& s, int at) 
     }
 }
 
+#include "streamed_norm.cuh"
+
 __device__ __forceinline__ void finish(const Shared& s, scalar* y, const scalar* bias, int outputs, int rows,
                                        int first) {
   for (int item = threadIdx.x; item < READY / 8 * rows; item += WARPS * 32) {
@@ -160,9 +173,11 @@ __device__ __forceinline__ void finish(const Shared& s, scalar* y, const scalar*
     float total[8] = {}, up[8] = {};
     add(total, s, m * PITCH + pack * (GATED ? 16 : 8));
     if (GATED) add(up, s, m * PITCH + pack * 16 + 8);
+    const float scale = NORMED ? s.scales[m] : 1.0f;
     Pack<8> out;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
+      if (NORMED) total[j] *= scale, up[j] *= scale;
       if (bias && output + j < outputs) {
         total[j] += to_float(bias[output + j]);
         if (GATED) up[j] += to_float(bias[outputs + output + j]);
@@ -180,8 +195,9 @@ __device__ __forceinline__ void finish(const Shared& s, scalar* y, const scalar*
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
-    streamed(scalar* y, TENSOR_MAP x, TENSOR_MAP weight, const scalar* bias, int in, int outputs, int rows) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + (NORMED ? 64 : 32))
+    streamed(scalar* y, TENSOR_MAP x, TENSOR_MAP weight, const scalar* bias, int in, int outputs, int rows,
+             scalar* residual, const scalar* norm_weight, float* squares, int parts, float number) {
   DYNAMIC_SHARED(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -193,6 +209,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     }
     barrier_init(&s.sums_full, SPLIT > 1 ? 1 : WARPS);
     barrier_init(&s.sums_empty, WARPS);
+    barrier_init(&s.scales_full, 1);
     barriers_ready();
     if (SPLIT > 1) arrive_expecting(&s.sums_full, TILE * ROWS * 4);  // its share of every block's sums
   }
@@ -206,10 +223,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     if (lane == 0) produce(s, weight, x, work, outputs);
     return;
   }
+  if (NORMED && warp > WARPS) {
+    follow();
+    find_scales(s, squares, parts, rows, in, number);
+    return;
+  }
   if (SPLIT > 1) cluster_wait();  // the others' barriers are there
   follow();
   int i = 0;
   for (int tile = work.tile, round = 0; tile < work.tiles; tile += work.stride, ++round) {
+    const int first = tile * (GATED ? TILE / 2 : TILE) + rank * READY;
+    Addition addition;
+    if (ADDS) addition.read(residual, norm_weight, outputs, rows, first);
     Sums sum = {};
     for (int n = work.each(); n > 0; --n, ++i) {
       wait_here(&s.full[i % STAGES], i / STAGES % 2);
@@ -220,7 +245,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
     if (round > 0) wait_here(&s.sums_empty, (round + 1) % 2);
     send(s, sum, rank, warp, lane);
     wait_for(&s.sums_full, round % 2);
-    finish(s, y, bias, outputs, rows, tile * (GATED ? TILE / 2 : TILE) + rank * READY);
+    if (NORMED) wait_here(&s.scales_full, 0);
+    if (ADDS)
+      finish_adding(s, addition, y, residual, squares, outputs, rows, first, tile * SPLIT + rank, work.tiles * SPLIT, parts,
+                    number);
+    else
+      finish(s, y, bias, outputs, rows, first);
     __syncwarp();
     if (lane == 0) arrive(&s.sums_empty);
   }

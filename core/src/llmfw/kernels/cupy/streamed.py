@@ -8,7 +8,7 @@ import torch
 
 from llmfw.kernels.cupy.compile import load, multiprocessors
 from llmfw.kernels.cupy.launch import pointer
-from llmfw.kernels.cupy.products import STREAMED_ROWS, Product
+from llmfw.kernels.cupy.products import NO_NORM, STREAMED_ROWS, NormArguments, NormedProduct, Role
 from llmfw.kernels.cupy.tensor_map import tensor_map
 from llmfw.ops.kernel import DeviceInfo, OpContext
 
@@ -17,6 +17,7 @@ SMALL_TILE, FEW_ROWS = 64, 32  # up to which stages are of the larger chunks
 SHARED_BYTES = 226 << 10  # of a block, which has a multiprocessor for itself
 MOST_STAGES = 16
 LEAST_BLOCKS = 48  # fewer cannot ask for as much as memory gives
+PARTS_MULTIPLE = 4  # sums of squares are read four at a time
 MOST_SPLIT = 132  # blocks that have one tile each run at the same time
 CUTS = ((64, 1), (128, 1), (64, 2), (64, 4))  # rows of a tile, blocks that share the sums
 
@@ -29,11 +30,13 @@ class Streamed:
         tile: Rows of the weight that a block multiplies at once: a multiple of 64.
         split: Blocks of a cluster that share the summed dimension.
         gated: Whether silu(gate) * up ends the product.
+        role: What it does for a norm beside it.
     """
 
     tile: int
     split: int
     gated: bool = False
+    role: Role = Role.PLAIN
     source: str = "streamed.cu"
 
     @property
@@ -55,6 +58,7 @@ class Streamed:
             "CHUNK": self.chunk(bucket),
             "STAGES": self.stages(bucket, context["in_features"]),
             "SPLIT": self.split,
+            **self.role.constants,
         }
 
     def chunk(self, bucket: int) -> int:
@@ -80,8 +84,10 @@ class Streamed:
         return (self.tile + bucket) * self.chunk(bucket) * 2
 
     def _rest(self, bucket: int) -> int:
-        """Sums of all blocks of the cluster and barriers."""
-        return self.split * bucket * (self.tile // self.split + 4) * 4 + (2 * MOST_STAGES + 2) * 8
+        """Sums of all blocks of the cluster, rows' scales and barriers."""
+        sums = self.split * bucket * (self.tile // self.split + 4) * 4
+        scales = bucket * 4 if self.role is Role.NORMED else 8
+        return sums + scales + (2 * MOST_STAGES + 3) * 8
 
     def fits(self, in_features: int, weight_rows: int) -> bool:
         """Whether it makes sense: enough blocks, and those of a split all at the same time."""
@@ -90,17 +96,26 @@ class Streamed:
             return False
         return blocks >= LEAST_BLOCKS
 
-    def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
-        """Compile; the result is called with (x, weight, bias, out, rows)."""
+    def parts(self, outputs: int) -> int:
+        """Parts of the squares that it writes: one for each block, and zeros up to a multiple."""
+        written = -(-outputs // self.tile) * self.split
+        return -(-written // PARTS_MULTIPLE) * PARTS_MULTIPLE
+
+    def build(self, bucket: int, context: OpContext, outputs: int) -> NormedProduct:
+        """Compile; the result is called with (x, weight, bias, out, rows) and what its role needs.
+
+        It serves up to `bucket` rows.
+        """
         in_features, dtype, device = context["in_features"], context.dtype, context.info.device
         shared = self.shared_bytes(bucket, in_features)
         module = load(self.source, device, dtype, **self.constants(bucket, context))
-        launch = module.launcher("streamed", "PTTPiii", shared, self.split)
+        launch = module.launcher("streamed", "PTTPiiiPPPif", shared, self.split)
         weight_rows = outputs * (1 + self.gated)
         tiles = -(-weight_rows // self.tile)
         sms = multiprocessors(device)
         walkers = tiles if self.split > 1 else min(tiles, sms)
-        grid, block = (walkers * self.split, 1, 1), (self.warps * 32 + 32, 1, 1)
+        helpers = 2 if self.role is Role.NORMED else 1  # warps that bring tiles, and find scales
+        grid, block = (walkers * self.split, 1, 1), ((self.warps + helpers) * 32, 1, 1)
         box = self.tile // (1 + self.gated)
 
         def run(
@@ -109,6 +124,7 @@ class Streamed:
             bias: torch.Tensor | None,
             out: torch.Tensor,
             rows: int,
+            norm: NormArguments = NO_NORM,
         ) -> None:
             launch(
                 grid,
@@ -120,6 +136,7 @@ class Streamed:
                 in_features,
                 outputs,
                 rows,
+                *norm,
             )
 
         return run
