@@ -65,6 +65,15 @@ OTHER = Kernel("rope_and_cache", "other.rope", f"{HERE}:rope", priority=70).from
 LESSER = replace(OTHER, priority=30)
 
 
+BUILT = Kernel(
+    "paged_attention",
+    "third.attention",
+    f"{HERE}:attention",
+    priority=60,
+    builds_on="one.paged_attention",
+).from_pack("third")
+
+
 def table(kernels: tuple[Kernel, ...] = PACK, select: str = "auto") -> OpTable:
     return OpTable(DeviceInfo(torch.device("cpu"), frozenset()), kernels, select)
 
@@ -133,6 +142,10 @@ def test_one_op_is_what_two_are(changes: dict[str, Any]) -> None:
         ((*PACK, LESSER), "auto", {}, ["both"]),
         ((*PACK, LESSER), "other", {}, ["attention"]),
         ((*PACK, OTHER), "one", {}, ["both"]),
+        ((*PACK, BUILT), "auto", {}, ["both"]),  # it would leave such a step to the pack's own
+        ((*PACK, replace(BUILT, builds_on="")), "auto", {}, ["attention"]),
+        ((*PACK, BUILT), "-one.paged_attention", {}, []),
+        ((*PACK, BUILT), "-one", {}, []),
         (PACK, "-one.rope_and_attend", {}, ["attention"]),
         (PACK, "rope_and_attend=reference", {}, ["attention"]),
         (PACK, "-one.rope_and_cache", {}, ["attention"]),

@@ -89,7 +89,7 @@ def check(
     info, found, _ = _at_hand(device)
     if kernel:
         found = [each for each in found if {each.name, each.pack} & set(kernel)]
-    serving = [each for each in found if not set(each.requires) - info.features]
+    serving = [each for each in found if each.missing(info) is None]
     if not serving:
         raise UsageError(f"no such kernel serves {info.device}", hint="see llmfw kernels list")
     reports = []
@@ -170,7 +170,7 @@ def bench(
     else:
         info, found, _ = _at_hand(device)
         kind = _dtype(dtype)
-        serving = [each for each in found if not set(each.requires) - info.features]
+        serving = [each for each in found if each.missing(info) is None]
         pairs = pairs_of_kernels(serving, info, kind)
     pairs = [
         (each, context_)
@@ -265,12 +265,11 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _row(kernel: Kernel, info: DeviceInfo) -> dict[str, Any]:
-    missing = [feature for feature in kernel.requires if feature not in info.features]
     return {
         "op": kernel.op,
         "kernel": kernel.name,
         "pack": kernel.pack,
         "priority": kernel.priority,
         "dtypes": ", ".join(kernel.dtypes),
-        "state": f"needs {', '.join(missing)}" if missing else "at hand",
+        "state": kernel.missing(info) or "at hand",
     }

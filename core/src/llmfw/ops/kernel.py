@@ -101,6 +101,10 @@ class Kernel:
             generator).
         cost: For such an op: "module:function" that gives `llmfw.ops.costs.Cost` of a call, given
             (context, arguments, results); all tensors count as moved once when left out.
+        available: Given the device, None when all that the kernel needs beside it is installed,
+            else the reason why not; asked before `supports`, and for lists of kernels.
+        builds_on: Name of another kernel of the op, by which this one serves the batches that it is
+            not made for: what may stand in for that one may stand in for this one.
     """
 
     op: str
@@ -117,12 +121,21 @@ class Kernel:
     inputs: str | None = None
     cost: str | None = None
     pack: str = ""
+    available: Callable[[DeviceInfo], str | None] | None = None
+    builds_on: str = ""
+
+    def missing(self, info: DeviceInfo) -> str | None:
+        """What a device or an installation lacks for this kernel, or None when it is at hand."""
+        lacks = [need for need in self.requires if need not in info.features]
+        if lacks:
+            return f"needs {', '.join(lacks)}"
+        return self.available(info) if self.available else None
 
     def refusal(self, context: OpContext) -> str | None:
         """Why this kernel cannot serve `context`, or None when it can."""
-        missing = [need for need in self.requires if need not in context.info.features]
-        if missing:
-            return f"needs {', '.join(missing)}"
+        missing = self.missing(context.info)
+        if missing is not None:
+            return missing
         if context.dtype not in {DTYPE_NAMES[name] for name in self.dtypes}:
             return (
                 f"serves {', '.join(self.dtypes)}, not {str(context.dtype).removeprefix('torch.')}"

@@ -121,6 +121,7 @@ class OpTable:
     def _bypassed(self, kernel: Kernel, parts: Mapping[str, str]) -> str | None:
         """What of another pack a kernel would bypass; `parts` tells what serves which op."""
         own = {each.name for each in self.kernels if each.pack == kernel.pack}
+        own |= {each.name for each in self.kernels if each.builds_on in own}
         others = (
             f"{chosen}, which serves {op}" for op, chosen in parts.items() if chosen not in own
         )
@@ -198,6 +199,7 @@ class _Selection:
             else:
                 self.wanted.add(bare)
         self.by_op = by_op
+        self.unwanted |= {k.name for k in kernels if k.pack in self.unwanted}
 
     def rank(self, kernel: Kernel) -> int:
         """1 for a kernel that was asked for by name."""
@@ -212,6 +214,8 @@ class _Selection:
             return "references were asked for"
         if {kernel.name, kernel.pack} & self.unwanted:
             return "switched off by name"
+        if kernel.builds_on in self.unwanted:
+            return f"builds on {kernel.builds_on}, which is switched off by name"
         if kernel.priority < 0 and not self.rank(kernel):
             return "serves only when asked for by name"
         if kernel.op in self.by_op and not self.rank(kernel):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from llmfw.kernels.cupy.paged_decode import PagedDecode, check_block_size
-from llmfw.kernels.cupy.prefill import ContextBatch, Prefill
+from llmfw.kernels.cupy.prefill import ContextAttention, ContextBatch, Prefill
 from llmfw.ops.kernel import OpContext
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a batch is served: what flash attention takes of its start, and the parts of the rest."""
+    """How a batch is served: what context attention takes of its start, and the rest's parts."""
 
     contexts: ContextBatch | None
     parts: tuple[Part, ...]
@@ -57,8 +57,8 @@ def parts_of(metadata: AttentionMetadata) -> tuple[Part, ...]:
     )
 
 
-def plan_batch(metadata: AttentionMetadata, prefill: Prefill) -> Plan:
-    """The parts of a batch; flash attention takes the context requests where it pays."""
+def plan_batch(metadata: AttentionMetadata, prefill: ContextAttention) -> Plan:
+    """The parts of a batch; `prefill` takes the context requests where it pays."""
     parts = parts_of(metadata)
     if metadata.num_contexts:
         batch = context_batch(metadata)
@@ -68,7 +68,7 @@ def plan_batch(metadata: AttentionMetadata, prefill: Prefill) -> Plan:
 
 
 def context_batch(metadata: AttentionMetadata) -> ContextBatch:
-    """The context requests of a batch that has any, with what flash attention wants to know."""
+    """The context requests of a batch that has any, with what attention of them wants to know."""
     contexts, device = metadata.num_contexts, metadata.cu_query_lens.device
     kv_lens = metadata.kv_lens[:contexts]
     starts = torch.tensor([0, *itertools.accumulate(kv_lens)], dtype=torch.int32)
@@ -78,6 +78,8 @@ def context_batch(metadata: AttentionMetadata) -> ContextBatch:
         requests=contexts,
         tokens=metadata.num_context_tokens,
         keys=sum(kv_lens),
+        query_lens=metadata.query_lens[:contexts],
+        kv_lens=kv_lens,
         max_q=max(metadata.query_lens[:contexts]),
         max_kv=max(kv_lens),
         cu_q=metadata.cu_query_lens[: contexts + 1],
@@ -103,7 +105,12 @@ class Once(Generic[T]):
 
 def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `paged_attention` for one head layout."""
-    decode, prefill = PagedDecode(context), Prefill(context)
+    return mixed_attention(context, Prefill(context))
+
+
+def mixed_attention(context: OpContext, prefill: ContextAttention) -> Callable[..., torch.Tensor]:
+    """The op `paged_attention` for one head layout, with context requests by `prefill`."""
+    decode = PagedDecode(context)
     heads, plans = decode.heads, Once(lambda metadata: plan_batch(metadata, prefill))
 
     def call(
@@ -127,7 +134,15 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         if plan.contexts is not None:
             first = plan.contexts.tokens
             attended = prefill(
-                q[:first], k_cache, v_cache, view.block_tables, plan.contexts, scale, window, sinks
+                q[:first],
+                k_cache,
+                v_cache,
+                view.block_tables,
+                plan.contexts,
+                scale,
+                window,
+                sinks,
+                softcap,
             ).flatten(1)
             if not plan.parts:
                 return attended

@@ -7,6 +7,7 @@ whole prompts, chunks of them and prompts after a cached prefix are one case.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,6 +21,27 @@ KEYS = 16  # that one block copies
 LEAST_WORK = 2e9  # operations; below them paged_decode's single launch is quicker
 
 
+class ContextAttention(Protocol):
+    """What may serve the context requests of a batch in the place of paged_decode."""
+
+    def serves(self, batch: ContextBatch) -> bool:
+        """Whether it can, and is worth it."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        batch: ContextBatch,
+        scale: float,
+        window: int | None,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """q [tokens, heads, dim] of the context requests -> [tokens, heads, v_dim]."""
+
+
 @dataclass(frozen=True)
 class ContextBatch:
     """The leading requests of a batch.
@@ -28,6 +50,8 @@ class ContextBatch:
         requests: How many.
         tokens: Their query tokens.
         keys: Their keys.
+        query_lens: Query tokens of each.
+        kv_lens: Keys of each.
         max_q: Most query tokens of one.
         max_kv: Most keys of one.
         cu_q: int32 [requests + 1], cumulative query tokens (device).
@@ -37,6 +61,8 @@ class ContextBatch:
     requests: int
     tokens: int
     keys: int
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
     max_q: int
     max_kv: int
     cu_q: torch.Tensor
@@ -105,8 +131,10 @@ class Prefill:
         scale: float,
         window: int | None,
         sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """q [tokens, heads, dim] of the context requests -> [tokens, heads, dim]."""
+        """q [tokens, heads, dim] of the context requests -> [tokens, heads, dim]; no softcap."""
+        assert not softcap
         k, v = self.gather(k_cache, v_cache, block_tables, batch)
         return flash_attention(q, k, v, batch, scale, window, sinks)
 

@@ -1,0 +1,137 @@
+"""The op `paged_attention` with context requests by FlashInfer (Ye et al., 2025, arXiv:2501.01005).
+
+FlashInfer reads K and V where they lie in the cache: nothing is gathered. Generation requests go
+by the CuPy pack's kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmfw.kernels.cupy.attention import mixed_attention
+from llmfw.kernels.cupy.paged_plan import Heads
+from llmfw.kernels.cupy.prefill import ContextBatch
+from llmfw.kernels.flashinfer.pages import host_ints, indices_of, pages_of, starts_of
+from llmfw.ops.kernel import DeviceInfo, OpContext
+
+# Bytes that FlashInfer wants for partial results: what its documentation recommends. Its kernels
+# for compute capability 9.0 split no keys and leave none.
+WORKSPACE = {"fa2": 128 << 20, "fa3": 1 << 20}
+LEAST_WORK = 2e9  # operations; below them paged_decode's single launch is quicker
+LN_2 = math.log(2.0)  # FlashInfer's logarithms are to the base 2
+
+
+def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The op `paged_attention` for one head layout; compiles or loads FlashInfer's kernels."""
+    prefill = PagedPrefill(context)
+    attend = mixed_attention(context, prefill)
+    attend.details = f"context requests by FlashInfer's {prefill.backend}"  # type: ignore[attr-defined]
+    return attend
+
+
+def backend_of(info: DeviceInfo) -> str:
+    """FlashInfer's kernels for a device: FlashAttention 3's way on 9.0, else FlashAttention 2's."""
+    return "fa3" if "sm_90" in info.features and "sm_100" not in info.features else "fa2"
+
+
+class PagedPrefill:
+    """Attention of context requests for one head layout, planned once for each batch.
+
+    Planning divides the batch over the device on the host and uploads the result from a page-locked
+    buffer that FlashInfer keeps, so the next plan waits until that upload is done: it stands at the
+    beginning of a step, and so is long done when the next step is prepared.
+    """
+
+    def __init__(self, context: OpContext) -> None:
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        self.heads = Heads.of(context)
+        self.backend = backend_of(context.info)
+        self._dtype, self._device = context.dtype, context.info.device
+        self._window: int = context.shape.get("window", 0)
+        size = WORKSPACE[self.backend]
+        workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._wrapper: Any = BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "NHD", backend=self.backend
+        )
+        self._planned: tuple[object, ...] = ()
+        self._alive: tuple[object, ...] = ()  # what `_planned` names by its identity
+        self._uploaded = torch.cuda.Event() if self._device.type == "cuda" else None
+        self._plan_one_token()
+
+    def _plan_one_token(self) -> None:
+        """FlashInfer compiles or loads its kernels when it first plans: what fails, fails here."""
+        table = torch.zeros(1, 1, dtype=torch.int32, device=self._device)
+        softcap = 1.0 if self.heads.softcap else None
+        self._plan((1,), (1,), table, 1.0, self._window or None, softcap)
+
+    def serves(self, batch: ContextBatch) -> bool:
+        """Whether it is worth its launches and its plan."""
+        heads = self.heads
+        work = 4.0 * batch.requests * batch.max_q * batch.max_kv * heads.num_heads * heads.head_dim
+        return work >= LEAST_WORK
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        batch: ContextBatch,
+        scale: float,
+        window: int | None,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """q [tokens, heads, dim] of the context requests -> [tokens, heads, dim].
+
+        sinks: float32 [heads], a logit of each head that stands for no key; the softmax without it,
+        of which FlashInfer gives the logarithm of the sum, loses the share sigmoid(sink - that).
+        """
+        wanted = (id(batch), id(block_tables), scale, window, softcap)
+        if wanted != self._planned:
+            self._plan(batch.query_lens, batch.kv_lens, block_tables, scale, window, softcap)
+            self._planned, self._alive = wanted, (batch, block_tables)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if sinks is None:
+            self._wrapper.run(q, (k_cache, v_cache), out=out)
+            return out
+        _, log_sum = self._wrapper.run(q, (k_cache, v_cache), out=out, return_lse=True)
+        kept = torch.sigmoid(log_sum * LN_2 - sinks)  # [tokens, heads]
+        return out.mul_(kept[..., None])
+
+    def _plan(
+        self,
+        query_lens: tuple[int, ...],
+        kv_lens: tuple[int, ...],
+        block_tables: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        heads = self.heads
+        pages = pages_of(kv_lens, heads.block_size)
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+        self._wrapper.plan(
+            host_ints(starts_of(query_lens), self._device),
+            host_ints(pages.starts, self._device),
+            indices_of(pages, block_tables),
+            host_ints(pages.last, self._device),
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            heads.block_size,
+            causal=True,
+            sm_scale=scale,
+            window_left=window - 1 if window else -1,
+            logits_soft_cap=softcap,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+        if self._uploaded is not None:
+            self._uploaded.record()

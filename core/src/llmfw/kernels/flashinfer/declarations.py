@@ -1,0 +1,98 @@
+"""What the FlashInfer pack offers, and what it needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from packaging.version import Version
+
+from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
+from llmfw.plugins import hookimpl
+
+DISTRIBUTION = "flashinfer-python"
+OLDEST = "0.7"
+READY_MADE = "flashinfer_jit_cache"  # the import name of its package of compiled kernels
+HEAD_DIMS = (64, 128, 256)
+CUDA_FOLDER = Path("/usr/local/cuda")  # where FlashInfer looks last
+ON_REQUEST = -1  # a priority that serves only when asked for by name
+BASE = "cupy.paged_attention"
+
+
+def available(info: DeviceInfo) -> str | None:
+    """None where FlashInfer is installed and has or can compile its kernels, else what it lacks."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return "FlashInfer is not installed: pip install 'llmfw-core[flashinfer]'"
+    try:
+        version = importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return f"the module flashinfer is not of {DISTRIBUTION}"
+    if Version(version) < Version(OLDEST):
+        return f"{DISTRIBUTION} {version} is older than {OLDEST}"
+    return None if has_ready_made() else compiler_refusal()
+
+
+def has_ready_made() -> bool:
+    """Whether compiled kernels are installed; which ones, FlashInfer tells when it loads them."""
+    if importlib.util.find_spec(READY_MADE) is not None:
+        return True
+    spec = importlib.util.find_spec("flashinfer")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return any(Path(folder, "data", "aot").is_dir() for folder in folders)
+
+
+def compiler_refusal() -> str | None:
+    """Why FlashInfer cannot compile here, or None when it can."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or CUDA_FOLDER
+    found = {
+        "nvcc": shutil.which("nvcc") or Path(home, "bin", "nvcc").exists(),
+        "ninja": shutil.which("ninja") or importlib.util.find_spec("ninja"),
+        "c++": shutil.which(os.environ.get("CXX") or "c++"),
+    }
+    lacks = [tool for tool, there in found.items() if not there]
+    if not lacks:
+        return None
+    return (
+        f"FlashInfer compiles its kernels at first use and finds no {', no '.join(lacks)}; "
+        "install them, or flashinfer-jit-cache, which brings kernels"
+    )
+
+
+def supports(context: OpContext) -> str | None:
+    """What both FlashInfer and the kernel for generation requests serve."""
+    reason: str | None = load_object("llmfw.kernels.cupy.paged_decode:supports")(context)
+    if reason is not None:
+        return reason
+    head_dim, v_dim = context["head_dim"], context.shape.get("v_head_dim") or context["head_dim"]
+    if head_dim != v_dim or head_dim not in HEAD_DIMS:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        return f"serves one head size of {sizes}, not {head_dim} and {v_dim}"
+    return None
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        op="paged_attention",
+        name="flashinfer.paged_attention",
+        factory="llmfw.kernels.flashinfer.attention:paged_attention",
+        requires=("cuda", "sm_80", "cupy"),
+        dtypes=("bfloat16", "float16"),
+        supports=supports,
+        priority=ON_REQUEST,
+        tolerance={"bfloat16": 8e-3, "float16": 1e-3},
+        available=available,
+        builds_on=BASE,
+    ),
+)
+
+
+class FlashInferPack:
+    """The plugin object of the entry point `flashinfer`."""
+
+    @hookimpl
+    def llmfw_kernels(self, device: DeviceInfo) -> list[Kernel]:
+        """All kernels; each says itself what it requires."""
+        return list(KERNELS)

@@ -1,0 +1,455 @@
+"""The FlashInfer pack without FlashInfer: what it declares, refuses, and hands to the library."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import inspect
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llmfw.attention.metadata import CacheGroupView
+from llmfw.errors import KernelError
+from llmfw.kernels.cupy import attention as mixed
+from llmfw.kernels.cupy.attention import context_batch
+from llmfw.kernels.cupy.declarations import KERNELS as CUPY
+from llmfw.kernels.flashinfer import attention, declarations, pack
+from llmfw.kernels.flashinfer.attention import PagedPrefill
+from llmfw.kernels.flashinfer.pages import indices_of, pages_of
+from llmfw.ops import reference
+from llmfw.ops.inputs import paged_batch
+from llmfw.ops.kernel import DeviceInfo, OpContext
+from llmfw.ops.table import OpTable
+
+CPU = torch.device("cpu")
+HOPPER = DeviceInfo(CPU, frozenset({"cuda", "cupy", "sm_80", "sm_89", "sm_90"}))
+AMPERE = DeviceInfo(CPU, frozenset({"cuda", "cupy", "sm_80"}))
+SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "v_head_dim": 64, "block_size": 16}
+SHAPE |= {"window": 0, "softcap": 0, "sinks": 0}
+(KERNEL,) = pack.llmfw_kernels(HOPPER)
+
+
+class Wrapper:
+    """FlashInfer's wrapper as its documentation has it, computed request by request in torch."""
+
+    made: list[Wrapper]
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, *, backend: str):
+        assert float_workspace_buffer.dtype is torch.uint8
+        assert kv_layout == "NHD"
+        self.backend, self.plans = backend, 0
+        self.made.append(self)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        *,
+        causal: bool,
+        sm_scale: float,
+        window_left: int,
+        logits_soft_cap: float | None,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        rows = len(qo_indptr) - 1
+        indices = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        assert all(each.dtype is torch.int32 and each.dim() == 1 for each in indices)
+        assert len(paged_kv_indptr) == rows + 1
+        assert len(paged_kv_last_page_len) == rows
+        assert len(paged_kv_indices) == paged_kv_indptr[-1]
+        assert qo_indptr[0] == paged_kv_indptr[0] == 0
+        assert bool((paged_kv_last_page_len >= 1).all())
+        assert bool((paged_kv_last_page_len <= page_size).all())
+        assert causal
+        self.indices = indices
+        self.heads = (num_qo_heads, num_kv_heads, head_dim_qk)
+        self.page_size, self.dtypes = page_size, (q_data_type, kv_data_type)
+        self.limits = (sm_scale, window_left, logits_soft_cap)
+        self.plans += 1
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
+        *,
+        out: torch.Tensor,
+        return_lse: bool = False,
+    ) -> Any:
+        k_cache, v_cache = paged_kv_cache
+        assert (q.shape[1], k_cache.shape[2], q.shape[2]) == self.heads
+        assert k_cache.shape == v_cache.shape
+        assert k_cache.shape[1] == self.page_size
+        assert (q.dtype, k_cache.dtype) == self.dtypes
+        starts, first_page, pages, last = (each.tolist() for each in self.indices)
+        assert len(q) == starts[-1]
+        scale, window_left, softcap = self.limits
+        sums = torch.empty(q.shape[:2])
+        for row, keys_in_last in enumerate(last):
+            mine = pages[first_page[row] : first_page[row + 1]]
+            count = (len(mine) - 1) * self.page_size + keys_in_last
+            k, v = (cache[mine].flatten(0, 1)[:count].float() for cache in (k_cache, v_cache))
+            queries = q[starts[row] : starts[row + 1]].float()
+            group = self.heads[0] // self.heads[1]
+            scores = torch.einsum("qhd,khd->hqk", queries, k.repeat_interleave(group, 1)) * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            own = torch.arange(count - len(queries), count)[:, None]
+            key = torch.arange(count)[None]
+            hidden = key > own
+            if window_left >= 0:
+                hidden |= key < own - window_left
+            scores = scores.masked_fill(hidden, -math.inf)
+            attended = torch.einsum(
+                "hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(group, 1)
+            )
+            out[starts[row] : starts[row + 1]] = attended.to(out.dtype)
+            sums[starts[row] : starts[row + 1]] = scores.logsumexp(-1).t() / math.log(2)
+        return (out, sums) if return_lse else out
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> list[Wrapper]:
+    """A module `flashinfer` with the wrapper; gives the wrappers that were made."""
+    Wrapper.made = []
+    module = ModuleType("flashinfer")
+    module.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
+    module.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    return Wrapper.made
+
+
+def context(info: DeviceInfo = HOPPER, dtype: torch.dtype = torch.bfloat16, **shape: int):
+    return OpContext("paged_attention", dtype, info, {**SHAPE, **shape})
+
+
+def arguments(
+    ctx: OpContext, requests: tuple[tuple[int, int], ...], contexts: int, seed: int = 0
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    metadata, view, blocks = paged_batch(requests, contexts, ctx["block_size"], generator, CPU)
+    kv_shape = (blocks, ctx["block_size"], ctx["num_kv_heads"], ctx["head_dim"])
+    q_shape = (sum(n for n, _ in requests), ctx["num_heads"], ctx["head_dim"])
+    q, k, v = (torch.randn(each, generator=generator) for each in (q_shape, kv_shape, kv_shape))
+    sinks = torch.randn(ctx["num_heads"], generator=generator) if ctx["sinks"] else None
+    extras = {
+        "window": ctx["window"] or None,
+        "softcap": 5.0 if ctx["softcap"] else None,
+        "sinks": sinks,
+    }
+    parts = tuple(each.to(ctx.dtype) for each in (q, k, v))
+    return (*parts, metadata, view, ctx["head_dim"] ** -0.5), extras
+
+
+LAYOUTS: list[dict[str, int]] = [
+    {},
+    {"window": 20},
+    {"softcap": 1},
+    {"window": 7, "softcap": 1, "sinks": 1},
+    {"block_size": 8, "num_kv_heads": 8, "sinks": 1},
+    {"head_dim": 128, "v_head_dim": 128, "num_kv_heads": 1, "block_size": 24},
+]
+CONTEXTS = {
+    "whole": ((37, 37),),
+    "chunk": ((21, 90),),
+    "one token": ((1, 1),),
+    "last page full": ((16, 48), (5, 32)),
+    "ragged": ((300, 300), (1, 17), (64, 129), (15, 16)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_prompts_and_chunks_are_what_the_reference_says(
+    library: list[Wrapper], layout: dict[str, int], name: str
+) -> None:
+    ctx = context(dtype=torch.float32, **layout)
+    (q, k, v, metadata, view, scale), extras = arguments(ctx, CONTEXTS[name], len(CONTEXTS[name]))
+    prefill = PagedPrefill(ctx)
+    batch = context_batch(metadata)
+    out = prefill(
+        q, k, v, view.block_tables, batch, scale, extras["window"], extras["sinks"],
+        extras["softcap"],
+    )  # fmt: skip
+    expected = reference.paged_attention(q, k, v, metadata, view, scale, **extras)
+    torch.testing.assert_close(out.flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+class DecodeByReference:
+    """Stands for the CuPy pack's kernel of generation requests."""
+
+    def __init__(self, context: OpContext) -> None:
+        self.heads = attention.Heads.of(context)
+        self.served: list[tuple[int, int]] = []
+
+    def __call__(
+        self, out, q, k, v, tables, cu_query_lens, kv_lens, *, first_request, requests, max_q,
+        max_kv, scale, window, softcap, sinks, settled,
+    ) -> None:  # fmt: skip
+        self.served.append((first_request, requests))
+        for row in range(first_request, first_request + requests):
+            first, last = (int(each) for each in cu_query_lens[row : row + 2])
+            view = CacheGroupView(tables[row : row + 1], torch.empty(0), self.heads.block_size)
+            one = SimpleNamespace(query_lens=(last - first,), kv_lens=(int(kv_lens[row]),))
+            out[first:last] = reference.paged_attention(
+                q[first:last], k, v, one, view, scale, window, softcap, sinks
+            )
+
+
+def attend(
+    ctx: OpContext, monkeypatch: pytest.MonkeyPatch, least_work: float = 0.0
+) -> tuple[Any, list[DecodeByReference]]:
+    """The op with generation requests by the reference."""
+    made: list[DecodeByReference] = []
+
+    def decode(ctx: OpContext) -> DecodeByReference:
+        made.append(DecodeByReference(ctx))
+        return made[-1]
+
+    monkeypatch.setattr(mixed, "PagedDecode", decode)
+    monkeypatch.setattr(attention, "LEAST_WORK", least_work)
+    return KERNEL.build(ctx), made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_batches_are_what_the_reference_says(
+    library: list[Wrapper], monkeypatch: pytest.MonkeyPatch, layout: dict[str, int], seed: int
+) -> None:
+    """Batches drawn at random: contexts by FlashInfer, generations by the other kernel."""
+    ctx = context(dtype=torch.float32, **layout)
+    call, made = attend(ctx, monkeypatch)
+    draw = torch.Generator().manual_seed(100 + seed)
+
+    def number(most: int) -> int:
+        return int(torch.randint(1, most + 1, (1,), generator=draw))
+
+    contexts, generations = number(4), number(3)
+    requests = []
+    for row in range(contexts + generations):
+        new = number(50) if row < contexts else 1
+        requests.append((new, new + number(90) - 1))
+    args, extras = arguments(ctx, tuple(requests), contexts, seed)
+    out = call(*args, **extras)
+    expected = reference.paged_attention(*args, **extras)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert made[0].served == [(contexts, generations)]
+
+
+def test_short_prompts_stay_with_the_kernel_for_generations(
+    library: list[Wrapper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = context(dtype=torch.float32)
+    call, made = attend(ctx, monkeypatch, least_work=2e9)
+    args, extras = arguments(ctx, ((20, 20), (1, 40)), 1)
+    torch.testing.assert_close(call(*args, **extras), reference.paged_attention(*args, **extras))
+    assert made[0].served == [(0, 1), (1, 1)]
+    assert library[0].plans == 1  # that of one token, which loads the kernels
+
+
+def test_a_step_is_planned_once_for_all_layers(
+    library: list[Wrapper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = context(dtype=torch.float32)
+    call, _ = attend(ctx, monkeypatch)
+    args, extras = arguments(ctx, CONTEXTS["ragged"], 4)
+    (wrapper,) = library
+    before = wrapper.plans
+    for _ in range(3):
+        call(*args, **extras)
+    assert wrapper.plans == before + 1
+    *rest, scale = args
+    call(*rest, 2 * scale, **extras)  # a layer that scales otherwise
+    assert wrapper.plans == before + 2
+    assert wrapper.limits[0] == 2 * scale
+    metadata = args[3]
+    call(*args[:3], replace(metadata), *args[4:], **extras)
+    assert wrapper.plans == before + 3
+
+
+def test_other_tables_are_other_pages(library: list[Wrapper]) -> None:
+    """Two groups of layers of one batch: the same lengths, other blocks."""
+    ctx = context(dtype=torch.float32)
+    (q, k, v, metadata, view, scale), _ = arguments(ctx, CONTEXTS["ragged"], 4)
+    prefill, batch = PagedPrefill(ctx), context_batch(metadata)
+    moved = view.block_tables.flip(1).roll(1, 0).contiguous()
+    for tables in (view.block_tables, moved, view.block_tables):
+        out = prefill(q, k, v, tables, batch, scale, None)
+        now = replace(view, block_tables=tables)
+        expected = reference.paged_attention(q, k, v, metadata, now, scale)
+        torch.testing.assert_close(out.flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pages_are_in_one_list_with_the_length_of_each_last_one() -> None:
+    pages = pages_of((1, 16, 17, 48), 16)
+    assert pages.counts == (1, 1, 2, 3)
+    assert pages.starts == (0, 1, 2, 4, 7)
+    assert pages.last == (1, 16, 1, 16)
+    tables = torch.tensor([[5, -1, -1], [4, -1, -1], [3, 2, -1], [8, 7, 6], [9, 9, 9]]).int()
+    assert indices_of(pages, tables).tolist() == [5, 4, 3, 2, 8, 7, 6]
+    narrow = torch.cat((tables, tables), dim=1)[:, :3]  # rows that lie apart
+    assert indices_of(pages, narrow).tolist() == [5, 4, 3, 2, 8, 7, 6]
+
+
+@pytest.mark.parametrize(("info", "backend"), [(HOPPER, "fa3"), (AMPERE, "fa2")])
+def test_the_device_says_which_kernels(
+    library: list[Wrapper], monkeypatch: pytest.MonkeyPatch, info: DeviceInfo, backend: str
+) -> None:
+    monkeypatch.setitem(attention.WORKSPACE, "fa2", 1 << 10)
+    call, _ = attend(context(info), monkeypatch)
+    assert library[0].backend == backend
+    assert call.details == f"context requests by FlashInfer's {backend}"
+    newer = replace(HOPPER, features=HOPPER.features | {"sm_100"})
+    assert attention.backend_of(newer) == "fa2"
+
+
+def test_without_the_library_the_reason_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    reason = "FlashInfer is not installed: pip install 'llmfw-core[flashinfer]'"
+    assert KERNEL.missing(HOPPER) == KERNEL.refusal(context()) == reason
+    assert KERNEL.missing(AMPERE) == reason
+    assert KERNEL.missing(DeviceInfo(CPU, frozenset({"cpu"}))) == "needs cuda, sm_80, cupy"
+
+
+@pytest.fixture
+def installed(library: list[Wrapper], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """FlashInfer of a version that serves, in a folder, without any compiled kernel or tool."""
+    folder = tmp_path / "flashinfer"
+    sys.modules["flashinfer"].__spec__.submodule_search_locations = [str(folder)]  # type: ignore
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: declarations.OLDEST + ".2")
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(declarations, "CUDA_FOLDER", tmp_path / "cuda")
+    found = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> Any:
+        return None if name in {"ninja", declarations.READY_MADE} else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    return folder
+
+
+def tool(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o755)
+
+
+def test_without_a_compiler_the_reason_says_which_tools_it_lacks(
+    installed: Path, tmp_path: Path
+) -> None:
+    assert "finds no nvcc, no ninja, no c++; install them" in str(KERNEL.missing(HOPPER))
+    tool(tmp_path / "ninja")
+    tool(tmp_path / "c++")
+    assert "finds no nvcc; install them" in str(KERNEL.missing(HOPPER))
+    tool(tmp_path / "cuda" / "bin" / "nvcc")
+    assert KERNEL.missing(HOPPER) is None
+    assert KERNEL.refusal(context()) is None
+
+
+def test_kernels_that_are_ready_made_need_no_compiler(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert KERNEL.missing(HOPPER) is not None
+    (installed / "data" / "aot").mkdir(parents=True)
+    assert KERNEL.missing(HOPPER) is None
+
+
+def test_an_old_library_is_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (installed / "data" / "aot").mkdir(parents=True)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.9")
+    assert KERNEL.missing(HOPPER) == "flashinfer-python 0.6.9 is older than 0.7"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 96, "v_head_dim": 96}, "serves one head size of 64, 128, 256, not 96 and 96"),
+        ({"v_head_dim": 128}, "not 64 and 128"),
+        ({"latent": 1}, "latent cache"),
+        ({"block_size": 12}, "block size 12"),
+    ],
+)
+def test_shapes_that_it_does_not_serve(
+    installed: Path, changes: dict[str, int], reason: str
+) -> None:
+    (installed / "data" / "aot").mkdir(parents=True)
+    assert reason in str(KERNEL.refusal(context(**changes)))
+    assert "not float32" in str(KERNEL.refusal(context(dtype=torch.float32)))
+
+
+def table(select: str) -> OpTable:
+    base = next(k for k in CUPY if k.name == declarations.BASE)
+    kernels = (KERNEL.from_pack("flashinfer"), base.from_pack("cupy"))
+    return OpTable(HOPPER, kernels, select)
+
+
+def choose(select: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, str]]:
+    """What serves, and why not the others; the CuPy pack's kernels are not built."""
+    monkeypatch.setattr(mixed, "PagedDecode", DecodeByReference)
+    monkeypatch.setattr(mixed, "Prefill", lambda context: None)
+    ops = table(select)
+    ops.resolve("paged_attention", torch.bfloat16, **SHAPE)
+    (choice,) = ops.choices.values()
+    return choice.chosen, dict(choice.refused)
+
+
+def test_where_it_is_missing_the_other_pack_serves_even_if_it_was_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    chosen, refused = choose("flashinfer", monkeypatch)
+    assert chosen == declarations.BASE
+    assert refused[KERNEL.name].startswith("FlashInfer is not installed")
+
+
+def test_kernels_that_do_not_compile_are_an_error_only_where_they_were_named(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (installed / "data" / "aot").mkdir(parents=True)
+    assert choose("flashinfer", monkeypatch)[0] == KERNEL.name
+    assert choose("flashinfer,-cupy.paged_attention", monkeypatch) == (
+        "reference",
+        {
+            KERNEL.name: f"builds on {declarations.BASE}, which is switched off by name",
+            declarations.BASE: "switched off by name",
+        },
+    )
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("nvcc: no space left on device")
+
+    monkeypatch.setattr(Wrapper, "plan", fail)
+    with pytest.raises(KernelError, match=f"{KERNEL.name} cannot be built: nvcc: no space left"):
+        choose("flashinfer", monkeypatch)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("flashinfer") is None, reason="FlashInfer is not installed"
+)
+def test_the_library_takes_what_it_is_given() -> None:
+    """The names of the real wrapper's arguments, which the stand-in above has taken over."""
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper as Real
+
+    for name in ("__init__", "plan", "run"):
+        theirs = inspect.signature(getattr(Real, name)).parameters
+        ours = inspect.signature(getattr(Wrapper, name)).parameters
+        assert set(ours) <= set(theirs)
+        positional = [p.name for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert list(theirs)[: len(positional)] == positional

@@ -1,0 +1,116 @@
+"""The FlashInfer pack on a GPU that has FlashInfer: against the references, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gpu.kernel_cases import (
+    FEATURES,
+    Batch,
+    Case,
+    attention_arguments,
+    attention_cases,
+    poisoned,
+    relative_error,
+)
+from llmfw.kernels.flashinfer import attention
+from llmfw.kernels.flashinfer.declarations import KERNELS
+from llmfw.ops.kernel import DeviceInfo, Kernel
+from llmfw.ops.reference import REFERENCES
+
+(KERNEL,) = KERNELS
+DEVICE = torch.device("cuda", 0)
+MISSING = KERNEL.missing(DeviceInfo(DEVICE, FEATURES)) if torch.cuda.is_available() else None
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
+
+
+def served() -> Iterator[Case]:
+    """The CuPy pack's cases whose shapes this pack serves; of each batch with context requests."""
+    for case in attention_cases():
+        reason = replace(KERNEL, available=None).refusal(case.context(DEVICE))
+        if reason is None and any(name in case.label for name in ("mixed", "prompts")):
+            yield case
+
+
+def built(kernel: Kernel, case: Case) -> Callable[..., Any]:
+    """The callable; where FlashInfer may not compile, cases whose kernels it lacks are skipped."""
+    try:
+        return kernel.build(case.context(DEVICE))
+    except Exception as exc:
+        if os.environ.get("FLASHINFER_DISABLE_JIT"):
+            pytest.skip(f"no compiled kernel: {exc}")
+        raise
+
+
+@pytest.mark.parametrize("case", list(served()), ids=str)
+def test_it_gives_what_the_reference_gives(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LEAST_WORK", 0.0)
+    call = built(KERNEL, case)
+    args, kwargs = case.draw(DEVICE, case.context(DEVICE).dtype, torch.Generator().manual_seed(0))
+    expected = REFERENCES["paged_attention"](*args, **kwargs)
+    with poisoned():
+        out = call(*args, **kwargs)
+    assert relative_error(out, expected) <= KERNEL.tolerance[case.dtype]
+
+
+def big_case() -> Case:
+    return next(c for c in served() if str(c) == "paged_attention-bfloat16-prompts-8/2x128b16")
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_big_batches_of_prompts_chunks_and_generations(sinks: int) -> None:
+    case = big_case()
+    call = built(KERNEL, case)
+    batch = Batch(((700, 700), (300, 1500), (1, 33), (512, 513), (1, 1200), (1, 1)), contexts=4)
+    shape = {**case.shape, "sinks": sinks}
+    args, kwargs = attention_arguments(
+        DEVICE, torch.bfloat16, torch.Generator().manual_seed(7), shape, batch
+    )
+    expected = REFERENCES["paged_attention"](*args, **kwargs)
+    assert relative_error(call(*args, **kwargs), expected) <= 8e-3
+
+
+def test_plans_that_follow_each_other_quickly_do_not_mix() -> None:
+    """Ten steps are prepared while the device is busy: each has the plan of its own batch."""
+    case = big_case()
+    call = built(KERNEL, case)
+    batches = [Batch(((700 + 64 * i, 900 + 64 * i), (1, 300 + i)), contexts=1) for i in range(10)]
+    drawn = [
+        attention_arguments(
+            DEVICE, torch.bfloat16, torch.Generator().manual_seed(i), case.shape, batch
+        )
+        for i, batch in enumerate(batches)
+    ]
+    outs = []
+    torch.cuda._sleep(50_000_000)
+    for args, kwargs in drawn:
+        outs.append(call(*args, **kwargs))
+    for out, (args, kwargs) in zip(outs, drawn, strict=True):
+        expected = REFERENCES["paged_attention"](*args, **kwargs)
+        assert relative_error(out, expected) <= 8e-3
+
+
+def test_nothing_of_it_waits_for_the_device() -> None:
+    case = big_case()
+    call = built(KERNEL, case)
+    batch = Batch(((700, 900), (64, 2000), (1, 300)), contexts=2)
+    args, kwargs = attention_arguments(
+        DEVICE, torch.bfloat16, torch.Generator().manual_seed(1), case.shape, batch
+    )
+    call(*args, **kwargs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*args[:3], replace(args[3]), *args[4:], **kwargs)  # another step: planned anew
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
