@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpu.bench_attention import attention, latent, prefill
 from gpu.bench_common import RESULTS
 from gpu.bench_decode import decode
+from gpu.bench_norms import norms
 from gpu.bench_products import chain, layers, products
 from gpu.bench_recurrent import recurrent
 from gpu.bench_sampling import copies, draws, float32_attention, penalties
@@ -34,6 +35,7 @@ SECTIONS: dict[str, Callable[[], None]] = {
     "decode": decode,
     "latent": latent,
     "products": products,
+    "norms": norms,
     "layers": layers,
     "chain": chain,
     "prefill": prefill,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -98,8 +98,13 @@ def normed(rows: int, inner: int, outer: int, biased: int) -> Callable[..., Argu
     return draw
 
 
-def normed_variants(context: OpContext, rows: int) -> Iterator[Callable[..., Any]]:
-    """The op by each variant that can serve so many rows, worth it or not."""
+def normed_variants(
+    context: OpContext, rows: int, without: Collection[str] = ()
+) -> Iterator[Callable[..., Any]]:
+    """The op by each variant that can serve so many rows, worth it or not.
+
+    without: Sources whose variants are left out.
+    """
     bucket = bucket_of(rows)
     if bucket is None or bucket > 64:
         return
@@ -110,5 +115,5 @@ def normed_variants(context: OpContext, rows: int) -> Iterator[Callable[..., Any
         found = gemv_variants(bucket, context["in_features"], context.dtype, gated=is_gated)
     elif servable(context):
         found = tuple(Streamed(*cut, gated=is_gated) for cut in CUTS)
-    for variant in found:
+    for variant in (each for each in found if each.source not in without):
         yield getattr(normed_linear, context.op)(context, {bucket: replace(variant, role=role)})

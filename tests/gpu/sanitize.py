@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpu.expert_cases import expert_cases, route_cases, router_cases
 from gpu.kernel_cases import Case, all_cases, kernel_of, product_variants
 from gpu.latent_cases import latent_cases
+from gpu.normed_cases import OPS as NORMED
+from gpu.normed_cases import normed_cases, normed_variants
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
 from gpu.rope_attend_cases import rope_attend_cases
@@ -36,7 +38,7 @@ ENVIRONMENT = {
     # torch's allocator hands out parts of large blocks, whose ends memcheck does not know.
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
 }
-PRODUCTS = ("linear", "gated_linear")
+PRODUCTS = ("linear", "gated_linear", *NORMED)
 ATTENTION = ("paged_attention", "rope_and_attend")
 SWITCHED = (
     "argmax",
@@ -54,6 +56,7 @@ def smallest_cases() -> list[Case]:
     found: dict[tuple[object, ...], Case] = {}
     for case in (
         *all_cases(),
+        *normed_cases(),
         *step_cases(),
         *embedding_cases(),
         *latent_cases(),
@@ -139,7 +142,8 @@ def calls(case: Case, device: torch.device) -> Iterator[Callable[..., Any]]:
         context = replace(context, info=older)
     yield kernel_of(case, device).build(context)
     if has_variants(case):
-        yield from product_variants(context, int(str(case.facts["rows"])), without)
+        variants = normed_variants if case.op in NORMED else product_variants
+        yield from variants(context, int(str(case.facts["rows"])), without)
 
 
 def main(words: list[str]) -> None:

@@ -18,9 +18,16 @@ from llmfw.kernels.cupy import linear as plain
 from llmfw.kernels.cupy.compile import compile_ahead
 from llmfw.kernels.cupy.gemv import Gemv
 from llmfw.kernels.cupy.launch import pointer
-from llmfw.kernels.cupy.products import NormArguments, NormedProduct, Role, bucket_of, serves
+from llmfw.kernels.cupy.products import (
+    NormArguments,
+    NormedProduct,
+    Role,
+    Variant,
+    bucket_of,
+    serves,
+)
 from llmfw.kernels.cupy.streamed import PARTS_MULTIPLE, Streamed
-from llmfw.kernels.cupy.tune import Contest, choices
+from llmfw.kernels.cupy.tune import choices
 from llmfw.ops.kernel import OpContext
 from llmfw.ops.reference_normed import row_squares
 
@@ -34,11 +41,11 @@ def supports(context: OpContext) -> str | None:
     return f"{', '.join(odd)} not a multiple of {PACK}" if odd else None
 
 
-def chosen_for(competing: Contest, role: Role) -> Chosen:
-    """What the tuning chose for the product alone, with a role, where it can have one."""
+def with_role(chosen: Mapping[int, Variant], role: Role) -> Chosen:
+    """What was chosen for the product alone, with a role, where it can have one."""
     return {
         bucket: replace(variant, role=role)
-        for bucket, variant in choices(competing).items()
+        for bucket, variant in chosen.items()
         if isinstance(variant, Gemv | Streamed)
     }
 
@@ -80,7 +87,7 @@ def add_linear(
     product = _linear_context(context)
     otherwise = plain.linear(product)
     if chosen is None:
-        chosen = chosen_for(plain.contest(product), Role.ADDS)
+        chosen = with_role(choices(plain.contest(product)), Role.ADDS)
     products = Products(context, outputs, chosen)
 
     def call(
@@ -114,7 +121,7 @@ def normed_linear(context: OpContext, chosen: Chosen | None = None) -> Callable[
     """The op `normed_linear` for one weight shape; `chosen` in place of the tuning's choice."""
     product = _linear_context(context)
     if chosen is None:
-        chosen = chosen_for(plain.contest(product), Role.NORMED)
+        chosen = with_role(choices(plain.contest(product)), Role.NORMED)
     return _normed(context, context["out_features"], chosen, plain.linear(product))
 
 
@@ -124,7 +131,7 @@ def normed_gated_linear(
     """The op `normed_gated_linear` for one shape; `chosen` in place of the tuning's choice."""
     product = OpContext("gated_linear", context.dtype, context.info, context.shape)
     if chosen is None:
-        chosen = chosen_for(gated.contest(product), Role.NORMED)
+        chosen = with_role(choices(gated.contest(product)), Role.NORMED)
     return _normed(context, context["intermediate_size"], chosen, gated.gated_linear(product))
 
 
