@@ -22,7 +22,7 @@ sanitize() {
       port=$((port + 16)) # each tries ten from there on
       # Names that begin with _Z are those of C++: torch's kernels. Ours are C's.
       # racecheck does not follow the barriers of these sources: docs/design/kernels-cupy.md, "Sanitizers".
-      WITHOUT=$([ $tool = racecheck ] && echo streamed.cu tiled.cu latent_tiles.cu) OMP_NUM_THREADS=1 timeout -k 10 "${LIMIT:-200}" \
+      WITHOUT=$([ $tool = racecheck ] && echo streamed.cu tiled.cu latent_tiles.cu paged_streamed.cu) OMP_NUM_THREADS=1 timeout -k 10 "${LIMIT:-200}" \
         compute-sanitizer --tool $tool --port $port --launch-timeout 0 --show-backtrace device \
         --kernel-name-exclude kns=_Z --error-exitcode 9 \
         python3 tests/gpu/sanitize.py "$part/$parts" $ops >"$OUT/$tool-$part.log" 2>&1 &
@@ -53,7 +53,7 @@ for stage in $stages; do
   case $stage in
     tests)
       # Several processes compile at once; the GPU serves them in turn.
-      timeout 240 python3 -m pytest tests/gpu/test_cupy_kernels.py tests/gpu/test_latent_kernels.py \
+      timeout 240 python3 -m pytest tests/gpu/test_cupy_kernels.py tests/gpu/test_latent_kernels.py tests/gpu/test_normed_kernels.py \
         -q -p no:cacheprovider -o filterwarnings=default -o addopts="--import-mode=importlib" \
         --maxfail=40 --tb=line -n 8 --durations=8 2>&1 | tee "$OUT/tests.log" | tail -60
       ;;
