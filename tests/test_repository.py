@@ -145,7 +145,7 @@ def test_what_is_imported_is_declared(package: Path) -> None:
     groups = [project["dependencies"], *project.get("optional-dependencies", {}).values()]
     declared = [requirement for group in groups for requirement in group]
     names = {re.split(r"[^\w.-]", requirement)[0].replace("-", "_") for requirement in declared}
-    names = {re.sub(r"^cupy_cuda\d+x$", "cupy", name) for name in names}
+    names = {re.sub(r"^(cupy)_cuda\d+x$|^(flashinfer)_python$", r"\1\2", name) for name in names}
     own = {path.name for path in package.glob("src/*")} | {"llmfw"}
     imported = {
         name.split(".")[0]
