@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,13 +25,14 @@ from llmfw.ops.kernel import DeviceInfo, OpContext
 DRIVER = r"""
 #include <stdint.h>
 #include <string.h>
-uint64_t seen[13];
+uint64_t seen[16];
 int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address,
     const uint64_t* sizes, const uint64_t* pitches, const uint32_t* box, const uint32_t* steps,
     int interleave, int swizzle, int promotion, int fill) {
   uint64_t all[] = {(uint64_t)map % 64, type, rank, (uint64_t)address, sizes[0], sizes[1],
                     pitches[0], box[0], box[1], swizzle, rank > 2 ? sizes[2] : 0,
-                    rank > 2 ? pitches[1] : 0, rank > 2 ? box[2] : 0};
+                    rank > 2 ? pitches[1] : 0, rank > 2 ? box[2] : 0,
+                    rank > 3 ? sizes[3] : 0, rank > 3 ? pitches[2] : 0, rank > 3 ? box[3] : 0};
   memcpy(seen, all, sizeof(all));
   memset(map, 7, 128);
   return pitches[0] % 16 ? 1 : 0;
@@ -118,21 +120,44 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
 ADDRESS = 0x7F0000001000
 
 
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No map of an earlier test."""
+    for made in (tensor_map.tensor_map, tensor_map.cache_map):
+        made.cache_clear()
+    yield
+    for made in (tensor_map.tensor_map, tensor_map.cache_map):
+        made.cache_clear()
+
+
+def seen_by(driver: ctypes.CDLL) -> list[int]:
+    return list((ctypes.c_uint64 * 16).in_dll(driver, "seen"))
+
+
 @pytest.mark.parametrize(
     ("box_rows", "whole", "expected"),
     [
-        (64, False, [0, 9, 2, ADDRESS, 192, 50, 384, 64, 64, 3, 0, 0, 0]),
-        (8, True, [0, 9, 3, ADDRESS, 64, 50, 384, 64, 8, 3, 3, 128, 3]),
+        (64, False, [0, 9, 2, ADDRESS, 192, 50, 384, 64, 64, 3, 0, 0, 0, 0, 0, 0]),
+        (8, True, [0, 9, 3, ADDRESS, 64, 50, 384, 64, 8, 3, 3, 128, 3, 0, 0, 0]),
     ],
 )
 def test_a_tensor_map_says_what_the_driver_needs(
-    box_rows: int, whole: bool, expected: list[int], driver: ctypes.CDLL
+    box_rows: int, whole: bool, expected: list[int], driver: ctypes.CDLL, fresh: None
 ) -> None:
-    matrix = tensor_map.Matrix(ADDRESS, 50, 192, torch.bfloat16, box_rows, whole)
-    assert tensor_map.encode(matrix) == bytes([7]) * 128
-    assert list((ctypes.c_uint64 * 13).in_dll(driver, "seen")) == expected
+    made = tensor_map.tensor_map(ADDRESS, 50, 192, torch.bfloat16, box_rows, whole)
+    assert made == bytes([7]) * 128
+    assert seen_by(driver) == expected
 
 
-def test_rows_that_are_not_aligned_have_no_tensor_map(driver: ctypes.CDLL) -> None:
+def test_a_cache_is_cut_to_a_heads_keys(driver: ctypes.CDLL, fresh: None) -> None:
+    """5 blocks of 32 keys of 3 heads of 128 values, every other block of an allocation."""
+    shape, strides = (5, 32, 3, 128), (2 * 32 * 3 * 128, 3 * 128, 128, 1)
+    made = tensor_map.cache_map(ADDRESS, shape, strides, torch.bfloat16, 16)
+    assert made == bytes([7]) * 128
+    expected = [0, 9, 4, ADDRESS, 64, 32, 768, 64, 16, 3, 6, 128, 2, 5, 49152, 1]
+    assert seen_by(driver) == expected
+
+
+def test_rows_that_are_not_aligned_have_no_tensor_map(driver: ctypes.CDLL, fresh: None) -> None:
     with pytest.raises(KernelError, match="no tensor map"):
-        tensor_map.encode(tensor_map.Matrix(ADDRESS, 50, 193, torch.bfloat16, 64))
+        tensor_map.tensor_map(ADDRESS, 50, 193, torch.bfloat16, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy import paged_decode
 from llmfw.kernels.cupy.paged_plan import (
+    ALIGNED_BYTES,
     RESERVED_BYTES,
     SYSTEM_BYTES,
     Cut,
     Device,
     Heads,
+    copied_cut,
     plan_launch,
     staged_cut,
 )
@@ -66,6 +69,36 @@ def test_smaller_tiles_let_more_warps_and_blocks_in() -> None:
     assert staged_cut(heads(144, 144), 300, device) == Cut(4, 2, 2)
 
 
+@pytest.mark.parametrize("shared", [227, 163, 99])
+@pytest.mark.parametrize(("head_dim", "v_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("blocks", [1, SMS, SMS + 1, 4096])
+def test_copied_tiles_fit_every_gpu_we_name(
+    shared: int, head_dim: int, v_dim: int, blocks: int
+) -> None:
+    """As many blocks as shall be resident, with what aligns tiles and what the system takes."""
+    layer = heads(head_dim, v_dim)
+    cut = copied_cut(layer, blocks, Device(SMS, shared << 10, copies=True))
+    if cut is None:
+        assert 2 * 4 * layer.tile_bytes > (shared << 10) // (1 if blocks <= SMS else 2) // 2
+        return
+    block = cut.shared_bytes(layer) + RESERVED_BYTES - SYSTEM_BYTES + ALIGNED_BYTES
+    assert block <= shared << 10
+    assert cut.resident * (block + SYSTEM_BYTES) <= (shared + 1) << 10
+    assert 2 <= cut.stages <= 6
+
+
+def test_tensor_copies_bring_tiles_where_they_can() -> None:
+    """Whole boxes: head sizes of whole spans, blocks of whole tiles; not on other GPUs."""
+    device = Device(SMS, 227 << 10, copies=True)
+    assert plan_launch(heads(128, 128), 256, 1, 960, device).cut == Cut(4, 2, 3, copied=True)
+    assert plan_launch(heads(128, 128), 8, 1, 960, device).cut == Cut(8, 1, 3, copied=True)
+    assert plan_launch(heads(64, 64), 256, 1, 960, device).cut == Cut(4, 2, 6, copied=True)
+    odd = [heads(80, 80), heads(128, 112), replace(heads(128, 128), block_size=24)]
+    cuts = [plan_launch(one, 256, 1, 960, device).cut for one in odd]
+    cuts += [plan_launch(heads(128, 128), 256, 1, 960, Device(SMS, 227 << 10)).cut]
+    assert [cut.copied for cut in cuts] == [False] * 4
+
+
 def test_too_little_shared_memory_is_an_error() -> None:
     with pytest.raises(KernelError, match="49152 bytes of shared memory are too few"):
         staged_cut(heads(256, 256), 1, Device(SMS, 48 << 10))
@@ -112,9 +145,10 @@ def test_blocks_beside_those_of_another_kernel_have_four_warps() -> None:
     [
         (128, "paged_decode", Cut(8, 1, ahead=1), 0),
         (256, "paged_staged", Cut(4, 1, 3), 4 * 3 * 16 * 2 * 256 * 2),
+        (64, "paged_streamed", Cut(8, 1, 6, copied=True), 8 * 6 * (16 * 2 * 64 * 2 + 8)),
     ],
 )
-def test_the_head_size_chooses_the_source(
+def test_head_size_and_device_choose_the_source(
     head_dim: int, source: str, cut: Cut, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = SimpleNamespace(multi_processor_count=SMS, shared_memory_per_block_optin=227 << 10)
@@ -129,7 +163,8 @@ def test_the_head_size_chooses_the_source(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
     monkeypatch.setattr(paged_decode, "load", load)
-    info = DeviceInfo(torch.device("cpu", 0), frozenset({"cuda", "cupy"}))
+    features = frozenset({"cuda", "cupy", *(["sm_90"] if cut.copied else [])})
+    info = DeviceInfo(torch.device("cpu", 0), features)
     shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": head_dim, "block_size": 16}
     decode = paged_decode.PagedDecode(OpContext("paged_attention", torch.bfloat16, info, shape))
     plan = decode.plan(1, 1, 192)

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ TILED_CUTS = ((208, 1, 1), (224, 2, 1), (64, 1, 4), (64, 2, 4), (96, 4, 2))
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 FEATURES = frozenset({"cuda", "cupy"}) | cuda_features(*CAPABILITY)
+
+
+def before_9_0(context: OpContext) -> OpContext:
+    """The same on a GPU without the instructions of compute capability 9.0."""
+    info = replace(context.info, features=context.info.features - {"sm_90"})
+    return replace(context, info=info)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gpu.expert_cases import expert_cases, route_cases, router_cases
-from gpu.kernel_cases import Case, all_cases, kernel_of, product_variants
+from gpu.kernel_cases import Case, all_cases, before_9_0, kernel_of, product_variants
 from gpu.latent_cases import latent_cases
 from gpu.normed_cases import OPS as NORMED
 from gpu.normed_cases import normed_cases, normed_variants
@@ -31,7 +30,7 @@ from gpu.rope_attend_cases import rope_attend_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import embedding_cases, step_cases
 from llmfw.kernels.cupy.products import bucket_of
-from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo
+from llmfw.ops.kernel import DTYPE_NAMES
 
 ENVIRONMENT = {
     "LLMFW_TUNE": "off",
@@ -49,6 +48,9 @@ SWITCHED = (
     "penalise",
     "prepare_decode",
 )
+
+
+COPIED = {"latent_tiles.cu", "paged_streamed.cu"}  # what attention runs on 9.0 alone
 
 
 def smallest_cases() -> list[Case]:
@@ -135,12 +137,14 @@ def run(case: Case, device: torch.device) -> None:
 
 
 def calls(case: Case, device: torch.device) -> Iterator[Callable[..., Any]]:
-    """The op's kernel, and all variants of a product."""
+    """The op's kernel, attention's as on older GPUs besides, and all variants of a product."""
     context, without = case.context(device), os.environ.get("WITHOUT", "").split()
-    if context.shape.get("latent") and "latent_tiles.cu" in without:
-        older = DeviceInfo(device, context.info.features - {"sm_90"})
-        context = replace(context, info=older)
-    yield kernel_of(case, device).build(context)
+    kernel = kernel_of(case, device)
+    if case.op == "paged_attention" and "sm_90" in context.info.features:
+        yield kernel.build(before_9_0(context))
+        if COPIED & set(without):
+            return
+    yield kernel.build(context)
     if has_variants(case):
         variants = normed_variants if case.op in NORMED else product_variants
         yield from variants(context, int(str(case.facts["rows"])), without)

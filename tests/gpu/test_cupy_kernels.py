@@ -15,6 +15,7 @@ from gpu.kernel_cases import (
     activation_cases,
     attention_arguments,
     attention_cases,
+    before_9_0,
     check,
     gated_linear_cases,
     kernel_of,
@@ -148,6 +149,13 @@ def test_contexts_and_generations_write_one_output(sinks: int, device: torch.dev
     assert plan.parts
     expected = REFERENCES["paged_attention"](*args, **kwargs)
     assert relative_error(paged_attention(context)(*args, **kwargs), expected) <= 8e-3
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in attention_cases() if case.dtype == "bfloat16"], ids=str
+)
+def test_attention_as_on_gpus_before_9_0(case: Case, device: torch.device) -> None:
+    check(case, kernel_of(case, device).build(before_9_0(case.context(device))), device)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "silu_and_mul"])

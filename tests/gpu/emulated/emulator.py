@@ -18,7 +18,7 @@ import torch
 from llmfw.kernels.cupy import compile as cu_compile
 from llmfw.kernels.cupy import paged_plan, tensor_map
 from llmfw.kernels.cupy.launch import TENSOR_MAP, TENSOR_MAP_BYTES
-from llmfw.kernels.cupy.tensor_map import Matrix
+from llmfw.kernels.cupy.tensor_map import Boxes
 
 HERE = Path(__file__).parent
 SMS = 3  # multiprocessors of the imagined GPU: few, so that plans differ from one split to many
@@ -73,10 +73,13 @@ def code_of(letter: str) -> str:
     return f"{TENSOR_MAP_BYTES}s" if letter == TENSOR_MAP else letter
 
 
-def encode(matrix: Matrix) -> bytes:
-    """A tensor map that the emulated copies read."""
-    numbers = (matrix.address, matrix.rows, matrix.columns, matrix.box_rows, 64)
-    return struct.pack("5q88x", *numbers)
+def encode(boxes: Boxes) -> bytes:
+    """A tensor map that the emulated copies read: four of each, in 16-bit values."""
+    rank = len(boxes.sizes)
+    sizes = (*boxes.sizes, *[1] * (4 - rank))
+    strides = (1, *(stride // 2 for stride in boxes.strides), *[0] * (4 - rank))
+    box = (*boxes.box, *[1] * (4 - rank))
+    return struct.pack("13q24x", boxes.address, *sizes, *strides, *box)
 
 
 def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], folder: Path) -> Path:

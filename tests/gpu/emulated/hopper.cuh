@@ -3,12 +3,11 @@
 
 #define HAS_TILE_COPIES 1
 
-// What `encode` in emulator.py packs.
+// What `encode` in emulator.py packs: what is innermost comes first.
 struct TensorMap {
   const scalar* values;
-  i64 rows, columns;
-  i64 box_rows, box_columns;
-  i64 unused[11];
+  i64 sizes[4], strides[4], box[4];
+  i64 unused[3];
 };
 #define TENSOR_MAP const TensorMap
 
@@ -46,22 +45,34 @@ inline void prefetch_map(const TensorMap&) {}
 inline u64 read_once_policy() { return 0; }
 inline u64 read_often_policy() { return 0; }
 
-// Packs of 16 bytes lie at their number in the row of 128 bytes, xor the row's number: the 128-byte swizzle.
-inline void copy_box(void* to, const TensorMap& from, int row, int column, Barrier* b, u64) {
-  if (u64(to) % 1024 || from.box_columns != 64) abort();
-  for (int r = 0; r < from.box_rows; ++r)
-    for (int k = 0; k < 64; ++k) {
-      const bool inside = row + r < from.rows && column + k < from.columns;
-      static_cast<scalar*>(to)[r * 64 + (k / 8 ^ r % 8) * 8 + k % 8] =
-          inside ? from.values[(row + r) * from.columns + column + k] : 0;
-    }
-  b->bytes -= int(from.box_rows) * 128;
+// The box at these coordinates, zeros beyond the edges. Packs of 16 bytes lie at their number in the row of 128 bytes,
+// xor the row's number: the 128-byte swizzle.
+inline void copy(void* to, const TensorMap& from, const i64 (&at)[4], Barrier* b) {
+  if (u64(to) % 1024 || from.box[0] != 64) abort();
+  i64 row = 0;
+  for (i64 z = 0; z < from.box[3]; ++z)
+    for (i64 y = 0; y < from.box[2]; ++y)
+      for (i64 x = 0; x < from.box[1]; ++x, ++row)
+        for (i64 k = 0; k < 64; ++k) {
+          const i64 place[4] = {at[0] + k, at[1] + x, at[2] + y, at[3] + z};
+          bool inside = true;
+          i64 offset = 0;
+          for (int i = 0; i < 4; ++i) {
+            inside &= place[i] < from.sizes[i];
+            offset += place[i] * from.strides[i];
+          }
+          static_cast<scalar*>(to)[row * 64 + (k / 8 ^ row % 8) * 8 + k % 8] = inside ? from.values[offset] : 0;
+        }
+  b->bytes -= int(row) * 128;
   settle(b);
 }
 
-inline void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64 policy) {
-  for (int span = 0; span * 64 < from.columns; ++span)
-    copy_box(static_cast<u8*>(to) + span * from.box_rows * 128, from, row, span * 64, b, policy);
+inline void copy_box(void* to, const TensorMap& from, int row, int column, Barrier* b, u64) {
+  copy(to, from, {column, row, 0, 0}, b);
+}
+inline void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64) { copy(to, from, {0, row, 0, 0}, b); }
+inline void copy_page(void* to, const TensorMap& from, int page, int row, int span, Barrier* b, u64) {
+  copy(to, from, {0, row, span, page}, b);
 }
 inline void publish_writes() {}
 inline void meet(int number, int threads) {

@@ -79,6 +79,13 @@ inline void load_rows(u32 (&x)[4], const scalar* row, bool columns) {
 inline void load_matrices(u32 (&x)[4], const scalar* row) { load_rows(x, row, false); }
 inline void load_columns(u32 (&x)[4], const scalar* row) { load_rows(x, row, true); }
 
+inline u32 turned(u32 x) {
+  const emulated::Operands& all = emulated::exchange({{x}});
+  const int g = emulated::lane() / 4, c = emulated::lane() % 4;
+  const auto value = [&](int row) { return all.of[4 * row + g / 2][0] >> (16 * (g % 2)) & 0xffff; };
+  return value(2 * c) | value(2 * c + 1) << 16;
+}
+
 inline void mma(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   const emulated::Operands& all = emulated::exchange({{a0, a1, a2, a3, b0, b1}});
   const int lane = emulated::lane(), g = lane / 4, c = lane % 4;

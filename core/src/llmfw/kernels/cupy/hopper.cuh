@@ -97,6 +97,16 @@ __device__ __forceinline__ void copy_spans(void* to, const TensorMap& from, int 
       : "memory");
 }
 
+// The same with four coordinates: columns within a span, rows, spans, pages of rows.
+__device__ __forceinline__ void copy_page(void* to, const TensorMap& from, int page, int row, int span, Barrier* b,
+                                          u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(to)),
+      "l"(&from), "r"(0), "r"(row), "r"(span), "r"(page), "r"(shared_address(b)), "l"(policy)
+      : "memory");
+}
+
 // What this thread wrote to shared memory is seen by products and copies that follow a barrier.
 __device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -1,4 +1,4 @@
-"""Launcher of paged_decode.cu and paged_staged.cu: attention of few query tokens a request."""
+"""Attention of few query tokens a request: paged_decode.cu, paged_staged.cu, paged_streamed.cu."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llmfw.kernels.cupy import paged_plan
 from llmfw.kernels.cupy.compile import device_index, load
 from llmfw.kernels.cupy.launch import Launcher, pointer
 from llmfw.kernels.cupy.paged_plan import (
+    KEYS_OF_A_TILE,
     LEAST_SHARED_BYTES,
     Cut,
     Device,
@@ -18,8 +19,12 @@ from llmfw.kernels.cupy.paged_plan import (
     Plan,
     plan_launch,
 )
+from llmfw.kernels.cupy.streamed import has_tile_products
+from llmfw.kernels.cupy.tensor_map import cache_map
 from llmfw.ops.kernel import OpContext
 
+SIGNATURE = "PPPPPPPPPPPqqqqqqiiiiiiff"
+COPIED_SIGNATURE = "PPTTPPPPPPPqqiiiiiiff"
 UNSETTLED = 1 << 30  # more keys than any request has
 
 
@@ -63,18 +68,20 @@ class Meeting(NamedTuple):
 class PagedDecode:
     """The compiled kernels for one head layout, and the counters that its blocks meet at.
 
-    Launches of one instance must follow each other on one stream. `wide`: whether few blocks may
-    have 8 warps.
+    Launches of one instance must follow each other on one stream. `beside`: whether blocks shall
+    fit beside those of another kernel: tiles then lie in registers, and few have no 8 warps.
     """
 
-    def __init__(self, context: OpContext, wide: bool = True) -> None:
+    def __init__(self, context: OpContext, beside: bool = False) -> None:
         self.heads = Heads.of(context)
         self._context = context
         device = context.info.device
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
         properties: Any = torch.cuda.get_device_properties(device_index(device))
         shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES)
-        self._device = Device(properties.multi_processor_count, shared, wide)
+        copies = not beside and has_tile_products(context.info)
+        sms = properties.multi_processor_count
+        self._device = Device(sms, shared, wide=not beside, copies=copies)
         self._counters = torch.zeros(paged_plan.COUNTERS, dtype=torch.int32, device=device)
 
     def plan(self, requests: int, max_q: int, max_kv: int, splits: int | None = None) -> Plan:
@@ -91,10 +98,10 @@ class PagedDecode:
         found = self._launchers.get((rows, cut))
         if found is None:
             context, shared = self._context, cut.shared_bytes(self.heads)
-            name = "paged_staged" if cut.stages else "paged_decode"
             constants = self.constants(rows, cut)
-            module = load(f"{name}.cu", context.info.device, context.dtype, **constants)
-            found = module.launcher(name, "PPPPPPPPPPPqqqqqqiiiiiiff", shared)
+            module = load(f"{cut.source}.cu", context.info.device, context.dtype, **constants)
+            signature = COPIED_SIGNATURE if cut.copied else SIGNATURE
+            found = module.launcher(cut.source, signature, shared)
             self._launchers[rows, cut] = found
         return found
 
@@ -158,13 +165,19 @@ class PagedDecode:
             )
         plan = self.plan(requests, max_q, max_kv, splits)
         meeting = self.meeting(requests, plan)
+        caches: tuple[int | bytes, ...]
+        strides: tuple[int, ...] = (q.stride(0), block_tables.stride(0))
+        if plan.cut.copied:
+            caches = tuple(map(_map_of, (k_cache, v_cache)))
+        else:
+            caches = (k_cache.data_ptr(), v_cache.data_ptr())
+            strides += (*k_cache.stride()[:2], *v_cache.stride()[:2])
         self.launcher(plan.rows, plan.cut)(
             (plan.columns, plan.splits, requests),
             (plan.cut.warps * 32, 1, 1),
             out.data_ptr(),
             q.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
+            *caches,
             block_tables.data_ptr(),
             cu_query_lens.data_ptr(),
             kv_lens.data_ptr(),
@@ -172,12 +185,7 @@ class PagedDecode:
             meeting.partial,
             meeting.stats,
             meeting.counters,
-            q.stride(0),
-            block_tables.stride(0),
-            k_cache.stride(0),
-            k_cache.stride(1),
-            v_cache.stride(0),
-            v_cache.stride(1),
+            *strides,
             heads.num_kv_heads,
             first_request,
             block_tables.shape[1],
@@ -187,3 +195,9 @@ class PagedDecode:
             scale,
             softcap or 0.0,
         )
+
+
+def _map_of(cache: torch.Tensor) -> bytes:
+    """The tensor map of K or V, whose boxes are a head's part of a tile."""
+    shape, strides = tuple(cache.shape), cache.stride()
+    return cache_map(cache.data_ptr(), shape, strides, cache.dtype, KEYS_OF_A_TILE)

@@ -22,6 +22,11 @@ LONG_SHARE = 2048  # keys that a block walks at least where the requests alone f
 AHEAD = 1  # tiles that a warp asks for into L2 beyond those that it loads,
 AHEAD_WAVES = 2  # where there are at most so many waves of blocks: more keep memory busy themselves
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
+MOST_COPIED = 6  # tiles of a warp under way by tensor copies,
+FEWEST_COPIED = 2  # and fewest
+ALIGNED_BYTES = 1 << 10  # that tiles brought by tensor copies begin at
+BARRIER_BYTES = 8  # of a tile
+SPAN = 64  # values that a row of a box has
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,12 @@ class Heads:
         """K and V of a tile, of 16-bit values."""
         return KEYS_OF_A_TILE * (self.head_dim + self.v_dim) * 2
 
+    @property
+    def boxed(self) -> bool:
+        """Whether a tile is whole boxes of a tensor copy."""
+        whole = self.head_dim % SPAN == 0 and self.v_dim % SPAN == 0
+        return whole and self.block_size % KEYS_OF_A_TILE == 0
+
     @classmethod
     def of(cls, context: OpContext) -> Heads:
         """From the op's context."""
@@ -71,11 +82,13 @@ class Device:
         sms: Multiprocessors.
         shared_bytes: The most shared memory of a block.
         wide: Whether few blocks may have 8 warps, beside which no block of another kernel fits.
+        copies: Whether tensor copies may bring tiles.
     """
 
     sms: int
     shared_bytes: int = LEAST_SHARED_BYTES
     wide: bool = True
+    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,16 +100,26 @@ class Cut:
         resident: Blocks at once, for which registers are left.
         stages: Tiles of a warp under way in shared memory; 0 where registers hold them.
         ahead: Tiles of a warp that are asked for into L2, beside those in registers.
+        copied: Whether tensor copies bring them to shared memory, not threads.
     """
 
     warps: int
     resident: int
     stages: int = 0
     ahead: int = 0
+    copied: bool = False
+
+    @property
+    def source(self) -> str:
+        """The kernel, and the name of its file."""
+        if self.copied:
+            return "paged_streamed"
+        return "paged_staged" if self.stages else "paged_decode"
 
     def shared_bytes(self, heads: Heads) -> int:
         """Shared memory that a launch asks for."""
-        return self.warps * self.stages * heads.tile_bytes
+        each = heads.tile_bytes + BARRIER_BYTES if self.copied else heads.tile_bytes
+        return self.warps * self.stages * each
 
 
 @dataclass(frozen=True)
@@ -150,6 +173,14 @@ def staged_cut(heads: Heads, blocks: int, device: Device) -> Cut:
     raise KernelError(f"{device.shared_bytes} bytes of shared memory are too few for {heads}")
 
 
+def copied_cut(heads: Heads, blocks: int, device: Device) -> Cut | None:
+    """Blocks whose tiles are brought by tensor copies; None where shared memory is too little."""
+    warps, resident = (8, 1) if blocks <= device.sms else (4, 2)
+    room = (device.shared_bytes + SYSTEM_BYTES) // resident - RESERVED_BYTES - ALIGNED_BYTES
+    stages = min(MOST_COPIED, room // (warps * (heads.tile_bytes + BARRIER_BYTES)))
+    return Cut(warps, resident, stages, copied=True) if stages >= FEWEST_COPIED else None
+
+
 def plan_launch(
     heads: Heads,
     requests: int,
@@ -168,7 +199,10 @@ def plan_launch(
     rows = 16 if heads.group * max_q > 8 and not staged else 8
     columns = heads.num_kv_heads * -(-heads.group * max_q // rows)
     blocks = columns * requests
-    if staged:
+    copied = copied_cut(heads, blocks, device) if device.copies and heads.boxed else None
+    if copied is not None:
+        cut = copied
+    elif staged:
         cut = staged_cut(heads, blocks, device)
     else:
         cut = registers_cut(heads, rows, blocks, device)

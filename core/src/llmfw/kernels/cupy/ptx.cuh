@@ -154,6 +154,13 @@ __device__ __forceinline__ void load_columns(u32 (&x)[4], const scalar* row) {
                : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit values, turned: lane 4g + c has values 2c, 2c + 1 of row g, and gets those of column g.
+__device__ __forceinline__ u32 turned(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // Two values as one register: low in the low half.
 __device__ __forceinline__ u32 pack2(float low, float high) {
   u32 x;

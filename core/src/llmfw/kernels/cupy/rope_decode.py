@@ -33,7 +33,7 @@ class RopeAndAttend:
     """The compiled kernels for one head layout, divided over the device as paged_decode is."""
 
     def __init__(self, context: OpContext) -> None:
-        self.decode = PagedDecode(context, wide=False)  # so that blocks fit beside a product's
+        self.decode = PagedDecode(context, beside=True)
         self._most_requests = self.decode.most_at_once()
         self._context = context
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
