@@ -47,6 +47,11 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "WARPS": 8, "STAGES": 2, "SOFTCAP": 1},
         {"DTYPE": BF16, "HEAD_DIM": 144, "V_DIM": 112, "BLOCK_SIZE": 8, "STAGES": 1},
     ],
+    "paged_streamed.cu": [
+        {"DTYPE": BF16},
+        {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "ROWS": 16, "STAGES": 2, "SOFTCAP": 1},
+        {"DTYPE": BF16, "HEAD_DIM": 64, "WARPS": 8, "MIN_BLOCKS": 1, "BLOCK_SIZE": 32},
+    ],
     "paged_simt.cu": [
         {"DTYPE": F32},
         {"DTYPE": F32, "HEAD_DIM": 256, "MIN_BLOCKS": 1, "SOFTCAP": 1},
