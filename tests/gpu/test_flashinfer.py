@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from gpu.kernel_cases import (
     poisoned,
     relative_error,
 )
+from llmfw import LLM, SamplingParams
 from llmfw.kernels.flashinfer import attention
 from llmfw.kernels.flashinfer.declarations import KERNELS
 from llmfw.ops.kernel import DeviceInfo, Kernel
@@ -114,3 +117,54 @@ def test_nothing_of_it_waits_for_the_device() -> None:
         call(*args[:3], replace(args[3]), *args[4:], **kwargs)  # another step: planned anew
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 1024,
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+    "dtype": "bfloat16",
+}
+
+
+def test_a_model_answers_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunked prompts beside requests that generate; decode steps stay the other pack's."""
+    built(KERNEL, big_case())
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    monkeypatch.setattr(attention, "LEAST_WORK", 0.0)
+    prompts = [[(3 * i + n) % 1000 for i in range(n)] for n in (700, 40, 300, 5)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for kernels, serves in (("auto", "cupy"), ("flashinfer", "flashinfer")):
+        with LLM(
+            tmp_path,
+            device="cuda",
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            kernels=kernels,
+            max_num_seqs=8,
+            max_model_len=1024,
+            max_num_batched_tokens=256,
+        ) as llm:
+            outputs = llm.generate(prompts, params)
+            choices = llm.loaded.model_config.ops.choices.values()
+            chosen = {choice.context.op: choice.chosen for choice in choices}
+        assert chosen["paged_attention"] == f"{serves}.paged_attention"
+        assert chosen["rope_and_attend"] == "cupy.rope_and_attend"
+        found.append(
+            [
+                entry[token].logprob
+                for prompt, output in zip(prompts, outputs, strict=True)
+                for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+        )
+    ours, theirs = (torch.tensor(each) for each in found)
+    assert float((ours - theirs).abs().max()) < 0.05
+    assert float(ours.std()) > 0.05
