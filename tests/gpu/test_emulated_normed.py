@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ QUICK = {  # a row more than a warp's passes take, and more tiles than blocks
 }
 
 
+ODD = (3, 65)  # rows that no variant serves
+
+
+def rows_of(case: Case) -> int:
+    return int(case.facts["rows"])
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, root: Path) -> torch.device:
     monkeypatch.setenv("LLMFW_TUNE", "off")
@@ -29,9 +37,9 @@ def device(monkeypatch: pytest.MonkeyPatch, root: Path) -> torch.device:
     return emulator.install(monkeypatch, folder)
 
 
-def parameters() -> list[object]:
-    """Small cases, of which few are quick."""
-    cases = [case for case in normed_cases() if not case.wide]
+def parameters(served: bool = False) -> list[object]:
+    """Small cases, of which few are quick; `served`: those of as many rows as variants serve."""
+    cases = [case for case in normed_cases() if not (case.wide or served and rows_of(case) in ODD)]
     assert {str(case) for case in cases} >= QUICK
     return [
         pytest.param(case, id=str(case), marks=() if str(case) in QUICK else pytest.mark.slow)
@@ -39,9 +47,28 @@ def parameters() -> list[object]:
     ]
 
 
+@pytest.mark.parametrize("case", parameters(served=True))
+def test_nothing_of_the_kernel_before_is_read_before_it_is_done(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches overlap: inputs are there only once the kernel has waited for the one before."""
+    written = {"add_linear": (0, 2)}.get(case.op, (0, 1, 2))  # x, residual, squares
+    for call in normed_variants(case.context(device), rows_of(case)):
+
+        def late(*args: Any, call=call) -> object:
+            places = [args[i] for i in written]
+            pairs = [(place, place.clone()) for place in places]
+            for place in places:
+                place.fill_(float("nan"))
+            monkeypatch.setattr(emulator.EmulatedLauncher, "late", pairs)
+            return call(*args)
+
+        check(case, late, device)
+
+
 @pytest.mark.parametrize("case", parameters())
 def test_every_variant_matches_its_reference(case: Case, device: torch.device) -> None:
     context = case.context(device)
     check(case, kernel_of(case, device).build(context), device)
-    for call in normed_variants(context, int(case.facts["rows"])):
+    for call in normed_variants(context, rows_of(case)):
         check(case, call, device)

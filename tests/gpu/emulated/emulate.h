@@ -23,6 +23,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
+#define __constant__ static const
 #define __launch_bounds__(...)
 
 struct Three {
@@ -109,6 +110,19 @@ static const std::function<void()>* body;
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 inline int lane() { return current->number % 32; }
+
+// What the kernel before has still to write. A thread that waits for it lets all others run ahead for some rounds.
+struct Late {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+static std::vector<Late> late;
+inline void await_previous() {
+  for (int round = 0; round < 20 && !late.empty(); ++round) yield();
+  for (const Late& one : late) memcpy(one.to, one.from, one.bytes);
+  late.clear();
+}
 
 // Leave this lane's words, wait for the warp, see everybody's. Two buffers: nobody is two rounds ahead.
 inline const Operands& exchange(const std::array<unsigned, 6>& mine) {
@@ -310,6 +324,12 @@ T __ldcg(const T* p) {
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rd(float x, float y) {
+  const double sum = double(x) + y;
+  const float near = float(sum);
+  return near > sum ? nextafterf(near, -INFINITY) : near;
+}
+inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -335,6 +355,12 @@ inline unsigned __reduce_min_sync(unsigned, unsigned x) {
   for (const auto& one : all.of) x = one[0] < x ? one[0] : x;
   return x;
 }
+inline unsigned __reduce_add_sync(unsigned, unsigned x) {
+  const emulated::Operands& all = emulated::exchange({{x}});
+  x = 0;
+  for (const auto& one : all.of) x += one[0];
+  return x;
+}
 inline void __syncwarp() { emulated::exchange({}); }
 inline int __shfl_up_sync(unsigned, int x, int lanes) {
   const emulated::Operands& all = emulated::exchange({{unsigned(x)}});
@@ -352,6 +378,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned order) {
   for (int i = 0; i < 4; ++i) out |= unsigned(both >> ((order >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
   return out;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
 inline unsigned max(unsigned x, unsigned y) { return x > y ? x : y; }

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -44,13 +45,20 @@ class EmulatedModule:
 
 
 class EmulatedLauncher:
-    """Called like `Launcher`: a grid, a block, the arguments."""
+    """Called like `Launcher`: a grid, a block, the arguments.
+
+    late: (place, values) of what the kernel before writes while this one already runs: the values
+        are there once a thread has waited for that kernel, and the others have run ahead.
+    """
+
+    late: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     def __init__(self, library: Path, name: str, signature: str, cluster: int) -> None:
         self.name = name
         self.signature = signature
         self.cluster = cluster
-        self.run = getattr(ctypes.CDLL(str(library)), "emulate_" + name)
+        self.library = ctypes.CDLL(str(library))
+        self.run = getattr(self.library, "emulate_" + name)
 
     def __call__(
         self, grid: tuple[int, int, int], block: tuple[int, int, int], *args: float | bytes
@@ -61,6 +69,10 @@ class EmulatedLauncher:
             for code, value in zip(map(code_of, self.signature), args, strict=True)
         ]
         pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
+        for place, values in self.late:
+            size = ctypes.c_size_t(values.nbytes)
+            addresses = ctypes.c_void_p(place.data_ptr()), ctypes.c_void_p(values.data_ptr())
+            self.library.emulate_late(*addresses, size)
         three = ctypes.c_uint * 3
         code = self.run(
             three(*grid), three(*block), self.cluster, pointers, self.signature.encode()
@@ -104,6 +116,8 @@ def build(source: str, name: str, defines: Mapping[str, cu_compile.Constant], fo
         f'extern "C" int emulate_{name}(const unsigned* grid, const unsigned* block, '
         "unsigned cluster, void** args, const char* types) "
         f"{{ return emulated::launch({name}, grid, block, cluster, args, types); }}\n"
+        'extern "C" void emulate_late(void* to, const void* from, size_t bytes) '
+        "{ emulated::late.push_back({to, from, bytes}); }\n"
     )
     command = [
         "g++",

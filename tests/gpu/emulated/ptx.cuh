@@ -29,7 +29,7 @@ inline scalar from_float(float x) {
 #endif
 }
 
-inline void wait_for_previous() {}
+inline void wait_for_previous() { emulated::await_previous(); }
 inline void let_next_start() {}
 inline uint4 stream16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 inline uint2 stream8(const void* p) { return *reinterpret_cast<const uint2*>(p); }
