@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy import tensor_map
 from llmfw.kernels.cupy.compile import arch_of
-from llmfw.kernels.cupy.products import STREAMED_ROWS, serves
+from llmfw.kernels.cupy.products import STREAMED_ROWS, Role, serves
 from llmfw.kernels.cupy.streamed import CUTS, SHARED_BYTES, Streamed, streamed_variants
 from llmfw.ops.device import cuda_features
 from llmfw.ops.kernel import DeviceInfo, OpContext
@@ -53,8 +54,8 @@ def linear_context(in_features: int, outputs: int, capability: tuple[int, int]) 
 def test_a_block_fits_the_memory_of_a_multiprocessor(
     cut: tuple[int, int], bucket: int, in_features: int
 ) -> None:
-    for gated in (False, True):
-        streamed = Streamed(*cut, gated=gated)
+    for gated, role in itertools.product((False, True), Role):
+        streamed = Streamed(*cut, gated=gated, role=role)
         assert streamed.stages(bucket, in_features) >= 1
         assert streamed.shared_bytes(bucket, in_features) <= SHARED_BYTES
 

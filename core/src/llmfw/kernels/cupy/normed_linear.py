@@ -64,10 +64,17 @@ class Products:
         if device.type == "cuda":
             uses = [(one.source, one.constants(rows, context)) for rows, one in chosen.items()]
             compile_ahead(device, dtype, uses)
+        self._names = {rows: one.name for rows, one in chosen.items()}
         self._built = {
             rows: (one.build(rows, context, outputs), one.parts(outputs))
             for rows, one in chosen.items()
         }
+
+    @property
+    def details(self) -> str:
+        """Which kernel serves how many rows."""
+        rows = "; ".join(f"up to {rows} rows: {name}" for rows, name in self._names.items())
+        return rows or "no own kernel"
 
     def serves_rows(self, rows: int) -> bool:
         """Whether one of them serves so many rows."""
@@ -114,6 +121,7 @@ def add_linear(
         return scaled, squares
 
     call.serves_rows = products.serves_rows  # type: ignore[attr-defined]
+    call.details = products.details  # type: ignore[attr-defined]
     return call
 
 
@@ -172,6 +180,7 @@ def _normed(
         return out
 
     call.serves_rows = products.serves_rows  # type: ignore[attr-defined]
+    call.details = products.details  # type: ignore[attr-defined]
     return call
 
 
