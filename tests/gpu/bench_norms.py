@@ -12,11 +12,15 @@ import torch
 from gpu.bench_common import BF16, DEVICE, MODELS, context_of, kernel, randn, report, rotated
 from gpu.bench_products import product_shapes
 from llmfw.kernels.cupy import gated_linear, linear, normed_linear, tune
+from llmfw.kernels.cupy.compile import compile_ahead
 from llmfw.kernels.cupy.gemv import Gemv
-from llmfw.kernels.cupy.products import Role, bucket_of
+from llmfw.kernels.cupy.normed_linear import with_role
+from llmfw.kernels.cupy.products import Role
 from llmfw.kernels.cupy.streamed import Streamed
+from llmfw.ops.kernel import OpContext
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS_ALONE = (1, 4, 8, 32, 64)
 LEAST_BYTES = 480 << 20  # of a chain's weights, far beyond the L2
 ADDING = ("o", "down")
 Weights = dict[str, torch.Tensor]
@@ -69,11 +73,11 @@ def norms() -> None:
             for kind, us in times.items():
                 extra = {"saved": saved, "served": len(served)} if kind == "inside" else {}
                 report("norms", f"{name} {rows} rows, norms {kind}", us, nbytes, **extra)
-        for label in uses(name):
-            for rows in ROWS:
-                each_alone(name, label, rows)
         del weights
         torch.cuda.empty_cache()
+    for name in MODELS:
+        for label in uses(name):
+            each_alone(name, label)
 
 
 def chain_weights(name: str) -> list[Weights]:
@@ -133,34 +137,48 @@ def inputs(name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return randn(rows, heads * dim), randn(rows, hidden), randn(hidden)
 
 
-def each_alone(name: str, label: str, rows: int) -> None:
-    """The variant that the tuning chose for a product, plain and in its role."""
+def each_alone(name: str, label: str) -> None:
+    """Every variant of a product in its role; beside it the tuning's choice, there and plain."""
     op, shape, joined = uses(name)[label]
-    bucket, context = bucket_of(rows), context_of(op, shape)
+    context = context_of(op, shape)
     contest = (gated_linear if op == "gated_linear" else linear).contest(context)
-    variant = tune.choices(contest).get(bucket or 0)
-    if not isinstance(variant, Gemv | Streamed):
-        return
-    weight_rows, width = contest.weight_rows, shape["in_features"]
-    nbytes = weight_rows * width * 2
-    run_plain = variant.build(rows, context, contest.outputs)
     role = Role.ADDS if joined == "add_linear" else Role.NORMED
-    run_joined = getattr(normed_linear, joined)(
-        context, normed_linear.with_role({rows: variant}, role)
-    )
-    out, x, scales = randn(rows, contest.outputs), randn(rows, width), randn(contest.outputs)
+    found = {
+        rows: list(with_role(dict(enumerate(contest.variants[rows])), role).values())
+        for rows in ROWS_ALONE
+    }
+    sources = [(v.source, v.constants(rows, context)) for rows in found for v in found[rows]]
+    compile_ahead(DEVICE, BF16, sources)
+    chosen = tune.choices(contest)
+    known = tune._Table.of(0).entries[contest.key]
+    for rows, variants in found.items():
+        times = {v.name: alone(context, joined, contest, rows, v) for v in variants}
+        if rows in chosen and times:
+            mine, best = chosen[rows].name, min(times, key=lambda one: times[one])
+            report(
+                "norms",
+                f"{name} {label} {rows} rows, {role.name.lower()}",
+                times[mine],
+                contest.weight_rows * shape["in_features"] * 2,
+                plain=known[str(rows)][mine],
+                chosen=mine,
+                best=f"{best} {times[best]:.2f}",
+            )
+
+
+def alone(
+    context: OpContext, joined: str, contest: tune.Contest, rows: int, variant: Gemv | Streamed
+) -> float:
+    """Microseconds of one variant, with weights that no cache holds."""
+    width = context["in_features"]
+    call = getattr(normed_linear, joined)(context, {rows: variant})
+    x, out, scales = randn(rows, width), randn(rows, contest.outputs), randn(contest.outputs)
     squares = torch.ones(rows, 64, device=DEVICE)
 
-    def plain() -> Callable[[], object]:
-        weight = randn(weight_rows, width)
-        return functools.partial(run_plain, x, weight, None, out, rows)
+    def make() -> Callable[[], object]:
+        weight = torch.empty(contest.weight_rows, width, dtype=BF16, device=DEVICE).normal_(0, 0.02)
+        if joined == "add_linear":
+            return functools.partial(call, x, weight, out, scales)
+        return functools.partial(call, x, x, squares, weight)
 
-    def with_role() -> Callable[[], object]:
-        weight = randn(weight_rows, width)
-        if role is Role.ADDS:
-            return functools.partial(run_joined, x, weight, out, scales)
-        return functools.partial(run_joined, x, x, squares, weight)
-
-    times = [tune.graph_time(rotated(nbytes, make), 64) for make in (plain, with_role)]
-    more = {"plain": round(times[0], 2), "variant": variant.name}
-    report("norms", f"{name} {label} {rows} rows, {role.name.lower()}", times[1], nbytes, **more)
+    return tune.graph_time(rotated(contest.weight_rows * width * 2, make), 64)
