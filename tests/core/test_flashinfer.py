@@ -21,6 +21,7 @@ from llmfw.errors import KernelError
 from llmfw.kernels.cupy import attention as mixed
 from llmfw.kernels.cupy.attention import context_batch
 from llmfw.kernels.cupy.declarations import KERNELS as CUPY
+from llmfw.kernels.cupy.prefill import ContextBatch
 from llmfw.kernels.flashinfer import attention, declarations, pack
 from llmfw.kernels.flashinfer.attention import PagedPrefill
 from llmfw.kernels.flashinfer.pages import indices_of, pages_of
@@ -261,6 +262,37 @@ def test_short_prompts_stay_with_the_kernel_for_generations(
     assert library[0].plans == 1  # that of one token, which loads the kernels
 
 
+def test_prompts_in_between_are_gathered(
+    library: list[Wrapper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work counts the keys that are seen: of a whole prompt half of them, no more than a window."""
+    ctx = context(dtype=torch.float32)
+    paged, served = PagedPrefill(ctx), []
+
+    class Gathering:
+        def serves(self, batch: ContextBatch) -> bool:
+            return batch.max_kv >= 100
+
+        def __call__(self, q: torch.Tensor, *rest: Any) -> torch.Tensor:
+            served.append(len(q))
+            return q
+
+    first = attention.FirstOf(paged, Gathering())
+    for requests, works in ((((100, 100),), 5000), (((10, 90), (20, 100)), 10 * 85 + 20 * 90)):
+        (q, k, v, metadata, view, scale), _ = arguments(ctx, requests, len(requests))
+        batch = context_batch(metadata)
+        assert paged.work(batch) == 4 * works * 8 * 64
+        for least, gathered in ((paged.work(batch), []), (paged.work(batch) + 1, [len(q)])):
+            monkeypatch.setattr(attention, "LEAST_WORK", least)
+            assert first.serves(batch)
+            served.clear()
+            first(q, k, v, view.block_tables, batch, scale, None)
+            assert served == gathered
+    windowed = PagedPrefill(context(dtype=torch.float32, window=30))
+    assert windowed.work(batch) == 4 * 30 * 30 * 8 * 64
+    assert not first.serves(context_batch(arguments(ctx, ((9, 9),), 1)[0][3]))
+
+
 def test_a_step_is_planned_once_for_all_layers(
     library: list[Wrapper], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,9 +344,16 @@ def test_the_device_says_which_kernels(
     monkeypatch.setitem(attention.WORKSPACE, "fa2", 1 << 10)
     call, _ = attend(context(info), monkeypatch)
     assert library[0].backend == backend
-    assert call.details == f"context requests by FlashInfer's {backend}"
+    assert call.details == f"long prompts by FlashInfer's {backend}"
+
+
+def test_it_goes_first_only_where_it_was_measured() -> None:
     newer = replace(HOPPER, features=HOPPER.features | {"sm_100"})
-    assert attention.backend_of(newer) == "fa2"
+    cupy = next(each.priority for each in CUPY if each.name == declarations.BASE)
+    for info, first in ((HOPPER, True), (AMPERE, False), (newer, False)):
+        (kernel,) = pack.llmfw_kernels(info)
+        assert (kernel.priority > cupy) == first
+        assert (kernel.priority < 0) != first
 
 
 def test_without_the_library_the_reason_says_what_to_install(

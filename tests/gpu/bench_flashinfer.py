@@ -20,29 +20,35 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu.bench_common import BF16, DEVICE, attention_shape, context_of
-from gpu.kernel_cases import Arguments, Batch, attention_arguments
+from gpu.bench_common import DEVICE, attention_shape, context_of, randn
+from gpu.kernel_cases import Arguments, Batch
 from llmfw.kernels.cupy import attention as mixed
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.kernels.flashinfer.attention import PagedPrefill
+from llmfw.ops.inputs import paged_batch
 from llmfw.ops.kernel import OpContext
 
-LAYERS = 8
-STEPS = 5
+LAYERS = 16
+STEPS = 4
+AHEAD = 12_000_000  # cycles that the device waits, so that its time is not the host's
 MOST_PAGED = 2e11  # operations; beyond them it is known to be slower than flash attention
 Step = Callable[[], object]
 BATCHES = {
     "8 x 2048": Batch(((2048, 2048),) * 8, contexts=8),
     "1 x 8192": Batch(((8192, 8192),), contexts=1),
     "2048 after 6144": Batch(((2048, 8192),), contexts=1),
-    "512 after 7680": Batch(((512, 8192),), contexts=1),
     "32 x 256 after 1024": Batch(((256, 1280),) * 32, contexts=32),
-    "4 x 512": Batch(((512, 512),) * 4, contexts=4),
-    "16 x 128": Batch(((128, 128),) * 16, contexts=16),
+}
+SHORT = {
+    "512 after 7680": Batch(((512, 8192),), contexts=1),
+    "64 after 8128": Batch(((64, 8192),), contexts=1),
+    "1 x 2048": Batch(((2048, 2048),), contexts=1),
     "1 x 1024": Batch(((1024, 1024),), contexts=1),
     "1 x 512": Batch(((512, 512),), contexts=1),
     "1 x 256": Batch(((256, 256),), contexts=1),
-    "1 x 128": Batch(((128, 128),), contexts=1),
+    "4 x 512": Batch(((512, 512),) * 4, contexts=4),
+    "16 x 128": Batch(((128, 128),) * 16, contexts=16),
+    "128 x 128": Batch(((128, 128),) * 128, contexts=128),
     "1 x 128 after 2048": Batch(((128, 2176),), contexts=1),
     "8 x 16 after 2048": Batch(((16, 2064),) * 8, contexts=8),
 }
@@ -90,6 +96,19 @@ def operations(shape: dict[str, int], batch: Batch) -> float:
     return 4.0 * pairs * shape["num_heads"] * shape["head_dim"]
 
 
+def drawn(shape: dict[str, int], batch: Batch) -> Arguments:
+    """Arguments of the op, drawn on the device."""
+    generator = torch.Generator().manual_seed(0)
+    metadata, view, blocks = paged_batch(
+        batch.lengths, batch.contexts, shape["block_size"], generator, DEVICE
+    )
+    kv_shape = (blocks, shape["block_size"], shape["num_kv_heads"], shape["head_dim"])
+    q = randn(sum(metadata.query_lens), shape["num_heads"], shape["head_dim"])
+    args = (q, randn(*kv_shape), randn(*kv_shape), metadata, view, shape["head_dim"] ** -0.5)
+    limits = {"window": shape["window"] or None, "softcap": 20.0 if shape["softcap"] else None}
+    return args, limits
+
+
 def step_of(call: Callable[..., torch.Tensor], arguments: Arguments) -> Step:
     """All layers of a batch, planned anew in each step."""
     (q, k, v, metadata, *rest), kwargs = arguments
@@ -109,6 +128,7 @@ def measure(steps: dict[str, Step]) -> dict[str, tuple[float, float]]:
         for name, step in steps.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+            torch.cuda._sleep(AHEAD)
             begin = time.perf_counter()
             start.record()
             step()
@@ -126,8 +146,7 @@ def rows_of(label: str, shape: dict[str, int], batches: dict[str, Batch]) -> lis
     context = context_of("paged_attention", shape)
     calls, rows = ways(context), []
     for name, batch in batches.items():
-        generator = torch.Generator().manual_seed(0)
-        arguments = attention_arguments(DEVICE, BF16, generator, shape, batch)
+        arguments = drawn(shape, batch)
         steps = {
             way: step_of(call, arguments)
             for way, call in calls.items()
@@ -156,15 +175,20 @@ def rows_of(label: str, shape: dict[str, int], batches: dict[str, Batch]) -> lis
 
 def main() -> None:
     """All shapes."""
-    rows = rows_of("L", attention_shape("L"), BATCHES)
-    few = {name: BATCHES[name] for name in ("8 x 2048", "2048 after 6144", "32 x 256 after 1024")}
     plain = attention_shape("L")
-    rows += rows_of("L window", {**plain, "window": 1024}, few)
-    rows += rows_of("L softcap", {**plain, "softcap": 1}, few)
-    gemma = {**plain, "num_heads": 16, "head_dim": 256, "v_head_dim": 256}
-    rows += rows_of("256", gemma, few)
-    rows += rows_of("256 softcap", {**gemma, "softcap": 1}, few)
-    rows += rows_of("64", {**plain, "head_dim": 64, "v_head_dim": 64}, few)
+    wide = {**plain, "num_heads": 16, "head_dim": 256, "v_head_dim": 256}
+    shapes = {
+        "L": plain,
+        "L softcap": {**plain, "softcap": 1},
+        "L window": {**plain, "window": 1024},
+        "256": wide,
+        "256 softcap": {**wide, "softcap": 1},
+        "64": {**plain, "head_dim": 64, "v_head_dim": 64},
+    }
+    rows = rows_of("L", plain, BATCHES | SHORT)
+    few = {name: SHORT[name] for name in ("1 x 2048", "1 x 512", "8 x 16 after 2048")}
+    for label, shape in list(shapes.items())[1:]:
+        rows += rows_of(label, shape, BATCHES | few)
     if os.environ.get("OUT"):
         Path(os.environ["OUT"], "flashinfer.json").write_text(json.dumps(rows, indent=1))
 

@@ -23,18 +23,25 @@ from gpu.kernel_cases import (
 )
 from llmfw import LLM, SamplingParams
 from llmfw.kernels.flashinfer import attention
-from llmfw.kernels.flashinfer.declarations import KERNELS
+from llmfw.kernels.flashinfer.declarations import FlashInferPack
 from llmfw.ops.kernel import DeviceInfo, Kernel
 from llmfw.ops.reference import REFERENCES
 
-(KERNEL,) = KERNELS
 DEVICE = torch.device("cuda", 0)
-MISSING = KERNEL.missing(DeviceInfo(DEVICE, FEATURES)) if torch.cuda.is_available() else None
+INFO = DeviceInfo(DEVICE, FEATURES)
+(KERNEL,) = FlashInferPack().llmfw_kernels(INFO)
+MISSING = KERNEL.missing(INFO) if torch.cuda.is_available() else None
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short they are."""
+    monkeypatch.setattr(attention, "LEAST_WORK", 0.0)
 
 
 def served() -> Iterator[Case]:
@@ -56,8 +63,7 @@ def built(kernel: Kernel, case: Case) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("case", list(served()), ids=str)
-def test_it_gives_what_the_reference_gives(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LEAST_WORK", 0.0)
+def test_it_gives_what_the_reference_gives(case: Case) -> None:
     call = built(KERNEL, case)
     args, kwargs = case.draw(DEVICE, case.context(DEVICE).dtype, torch.Generator().manual_seed(0))
     expected = REFERENCES["paged_attention"](*args, **kwargs)
@@ -134,15 +140,14 @@ SHAPE = {
 }
 
 
-def test_a_model_answers_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_answers_by_it(tmp_path: Path) -> None:
     """Chunked prompts beside requests that generate; decode steps stay the other pack's."""
     built(KERNEL, big_case())
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr(attention, "LEAST_WORK", 0.0)
     prompts = [[(3 * i + n) % 1000 for i in range(n)] for n in (700, 40, 300, 5)]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
     found = []
-    for kernels, serves in (("auto", "cupy"), ("flashinfer", "flashinfer")):
+    for kernels, serves in (("-flashinfer", "cupy"), ("flashinfer", "flashinfer")):
         with LLM(
             tmp_path,
             device="cuda",

@@ -1,7 +1,7 @@
 """The op `paged_attention` with context requests by FlashInfer (Ye et al., 2025, arXiv:2501.01005).
 
-FlashInfer reads K and V where they lie in the cache: nothing is gathered. Generation requests go
-by the CuPy pack's kernel.
+FlashInfer reads K and V where they lie in the cache: nothing is gathered. Generation requests, and
+prompts too short to pay for planning, go by the CuPy pack's ways.
 """
 
 from __future__ import annotations
@@ -14,28 +14,51 @@ import torch
 
 from llmfw.kernels.cupy.attention import mixed_attention
 from llmfw.kernels.cupy.paged_plan import Heads
-from llmfw.kernels.cupy.prefill import ContextBatch
+from llmfw.kernels.cupy.prefill import ContextAttention, ContextBatch, Prefill
+from llmfw.kernels.flashinfer.declarations import backend_of
 from llmfw.kernels.flashinfer.pages import host_ints, indices_of, pages_of, starts_of
-from llmfw.ops.kernel import DeviceInfo, OpContext
+from llmfw.ops.kernel import OpContext
 
 # Bytes that FlashInfer wants for partial results: what its documentation recommends. Its kernels
 # for compute capability 9.0 split no keys and leave none.
 WORKSPACE = {"fa2": 128 << 20, "fa3": 1 << 20}
-LEAST_WORK = 2e9  # operations; below them paged_decode's single launch is quicker
+LEAST_WORK = 2e10  # operations; below them the CuPy pack's launches are quicker than a plan
 LN_2 = math.log(2.0)  # FlashInfer's logarithms are to the base 2
 
 
 def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `paged_attention` for one head layout; compiles or loads FlashInfer's kernels."""
     prefill = PagedPrefill(context)
-    attend = mixed_attention(context, prefill)
-    attend.details = f"context requests by FlashInfer's {prefill.backend}"  # type: ignore[attr-defined]
+    attend = mixed_attention(context, FirstOf(prefill, Prefill(context)))
+    attend.details = f"long prompts by FlashInfer's {prefill.backend}"  # type: ignore[attr-defined]
     return attend
 
 
-def backend_of(info: DeviceInfo) -> str:
-    """FlashInfer's kernels for a device: FlashAttention 3's way on 9.0, else FlashAttention 2's."""
-    return "fa3" if "sm_90" in info.features and "sm_100" not in info.features else "fa2"
+class FirstOf:
+    """Attention of context requests by the first way that serves a batch."""
+
+    def __init__(self, *ways: ContextAttention) -> None:
+        self._ways = ways
+
+    def serves(self, batch: ContextBatch) -> bool:
+        """Whether any of them does."""
+        return any(way.serves(batch) for way in self._ways)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        batch: ContextBatch,
+        scale: float,
+        window: int | None,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """As the one that serves the batch."""
+        way = next(way for way in self._ways if way.serves(batch))
+        return way(q, k_cache, v_cache, block_tables, batch, scale, window, sinks, softcap)
 
 
 class PagedPrefill:
@@ -70,10 +93,17 @@ class PagedPrefill:
         self._plan((1,), (1,), table, 1.0, self._window or None, softcap)
 
     def serves(self, batch: ContextBatch) -> bool:
-        """Whether it is worth its launches and its plan."""
-        heads = self.heads
-        work = 4.0 * batch.requests * batch.max_q * batch.max_kv * heads.num_heads * heads.head_dim
-        return work >= LEAST_WORK
+        """Whether it is worth a plan."""
+        return self.work(batch) >= LEAST_WORK
+
+    def work(self, batch: ContextBatch) -> float:
+        """Operations of a batch: products of queries with the keys that they see, and of values."""
+        heads, seen = self.heads, self._window or batch.max_kv
+        pairs = sum(
+            new * min(total - new / 2, seen)
+            for new, total in zip(batch.query_lens, batch.kv_lens, strict=True)
+        )
+        return 4.0 * pairs * heads.num_heads * heads.head_dim
 
     def __call__(
         self,

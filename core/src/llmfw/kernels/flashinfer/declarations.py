@@ -18,8 +18,9 @@ OLDEST = "0.7"
 READY_MADE = "flashinfer_jit_cache"  # the import name of its package of compiled kernels
 HEAD_DIMS = (64, 128, 256)
 CUDA_FOLDER = Path("/usr/local/cuda")  # where FlashInfer looks last
-ON_REQUEST = -1  # a priority that serves only when asked for by name
 BASE = "cupy.paged_attention"
+PRIORITY = 110  # above the kernel it builds on, where that was measured to be slower;
+ON_REQUEST = -1  # elsewhere it serves only when asked for by name
 
 
 def available(info: DeviceInfo) -> str | None:
@@ -73,20 +74,10 @@ def supports(context: OpContext) -> str | None:
     return None
 
 
-KERNELS: tuple[Kernel, ...] = (
-    Kernel(
-        op="paged_attention",
-        name="flashinfer.paged_attention",
-        factory="llmfw.kernels.flashinfer.attention:paged_attention",
-        requires=("cuda", "sm_80", "cupy"),
-        dtypes=("bfloat16", "float16"),
-        supports=supports,
-        priority=ON_REQUEST,
-        tolerance={"bfloat16": 8e-3, "float16": 1e-3},
-        available=available,
-        builds_on=BASE,
-    ),
-)
+def backend_of(device: DeviceInfo) -> str:
+    """FlashInfer's kernels for a device: FlashAttention 3's way on 9.0, else FlashAttention 2's."""
+    hopper = "sm_90" in device.features and "sm_100" not in device.features
+    return "fa3" if hopper else "fa2"
 
 
 class FlashInferPack:
@@ -94,5 +85,18 @@ class FlashInferPack:
 
     @hookimpl
     def llmfw_kernels(self, device: DeviceInfo) -> list[Kernel]:
-        """All kernels; each says itself what it requires."""
-        return list(KERNELS)
+        """The pack's kernel; it says itself what it requires."""
+        return [
+            Kernel(
+                op="paged_attention",
+                name="flashinfer.paged_attention",
+                factory="llmfw.kernels.flashinfer.attention:paged_attention",
+                requires=("cuda", "sm_80", "cupy"),
+                dtypes=("bfloat16", "float16"),
+                supports=supports,
+                priority=PRIORITY if backend_of(device) == "fa3" else ON_REQUEST,
+                tolerance={"bfloat16": 8e-3, "float16": 1e-3},
+                available=available,
+                builds_on=BASE,
+            )
+        ]
