@@ -88,13 +88,15 @@ class Linear(Layer):
         from llmfw.quantization import method_for
 
         self.dtype = self.dtype or config.dtype
-        names = [name.rpartition(".")[0] + "." + shard.name for shard in self.weight_shards] or [
-            name
-        ]
-        self.method = method_for(config.quant_config, names)
+        self.method = method_for(config.quant_config, self.weight_names(name))
         self.method.create_weights(self, self.dtype)
         self._kernel = self.method.resolve(self, config)
         self._apply_weights = self._kernel
+
+    def weight_names(self, name: str) -> list[str]:
+        """The checkpoint's layers that make this one, whose place in the tree is `name`."""
+        parent = name.rpartition(".")[0]
+        return [f"{parent}.{shard.name}" for shard in self.weight_shards] or [name]
 
     def post_load(self) -> None:
         """Let the kernel bring the weight into the layout that it reads."""
@@ -134,6 +136,20 @@ class RowLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, parallel="row", **kwargs)
+
+
+def is_plain(linear: nn.Module, name: str, config: ModelConfig[Any]) -> bool:
+    """Whether it is core's own layer over an unquantised weight of the model's dtype.
+
+    Then another op may do its product. `name` is its place in the tree.
+    """
+    from llmfw.quantization import method_for
+    from llmfw.quantization.unquantized import UnquantizedLinearMethod
+
+    if type(linear) is not Linear or linear.dtype not in (None, config.dtype):
+        return False
+    method = method_for(config.quant_config, linear.weight_names(name))
+    return isinstance(method, UnquantizedLinearMethod)
 
 
 def _unbound(*_: Any) -> torch.Tensor:

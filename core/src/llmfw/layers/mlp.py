@@ -15,9 +15,7 @@ from llmfw.layers.activation import (
     gated_product,
 )
 from llmfw.layers.layer import Layer
-from llmfw.layers.linear import Linear
-from llmfw.quantization import method_for
-from llmfw.quantization.unquantized import UnquantizedLinearMethod
+from llmfw.layers.linear import is_plain
 
 if TYPE_CHECKING:
     from llmfw.config import ModelConfig
@@ -124,7 +122,9 @@ class GatedMLP(Layer):
         local = self.intermediate_size // config.mapping.tp_size
         self._act_and_mul = gated_product(self.act_name, config, local)
         self._gated_linear: Callable[..., torch.Tensor] | None = None
-        if gated_op(self.act_name) == "silu_and_mul" and self._product_is_plain(name, config):
+        product = f"{name}.gate_up_proj"
+        silu = gated_op(self.act_name) == "silu_and_mul"
+        if silu and is_plain(self.gate_up_proj, product, config):
             self._gated_linear = config.ops.find(
                 "gated_linear",
                 config.dtype,
@@ -132,14 +132,6 @@ class GatedMLP(Layer):
                 intermediate_size=local,
                 bias=int(self.has_bias),
             )
-
-    def _product_is_plain(self, name: str, config: ModelConfig[Any]) -> bool:
-        """Whether gate_up_proj is core's own linear layer over a weight of the model's dtype."""
-        product = self.gate_up_proj
-        if type(product) is not Linear or product.dtype not in (None, config.dtype):
-            return False
-        shards = [f"{name}.{shard.name}" for shard in product.weight_shards]
-        return isinstance(method_for(config.quant_config, shards), UnquantizedLinearMethod)
 
     def post_load(self) -> None:
         """Keep to the product's own kernel where it brought the weight into a layout of its own."""

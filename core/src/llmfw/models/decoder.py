@@ -10,6 +10,7 @@ from torch import nn
 from llmfw.attention.metadata import AttentionMetadata
 from llmfw.config import ModelConfig, TConfig
 from llmfw.layers.layer import Layer
+from llmfw.models.shared_norms import SharedNorms, shared_norms
 from llmfw.models.spec import DecoderSpec
 
 LayerOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
@@ -35,6 +36,7 @@ class StockDecoderLayer(DecoderLayer):
     def __init__(self, config: ModelConfig[Any], layer_idx: int, spec: DecoderSpec) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.hidden_size = spec.hidden_size
         self.residual_scale = spec.residual_scale
         self.block = spec.block
         make = config.make
@@ -57,6 +59,12 @@ class StockDecoderLayer(DecoderLayer):
             )
         for role in _NORMS[spec.block]:
             self.add_module(role, make("norm", role, layer_idx=layer_idx, **norm_arguments(spec)))
+
+    @property
+    def divides_norms(self) -> bool:
+        """Whether each norm stands between two products, as `SharedNorms` takes it."""
+        own = type(self) is StockDecoderLayer
+        return own and self.block == "sequential" and self.residual_scale is None
 
     def forward(
         self,
@@ -249,7 +257,17 @@ class DecoderModel(Layer, Generic[TConfig]):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids, position_ids)
-        hidden, residual = inputs_embeds, None
+        return self.run_layers(position_ids, inputs_embeds, attn_metadata, **kwargs)
+
+    def run_layers(
+        self,
+        position_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """All layers and the last norm: [tokens, hidden_size] -> [tokens, hidden_size]."""
+        residual: torch.Tensor | None = None
         for layer in self.layers:
             output = layer(
                 position_ids=position_ids,
@@ -298,6 +316,29 @@ class StockDecoderModel(DecoderModel[Any]):
             for index in range(spec.num_layers)
         )
         self.norm = make("norm", "norm", **norm_arguments(spec))
+        self._shared_norms: SharedNorms | None = None
+
+    def bind(self, name: str, config: ModelConfig[Any]) -> None:
+        """Find the kernels that norms can be parts of."""
+        self._shared_norms = shared_norms(self.layers, self.norm, name, config)
+
+    def post_load(self) -> None:
+        """Keep to the layers' own forward where a kernel brought a weight into another layout."""
+        if self._shared_norms is not None and not self._shared_norms.weights_as_loaded:
+            self._shared_norms = None
+
+    def run_layers(
+        self,
+        position_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the decoder's, and for few rows with norms inside the products beside them."""
+        shared = self._shared_norms
+        if shared is not None and not kwargs and shared.serves(hidden):
+            return shared(position_ids, hidden, attn_metadata)
+        return super().run_layers(position_ids, hidden, attn_metadata, **kwargs)
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Embedding, with learned positions where the decoder has them."""
