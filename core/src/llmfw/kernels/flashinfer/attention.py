@@ -6,6 +6,7 @@ prompts too short to pay for planning, go by the CuPy pack's ways.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ from llmfw.kernels.cupy.prefill import ContextAttention, ContextBatch, Prefill
 from llmfw.kernels.flashinfer.declarations import backend_of
 from llmfw.kernels.flashinfer.pages import host_ints, indices_of, pages_of, starts_of
 from llmfw.ops.kernel import OpContext
+
+logger = logging.getLogger("llmfw.kernels.flashinfer")
 
 # Bytes that FlashInfer wants for partial results: what its documentation recommends. Its kernels
 # for compute capability 9.0 split no keys and leave none.
@@ -88,6 +91,7 @@ class PagedPrefill:
 
     def _plan_one_token(self) -> None:
         """FlashInfer compiles or loads its kernels when it first plans: what fails, fails here."""
+        logger.info("FlashInfer loads its %s kernels, or compiles them once", self.backend)
         table = torch.zeros(1, 1, dtype=torch.int32, device=self._device)
         softcap = 1.0 if self.heads.softcap else None
         self._plan((1,), (1,), table, 1.0, self._window or None, softcap)
