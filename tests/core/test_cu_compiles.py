@@ -99,6 +99,7 @@ USES: dict[str, list[dict[str, int | str]]] = {
     ],
     "prepare_decode.cu": [{"DTYPE": BF16}],
     "argmax.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
+    "draw_cut.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
     "draw_tokens.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "WIDTH": 1, "VOCAB": 77}],
     "copy_blocks.cu": [{"DTYPE": BF16}],
     "penalise.cu": [{"DTYPE": F32}],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmfw.kernels.cpu.declare import kernels
 from llmfw.ops.device import device_info
 from llmfw.ops.kernel import OpContext
-from llmfw.ops.reference_draw import FULL, draw_tokens, masses
+from llmfw.ops.reference_draw import FULL, UNIT, draw_tokens, masses
 from llmfw.ops.reference_step import argmax
 
 LOG2E = float(torch.tensor(math.log2(math.e)))
@@ -23,12 +23,13 @@ LOG2E = float(torch.tensor(math.log2(math.e)))
 def by_definition(logits: torch.Tensor, numbers: list[float]) -> int:
     """One row's token, token by token with whole numbers."""
     scale, top_k, top_p, farthest, uniform = numbers
-    distance = (logits.max() - logits) * torch.tensor(scale, dtype=torch.float32)
+    distance = (logits.max() - logits) * torch.tensor(scale / UNIT, dtype=torch.float32)
+    distance.clamp_max_(1.0)
     mass = [int(each) for each in masses(distance)]
     far = distance.tolist()
     order = sorted(range(len(far)), key=far.__getitem__)
     first = order[: int(top_k)] if top_k else order
-    limit = min(farthest, far[first[-1]])
+    limit = min(farthest / UNIT, far[first[-1]])
     if top_p < 1.0:
         wanted = Fraction(float(sum(mass[i] for i in first)) * top_p)
         reached, index = 0, -1
@@ -57,15 +58,15 @@ def own_kernels(vocab: int, dtype: torch.dtype) -> list[Callable[..., torch.Tens
 def test_masses_are_powers_of_two() -> None:
     distance = torch.linspace(0, 16, 100_001)
     exact = torch.exp2(FULL - distance.double())
-    assert (masses(distance) / exact - 1).abs().max() < 5e-7
-    assert masses(torch.tensor([0.0, 1.0, 40.0])).tolist() == [1 << 40, 1 << 39, 1]
-    assert masses(torch.tensor([41.0, 1e30, math.inf])).tolist() == [0, 0, 0]
+    assert (masses(distance / UNIT) / exact - 1).abs().max() < 5e-7
+    assert masses(torch.tensor([0.0, 1.0, 40.0]) / UNIT).tolist() == [1 << 40, 1 << 39, 1]
+    assert masses(torch.tensor([41.0, 63.0, 64.0]) / UNIT).tolist() == [0, 0, 0]
 
 
 def test_masses_are_the_references_to_the_last_unit() -> None:
     """Draws at the edge between two tokens: a fused product and sum would shift it."""
     distance = torch.linspace(0, 18, 20_001)
-    near = masses(distance)
+    near = masses(distance / UNIT)
     logits = torch.stack((-distance, torch.zeros_like(distance)), dim=1)
     whole = (near + masses(torch.zeros(1))).double()
     for step, token in ((-0.5, 0), (0.5, 1)):

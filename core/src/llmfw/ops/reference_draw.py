@@ -10,20 +10,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-#: A mass is 2^(FULL - distance), to 22 bits; so there is none from FULL octaves on.
+#: A mass is 2^(FULL - octaves), to 22 bits; so there is none from FULL + 1 octaves on.
 FULL = 40
-_NO_MASS = 62.0
+#: Distances are in units of so many octaves, and at most 1.
+UNIT = 64
+_STEPS = 32  # of an octave
+#: 2^x for x from -1/64 to 1/64 within 6e-8: 1 + x (slope + x square); float32 numbers.
+_SLOPE, _SQUARE = 0.6931573152542114, 0.24022650718688965
 _NUMBERS_AT_ONCE = 1 << 17  # on a CPU, so that they stay in its cache
-_DIGITS = 22
-#: 2^x for x from -1/2 to 1/2 within 1e-7, highest power first; float32 numbers.
-_EXP2 = (
-    0.001326472731307149,
-    0.009671512991189957,
-    0.05550733581185341,
-    0.24022242426872253,
-    0.6931470036506653,
-    1.0,
-)
 
 
 def draw_tokens(
@@ -72,9 +66,11 @@ def _draw(
 ) -> torch.Tensor:
     scale, top_k, top_p, farthest, uniform = parameters.unsqueeze(-1)  # [rows, 1] each
     greatest = logits.gather(1, best.clamp_min(0)[:, None]).float()
-    distance = (greatest - logits.float()).mul_(scale.float())  # [rows, vocab]
+    distance = (
+        (greatest - logits.float()).mul_(scale.float() / UNIT).clamp_max_(1.0)
+    )  # [rows, vocab]
     distance.masked_fill_(((best < 0)[:, None]) | (scale == 0), 0)
-    limit = farthest.float()
+    limit = farthest.float() / UNIT
     if cuts:
         limit = torch.minimum(limit, _limit(distance, top_k.long(), top_p))
     reached = masses(distance).masked_fill_(distance > limit, 0).cumsum(-1)
@@ -85,15 +81,14 @@ def _draw(
 
 
 def masses(distance: torch.Tensor) -> torch.Tensor:
-    """The mass of tokens so many octaves (float32, not negative) below the best: int64."""
-    near = distance.clamp_max(_NO_MASS)
-    octaves = near.round()
-    x = octaves - near
-    power = torch.full_like(x, _EXP2[0])
-    for coefficient in _EXP2[1:]:
-        power.mul_(x).add_(coefficient)
-    digits = power.add_(2.0).sub_(2.0).mul_(float(1 << _DIGITS)).long()
-    return (digits << (FULL - _DIGITS)) >> octaves.long()
+    """The mass of tokens that are so far below the best (float32, from 0 to 1, in UNITs): int64."""
+    near = distance * UNIT
+    steps = (near * _STEPS).round_()
+    x = (steps / _STEPS).sub_(near)
+    power = (x * _SQUARE).add_(_SLOPE).mul_(x).add_(1.0)
+    powers = torch.arange(UNIT * _STEPS + 1, device=distance.device).double().div_(-_STEPS).exp2_()
+    power.mul_(powers.float().take(steps.long()))
+    return power.double().mul_(1 << FULL).round_().long()
 
 
 def _sorted(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 namespace llmfw {
@@ -26,8 +25,8 @@ class Drawing {
  public:
   template <class T>
   int64_t run(const T* logits, int64_t vocab, int64_t best, const DrawRow& row) {
-    measure(logits, vocab, to_float(logits[best]), row.scale);
-    float limit = row.farthest;
+    measure(logits, vocab, to_float(logits[best]), row.scale / kUnit);
+    float limit = row.farthest / kUnit;
     if (row.top_k > 0) limit = std::min(limit, among_best(std::min(row.top_k, vocab), row.top_p));
     else if (row.top_p < 1.0) limit = std::min(limit, nucleus(row.top_p));
     return draw(limit, row.uniform);
@@ -36,46 +35,47 @@ class Drawing {
  private:
   static constexpr int64_t kTile = 1024;
   static constexpr int kBins = 2048;
-  static constexpr float kBinsAnOctave = 48.0f;
-  static constexpr float kFar = std::numeric_limits<float>::infinity();
+  static constexpr float kUnit = 64.0f;  // octaves of a distance of 1, beyond which all counts as 1
+  static constexpr float kPlaces = 3072.0f;  // bins in that; all beyond the last are in it
 
   template <class T>
   void measure(const T* logits, int64_t vocab, float greatest, float scale) {
     tiles_ = (vocab + kTile - 1) / kTile;
-    distance_.assign(tiles_ * kTile, kFar);
+    distance_.assign(tiles_ * kTile, 1.0f);
     nearest_.resize(tiles_);
     for (int64_t i = 0; i < vocab; i++) {
       const float below = greatest - to_float(logits[i]);
-      distance_[i] = below * scale;
+      const float distance = below * scale;
+      distance_[i] = distance < 1.0f ? distance : 1.0f;
     }
     for (int64_t tile = 0; tile < tiles_; tile++) {
       const float* x = &distance_[tile * kTile];
-      float nearest = kFar;
+      float nearest = 1.0f;
       for (int64_t i = 0; i < kTile; i++) nearest = x[i] < nearest ? x[i] : nearest;
       nearest_[tile] = nearest;
     }
   }
 
   static uint64_t mass_of(float distance) {
-    const float near = distance < 62.0f ? distance : 62.0f;
-    const float shifted = near + 12582912.0f;  // 1.5 * 2^23: the sum's last bit is one octave
-    const float octaves = shifted - 12582912.0f;
-    const float x = octaves - near;
-    float p = 0.001326472731307149f;
-    for (float coefficient : {0.009671512991189957f, 0.05550733581185341f, 0.24022242426872253f, 0.6931470036506653f,
-                              1.0f}) {
-      p = p * x;
-      p = p + coefficient;
-    }
-    p = p + 2.0f;
-    uint32_t digits, whole;
-    std::memcpy(&digits, &p, sizeof digits);
-    std::memcpy(&whole, &shifted, sizeof whole);
-    return static_cast<uint64_t>(digits & 0x7fffff) << 18 >> (whole & 63);
+    const float shifted = distance + 6144.0f;  // 1.5 * 2^12: the sum's last bit is 1/32 octave
+    const float x = (shifted - 6144.0f) - distance;
+    float p = x * 983.9677734375f;
+    p = p + 44.36206817626953f;
+    p = p * x;
+    p = p + 1.0f;
+    uint32_t steps;
+    std::memcpy(&steps, &shifted, sizeof steps);
+    const uint32_t bits = kPowers[steps % 32] - (steps << 18);
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    const double mass = static_cast<double>(p * power) * 0x1p40 + 0x1.8p52;  // the sum's last bit is 1
+    uint64_t whole;
+    std::memcpy(&whole, &mass, sizeof whole);
+    return whole & ((uint64_t{1} << 51) - 1);
   }
 
   static int bin_of(float distance) {
-    const float place = distance * kBinsAnOctave;
+    const float place = distance * kPlaces;
     return static_cast<int>(place < kBins - 1 ? place : kBins - 1);
   }
 
@@ -159,8 +159,15 @@ class Drawing {
     }
   }
 
+  // Bits of 2^(-i / 32), plus i << 18: less n << 18 they are those of 2^(-n / 32), where i = n % 32.
+  static constexpr uint32_t kPowers[32] = {
+      0x3f800000, 0x3f7e83b3, 0x3f7d257d, 0x3f7be4ba, 0x3f7ac0c7, 0x3f79b907, 0x3f78ccdf, 0x3f77fbb8,
+      0x3f7744fd, 0x3f76a81e, 0x3f76248c, 0x3f75b9be, 0x3f75672a, 0x3f752c4d, 0x3f7508a4, 0x3f74fbaf,
+      0x3f7504f3, 0x3f7523f6, 0x3f75583f, 0x3f75a15b, 0x3f75fed7, 0x3f767043, 0x3f76f532, 0x3f778d3a,
+      0x3f7837f0, 0x3f78f4f0, 0x3f79c3d3, 0x3f7aa43a, 0x3f7b95c2, 0x3f7c980f, 0x3f7daac3, 0x3f7ecd87};
+
   int64_t tiles_ = 0;
-  std::vector<float> distance_, nearest_, listed_;  // distances of all, padded with infinity; least of each tile
+  std::vector<float> distance_, nearest_, listed_;  // distances of all, padded with 1; least of each tile
   std::vector<uint64_t> table_, sums_;
 };
 

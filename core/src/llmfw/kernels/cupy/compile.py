@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parent
 HEADERS = (
     "common.cuh",
     "ptx.cuh",
+    "draw.cuh",
     "hopper.cuh",
     "joined.cuh",
     "latent.cuh",

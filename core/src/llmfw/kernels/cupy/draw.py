@@ -1,5 +1,5 @@
-"""Launcher of draw_tokens.cu: a seeded draw by temperature, top_k, top_p and min_p, in one or two
-launches, without sorting.
+"""Launcher of draw_cut.cu and draw_tokens.cu: a seeded draw by temperature, top_k, top_p and min_p,
+in one or two launches, without sorting.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from llmfw.ops.kernel import OpContext
 
 THREADS = 256
 EACH = 32  # tokens of a lane in a warp's step
-MIN_BLOCKS = 2  # of a multiprocessor, for which registers are left
-BINS = 2048
+MIN_BLOCKS = 4  # of a multiprocessor, for which registers are left
+AHEAD = 0  # whether a tile is read while the one before is worked on
+BINS = 3072  # of a row's distances
+SLOTS = 2048  # of the table in shared memory that holds the masses of all tiles
 ROOM = 4096  # listed tokens of a row
 BLOCKS_PER_SM = 4
 LEAST_ROWS = 32  # that the first workspace is made for
@@ -25,12 +27,13 @@ LEAST_ROWS = 32  # that the first workspace is made for
 
 @dataclass(frozen=True)
 class _Workspace:
-    """Memory of so many rows; tables and counters are zeros between launches."""
+    """Memory of so many rows; tables, counters and totals are zeros between launches."""
 
     rows: int
     tables: torch.Tensor
     counters: torch.Tensor
     cuts: torch.Tensor
+    totals: torch.Tensor
     masses: torch.Tensor
     near: torch.Tensor
 
@@ -41,9 +44,10 @@ class _Workspace:
 
         return cls(
             rows,
-            wide(rows, BINS),
+            torch.zeros(rows, BINS, dtype=torch.int32, device=device),
             torch.zeros(rows, 3, dtype=torch.int32, device=device),
             wide(rows, 2),
+            wide(rows),
             wide(rows, tiles),
             wide(rows, ROOM),
         )
@@ -52,7 +56,7 @@ class _Workspace:
 def supports(context: OpContext) -> str | None:
     """Vocabularies whose tiles fit one table."""
     vocab = context["vocab_size"]
-    return f"a vocabulary of {vocab} is too large" if vocab > BINS * 32 * EACH else None
+    return f"a vocabulary of {vocab} is too large" if vocab > SLOTS * 32 * EACH else None
 
 
 def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
@@ -61,10 +65,12 @@ def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
     width = 16 // context.dtype.itemsize
     while vocab % width:
         width //= 2
-    constants = {"THREADS": THREADS, "EACH": EACH, "MIN_BLOCKS": MIN_BLOCKS, "ROOM": ROOM}
-    module = load("draw_tokens.cu", device, context.dtype, VOCAB=vocab, WIDTH=width, **constants)
-    count = module.launcher("count_tokens", "PPPPPPq")
-    draw = module.launcher("draw_tokens", "PPPPPPPPPPq")
+    constants = {"VOCAB": vocab, "WIDTH": width, "THREADS": THREADS, "EACH": EACH, "AHEAD": AHEAD}
+    constants["MIN_BLOCKS"] = MIN_BLOCKS
+    cutting = load("draw_cut.cu", device, context.dtype, **constants)
+    drawing = load("draw_tokens.cu", device, context.dtype, ROOM=ROOM, **constants)
+    cut_rows = cutting.launcher("cut_rows", "PPPPPPq")
+    draw = drawing.launcher("draw_tokens", "PPPPPPPPPPPq")
     tiles = -(-vocab // (32 * EACH))
     most = -(-tiles // (THREADS // 32))
     sms = multiprocessors(device)
@@ -94,7 +100,7 @@ def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
         counters, cut = space.counters.data_ptr(), space.cuts.data_ptr()
         if cuts:
             tables = space.tables.data_ptr()
-            count(grid, block, source, greedy, numbers, tables, counters, cut, stride)
+            cut_rows(grid, block, source, greedy, numbers, tables, counters, cut, stride)
         draw(
             grid,
             block,
@@ -104,6 +110,7 @@ def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
             numbers,
             counters,
             cut,
+            space.totals.data_ptr(),
             space.masses.data_ptr(),
             space.near.data_ptr(),
             pointer(tokens),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WARP = 32
 SELECTIVE_THREADS = 128
+SELECTIVE_ROWS = 4  # most channels of a lane where a request has one token
 SSD_ROWS, SSD_WARPS = 4, 4
 MAX_STATE = 512
 
@@ -41,10 +42,13 @@ def selective_scan(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `selective_scan` for one number of channels and size of their state."""
     channels, size, dtype = context["channels"], context["state_size"], context.dtype
     constants = {"CHANNELS": channels, "STATE": size, "THREADS": SELECTIVE_THREADS}
+    constants["MOST_ROWS"] = SELECTIVE_ROWS
     module = load("selective_scan.cu", context.info.device, dtype, **constants)
     one = module.launcher("selective_update", "PPPPPPPPPPPqqqqqqii")
     many = module.launcher("selective_scan", "PPPPPPPPPPPPqqqqqqi")
-    blocks = -(-channels * lanes_for(size) // SELECTIVE_THREADS)
+    lanes = lanes_for(size)
+    blocks = -(-channels * lanes // SELECTIVE_THREADS)
+    update_blocks = -(-channels * lanes // (SELECTIVE_THREADS * min(lanes, SELECTIVE_ROWS)))
     spans, block = Spans(), (SELECTIVE_THREADS, 1, 1)
 
     def call(
@@ -72,12 +76,12 @@ def selective_scan(context: OpContext) -> Callable[..., torch.Tensor]:
         addresses = [part.data_ptr() for part in (out, x, dt, a, b, c, d, z, dt_bias, state)]
         strides = [part.stride(0) for part in (x, dt, b, c, z, state)]
         for span in spans.of(metadata):
-            grid = (blocks, span.requests, 1)
             arguments = (*addresses, slots_address(metadata))
             if span.longest == 1:
+                grid = (update_blocks, span.requests, 1)
                 one(grid, block, *arguments, *strides, span.first, span.first_token)
             else:
-                ends = metadata.cu_query_lens.data_ptr()
+                ends, grid = metadata.cu_query_lens.data_ptr(), (blocks, span.requests, 1)
                 many(grid, block, *arguments, ends, *strides, span.first)
         return out
 

@@ -6,8 +6,8 @@
 //   slot_stride apart, 16-byte aligned; slots int64 [requests]; ends int32 [requests + 1], cumulative; out [tokens,
 //   CHANNELS] contiguous.
 // Launch: block THREADS, grid (blocks of channels, requests from `first` on); LANES lanes share a channel.
-//   selective_update takes one token a request, the first of them at first_token; selective_scan any number, one after
-//   another with h in registers, while the next piece of them is read.
+//   selective_update takes one token a request, the first of them at first_token, and has ROWS channels a lane;
+//   selective_scan any number, one after another with h in registers, while the next piece of them is read.
 #include "common.cuh"
 
 #ifndef CHANNELS
@@ -19,11 +19,15 @@
 #ifndef THREADS
 #define THREADS 128
 #endif
+#ifndef MOST_ROWS  // channels of a lane in selective_update, where as many lanes share them
+#define MOST_ROWS 4
+#endif
 
 constexpr int QUADS = STATE / 4;
 constexpr int LANES = lanes_for(QUADS);
 constexpr int PER = QUADS / LANES;             // float4s of a channel that a lane holds
 constexpr int BLOCK_CHANNELS = THREADS / LANES;
+constexpr int ROWS = LANES < MOST_ROWS ? LANES : MOST_ROWS;
 constexpr int STEPS = STATE > 256 ? 8 : LANES < 4 ? 8 * LANES : STATE <= 128 ? 32 : 16;  // tokens in shared memory
 constexpr int SHARE = (STEPS * BLOCK_CHANNELS + THREADS - 1) / THREADS;  // of their channels that a thread prepares
 constexpr int PACKS = (STEPS * QUADS + THREADS - 1) / THREADS;           // of their b and c that a thread copies
@@ -59,35 +63,53 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                      const float* d, const scalar* z, const float* dt_bias, float* state, const i64* slots,
                      i64 x_stride, i64 dt_stride, i64 b_stride, i64 c_stride, i64 z_stride, i64 slot_stride, int first,
                      int first_token) {
-  const int channel = blockIdx.x * BLOCK_CHANNELS + threadIdx.x / LANES, column = threadIdx.x % LANES * 4;
-  const bool mine = channel < CHANNELS;
-  const int own = mine ? channel : 0;  // lanes without a channel read channel 0 and write nothing
-  const i64 place = i64(own) * STATE + column;
+  const int lane = threadIdx.x % LANES, column = lane * 4;
+  const auto channel_of = [&](int i) { return (blockIdx.x * ROWS + i) * BLOCK_CHANNELS + threadIdx.x / LANES; };
+  const auto has = [&](int i) { return CHANNELS % (BLOCK_CHANNELS * ROWS) == 0 || channel_of(i) < CHANNELS; };
+  const auto place = [&](int i) { return i64(has(i) ? channel_of(i) : 0) * STATE + column; };  // none reads channel 0
   follow_older();
-  float4* row = reinterpret_cast<float4*>(state + slots[first + blockIdx.y] * slot_stride + place);
-  float4 rates[PER], h[PER];
+  float* slot = state + slots[first + blockIdx.y] * slot_stride;
+  const auto row = [&](int i) { return reinterpret_cast<float4*>(slot + place(i)); };
+  float4 rates[ROWS][PER], h[ROWS][PER];
 #pragma unroll
-  for (int j = 0; j < PER; ++j)
-    if (place % 32 == 0) fetch_l2(row + j * LANES);
-  read_rates(rates, a + place);
+  for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+    for (int j = 0; j < PER; ++j)
+      if (place(i) % 32 == 0) fetch_l2(row(i) + j * LANES);
+    read_rates(rates[i], a + place(i));
+  }
+  // Of a token's channels each lane prepares and finishes one, or none.
+  const int mine = lane / (LANES / ROWS), own = has(mine) ? channel_of(mine) : 0;
   const float skip = d[own], bias = dt_bias[own];
   follow();
 #pragma unroll
-  for (int j = 0; j < PER; ++j) h[j] = row[j * LANES];
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < PER; ++j) h[i][j] = row(i)[j * LANES];
   const i64 token = first_token + int(blockIdx.y);
   const float input = to_float(x[token * x_stride + own]);
   const float gate = to_float(z[token * z_stride + own]);
   const float step = softplus(to_float(dt[token * dt_stride + own]) + bias);
-  float sum = 0;
+  float sums[ROWS] = {};
+  float4 ins[PER], weights[PER];
 #pragma unroll
   for (int j = 0; j < PER; ++j) {
-    const float4 in = load4(b + token * b_stride + column + j * 4 * LANES);
-    const float4 weight = load4(c + token * c_stride + column + j * 4 * LANES);
-    sum += advance(h[j], rates[j], step, step * input, in, weight);
-    if (mine) store_once(row + j * LANES, h[j]);
+    ins[j] = load4(b + token * b_stride + column + j * 4 * LANES);
+    weights[j] = load4(c + token * c_stride + column + j * 4 * LANES);
   }
-  sum = group_sum<LANES>(sum);
-  if (mine && column == 0) out[token * CHANNELS + channel] = from_float((sum + skip * input) * silu(gate));
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const int from = (threadIdx.x % 32 / LANES) * LANES + i * (LANES / ROWS);
+    const float its_step = __shfl_sync(ALL, step, from), its_input = __shfl_sync(ALL, input, from);
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      sums[i] += advance(h[i][j], rates[i][j], its_step, its_step * its_input, ins[j], weights[j]);
+      if (has(i)) store_once(row(i) + j * LANES, h[i][j]);
+    }
+  }
+  Summed<ROWS, LANES>(sums).each([&](int i, float sum) {
+    if (has(i)) out[token * CHANNELS + own] = from_float((sum + skip * input) * silu(gate));
+  });
 }
 
 // What a thread prepares of a piece of tokens: numbers on their way from memory.
