@@ -22,11 +22,18 @@ _BLOCK = 16
 
 def batch_of(context: OpContext, tokens: int, kv_len: int) -> AttentionMetadata:
     """Generation requests of one token each, or one prompt, each in the slot of its number."""
-    one_each = tokens <= MOST_REQUESTS
-    requests = ((1, kv_len),) * tokens if one_each else ((tokens, tokens),)
-    generator, device = torch.Generator().manual_seed(0), context.info.device
-    metadata, _, _ = paged_batch(requests, int(not one_each), _BLOCK, generator, device)
-    return replace(metadata, state_slots=torch.arange(len(requests), device=device))
+    device = context.info.device
+    if tokens <= MOST_REQUESTS:
+        return single_tokens(tokens, kv_len, device)
+    metadata, _, _ = paged_batch(((tokens, tokens),), 1, _BLOCK, torch.Generator(), device)
+    return replace(metadata, state_slots=torch.arange(1, device=device))
+
+
+def single_tokens(requests: int, kv_len: int, device: torch.device) -> AttentionMetadata:
+    """Generation requests of one token each, each in the slot of its number."""
+    generator = torch.Generator().manual_seed(0)
+    metadata, _, _ = paged_batch(((1, kv_len),) * requests, 0, _BLOCK, generator, device)
+    return replace(metadata, state_slots=torch.arange(requests, device=device))
 
 
 def state_bytes(op: str, arguments: Sequence[Any], results: Sequence[torch.Tensor]) -> float:

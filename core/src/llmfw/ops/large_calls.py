@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from llmfw.ops.costs import Arguments
+from llmfw.ops.costs_state import single_tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ def _whole_distribution(arguments: Arguments) -> Arguments:
     columns = columns.clone()
     columns[2] = 1.0
     return logits, best, columns, False
+
+
+def _one_each(arguments: Arguments) -> Arguments:
+    """As many requests of one token, each with its own state, in place of one prompt."""
+    *given, state, _ = arguments
+    count = given[0].shape[0]
+    states = torch.randn(count, *state.shape[1:], device=state.device)
+    return *given, states, single_tokens(count, 1024, state.device)
 
 
 _HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 16}
@@ -85,7 +96,10 @@ LARGE_CALLS: Mapping[str, tuple[Call, ...]] = {
         ),
     ),
     "causal_conv1d": (Call({"channels": 8192, "kernel_size": 4}, 8192),),
-    "selective_scan": (Call({"channels": 8192, "state_size": 16}, 64),),
+    "selective_scan": (
+        Call({"channels": 8192, "state_size": 16}, 64),
+        Call({"channels": 8192, "state_size": 16}, 256, changed=_one_each, note="one each"),
+    ),
     "ssd_scan": (Call({"num_heads": 128, "head_dim": 64, "num_groups": 8, "state_size": 128}, 64),),
     "argmax": (Call(_VOCABULARY, 256), Call(_VOCABULARY, 1024)),
     "draw_tokens": (
