@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from llmfw import LLM, SamplingParams
+from llmfw.kernels.cupy import tune
 from parity import random_prompts, tiny_hf
 
 pytestmark = [
@@ -108,6 +109,27 @@ def test_each_switch_alone_changes_no_token(checkpoint, settings: dict[str, Any]
     plain = tokens(engine(folder, dtype="bfloat16"), prompts)
     switched = tokens(engine(folder, dtype="bfloat16", **settings), prompts)
     for prompt, one, other in zip(prompts, plain, switched, strict=True):
+        if one != other:  # then both are the reference's up to a tie
+            assert_within(hf, prompt, one, "bfloat16")
+            assert_within(hf, prompt, other, "bfloat16")
+
+
+def test_norms_inside_products_change_no_token(checkpoint, monkeypatch):
+    """Also where streamed.cu serves: by the first variant of up to 64 rows, without tuning."""
+    folder, hf = checkpoint
+    monkeypatch.setattr(
+        tune, "guess", lambda bucket, known: known[0] if known and bucket <= 64 else None
+    )
+    prompts = random_prompts(12, VOCAB, 1, 200, seed=3)
+    found: list[list[list[int]]] = []
+    for kernels, rows in (("-cupy.add_linear", set()), ("auto", {1, 8, 12, 33, 64})):
+        with engine(folder, dtype="bfloat16", kernels=kernels) as llm:
+            shared = llm.loaded.model.model._shared_norms
+            assert (shared is not None) == bool(rows)
+            assert rows <= (shared._rows if shared else set())
+            runs = (llm.generate(prompts, GREEDY), llm.generate(prompts[:1], GREEDY))
+            found.append([list(out.outputs[0].token_ids) for run in runs for out in run])
+    for prompt, one, other in zip([*prompts, prompts[0]], *found, strict=True):
         if one != other:  # then both are the reference's up to a tie
             assert_within(hf, prompt, one, "bfloat16")
             assert_within(hf, prompt, other, "bfloat16")
