@@ -21,7 +21,7 @@ from llmfw.errors import KernelError
 from llmfw.kernels.cupy import attention as mixed
 from llmfw.kernels.cupy.attention import context_batch
 from llmfw.kernels.cupy.declarations import KERNELS as CUPY
-from llmfw.kernels.cupy.prefill import ContextBatch
+from llmfw.kernels.cupy.prefill import ContextBatch, Prefill
 from llmfw.kernels.flashinfer import attention, declarations, pack
 from llmfw.kernels.flashinfer.attention import PagedPrefill
 from llmfw.kernels.flashinfer.pages import indices_of, pages_of
@@ -223,6 +223,7 @@ def attend(
 
     monkeypatch.setattr(mixed, "PagedDecode", decode)
     monkeypatch.setattr(attention, "LEAST_WORK", least_work)
+    monkeypatch.setattr(attention, "fills_tiles", lambda heads, batch: True)
     return KERNEL.build(ctx), made
 
 
@@ -266,6 +267,7 @@ def test_prompts_in_between_are_gathered(
     library: list[Wrapper], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work counts the keys that are seen: of a whole prompt half of them, no more than a window."""
+    monkeypatch.setattr(attention, "fills_tiles", lambda heads, batch: True)
     ctx = context(dtype=torch.float32)
     paged, served = PagedPrefill(ctx), []
 
@@ -291,6 +293,50 @@ def test_prompts_in_between_are_gathered(
     windowed = PagedPrefill(context(dtype=torch.float32, window=30))
     assert windowed.work(batch) == 4 * 30 * 30 * 8 * 64
     assert not first.serves(context_batch(arguments(ctx, ((9, 9),), 1)[0][3]))
+
+
+def test_few_queries_stay_where_keys_are_split(library: list[Wrapper]) -> None:
+    """Of a short chunk after a long prefix, unless the other kernel is slow at it anyway."""
+    long = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128}
+    wide = {**long, "head_dim": 256, "v_head_dim": 256}
+    for shape, requests, serves in (
+        (long, ((64, 30_000),), False),
+        (long, ((512, 8192),), True),
+        (long, ((512, 512),), False),  # too little work
+        (wide, ((64, 30_000),), True),
+        (wide, ((512, 512),), False),
+        ({**wide, "softcap": 1}, ((512, 512),), True),
+        ({**wide, "softcap": 1}, ((128, 128),), False),
+    ):
+        ctx = context(**shape)
+        metadata, _, _ = paged_batch(requests, 1, 16, torch.Generator(), CPU)
+        assert PagedPrefill(ctx).serves(context_batch(metadata)) == serves, (shape, requests)
+
+
+@pytest.mark.parametrize(
+    ("requests", "serves"),
+    [
+        (((64, 8192),), False),
+        (((128, 2176),), False),
+        (((16, 2064),) * 8, False),
+        (((512, 8192),), True),
+        (((128, 128),) * 16, True),
+        (((256, 256),), False),
+    ],
+)
+def test_gathering_wants_queries_that_fill_its_tiles(
+    requests: tuple[tuple[int, int], ...], serves: bool
+) -> None:
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128}
+    metadata, _, _ = paged_batch(requests, len(requests), 16, torch.Generator(), CPU)
+    assert Prefill(context(**shape)).serves(context_batch(metadata)) == serves
+
+
+def test_it_is_built_where_tensors_are_on_the_meta_device(library: list[Wrapper]) -> None:
+    with torch.device("meta"):
+        prefill = PagedPrefill(context(dtype=torch.float32))
+    assert {each.device for each in library[0].indices} == {CPU}
+    assert prefill.backend == "fa3"
 
 
 def test_a_step_is_planned_once_for_all_layers(

@@ -210,7 +210,8 @@ def prefill() -> None:
             generator = torch.Generator().manual_seed(0)
             args, kwargs = attention_arguments(DEVICE, BF16, generator, shape, batch)
             flops = 4 * count * heads * dim * (new * length - new * new // 2)
-            least = prefill_module.LEAST_WORK
+            least = prefill_module.LEAST_WORK, prefill_module.LEAST_ROWS
+            prefill_module.LEAST_ROWS = 0
             for kind, threshold in (("flash", 0.0), ("paged_decode", float("inf"))):
                 if kind == "paged_decode" and new * length > 1 << 20:
                     continue
@@ -221,7 +222,7 @@ def prefill() -> None:
                 label = f"{name} {kind} {count} x {new}/{length}"
                 report("prefill", label, us, 0, tflops=round(flops / us / 1e6, 1))
                 host_time(label, call)
-            prefill_module.LEAST_WORK = least
+            prefill_module.LEAST_WORK, prefill_module.LEAST_ROWS = least
 
 
 def host_time(label: str, call: Run) -> None:

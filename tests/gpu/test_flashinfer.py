@@ -42,6 +42,7 @@ pytestmark = [
 def all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """However short they are."""
     monkeypatch.setattr(attention, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(attention, "fills_tiles", lambda heads, batch: True)
 
 
 def served() -> Iterator[Case]:

@@ -13,12 +13,15 @@ import torch
 
 from llmfw.kernels.cupy.compile import load
 from llmfw.kernels.cupy.launch import Launcher
-from llmfw.kernels.cupy.paged_plan import Heads
+from llmfw.kernels.cupy.paged_plan import REGISTERS_DIM, Heads
 from llmfw.ops.kernel import OpContext
 
 THREADS = 256
 KEYS = 16  # that one block copies
 LEAST_WORK = 2e9  # operations; below them paged_decode's single launch is quicker
+LEAST_ROWS = (
+    6 << 10
+)  # queries of all heads; fewer fill no tiles, while paged_decode splits the keys
 
 
 class ContextAttention(Protocol):
@@ -106,6 +109,14 @@ def flash_attention(
     return out  # type: ignore[no-any-return]
 
 
+def fills_tiles(heads: Heads, batch: ContextBatch) -> bool:
+    """Whether a batch has queries enough for tiles of a hundred and more, one a multiprocessor.
+
+    Heads too wide for paged_decode's registers are slow there with however few.
+    """
+    return batch.tokens * heads.num_heads >= LEAST_ROWS or heads.head_dim > REGISTERS_DIM
+
+
 class Prefill:
     """Attention of context requests for one head layout."""
 
@@ -119,7 +130,7 @@ class Prefill:
         heads = self.heads
         plain = heads.head_dim == heads.v_dim and not heads.softcap
         work = 4.0 * batch.requests * batch.max_q * batch.max_kv * heads.num_heads * heads.head_dim
-        return plain and work >= LEAST_WORK
+        return plain and work >= LEAST_WORK and fills_tiles(heads, batch)
 
     def __call__(
         self,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from llmfw.kernels.cupy.attention import mixed_attention
-from llmfw.kernels.cupy.paged_plan import Heads
-from llmfw.kernels.cupy.prefill import ContextAttention, ContextBatch, Prefill
+from llmfw.kernels.cupy.paged_plan import REGISTERS_DIM, Heads
+from llmfw.kernels.cupy.prefill import ContextAttention, ContextBatch, Prefill, fills_tiles
 from llmfw.kernels.flashinfer.declarations import backend_of
 from llmfw.kernels.flashinfer.pages import host_ints, indices_of, pages_of, starts_of
 from llmfw.ops.kernel import OpContext
@@ -25,7 +25,8 @@ logger = logging.getLogger("llmfw.kernels.flashinfer")
 # Bytes that FlashInfer wants for partial results: what its documentation recommends. Its kernels
 # for compute capability 9.0 split no keys and leave none.
 WORKSPACE = {"fa2": 128 << 20, "fa3": 1 << 20}
-LEAST_WORK = 2e10  # operations; below them the CuPy pack's launches are quicker than a plan
+LEAST_WORK = 1e10  # operations; below them a plan and FlashInfer's calls cost more than they bring,
+LEAST_ALONE = 2e9  # or so many where the other way is paged_decode at its slowest
 LN_2 = math.log(2.0)  # FlashInfer's logarithms are to the base 2
 
 
@@ -73,32 +74,38 @@ class PagedPrefill:
     """
 
     def __init__(self, context: OpContext) -> None:
-        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
         self.heads = Heads.of(context)
         self.backend = backend_of(context.info)
         self._dtype, self._device = context.dtype, context.info.device
         self._window: int = context.shape.get("window", 0)
         size = WORKSPACE[self.backend]
         workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._wrapper: Any = BatchPrefillWithPagedKVCacheWrapper(
-            workspace, "NHD", backend=self.backend
-        )
         self._planned: tuple[object, ...] = ()
         self._alive: tuple[object, ...] = ()  # what `_planned` names by its identity
         self._uploaded = torch.cuda.Event() if self._device.type == "cuda" else None
-        self._plan_one_token()
+        with torch.device("cpu"):  # a model is built where tensors are on the meta device
+            self._wrapper = self._load(workspace)
 
-    def _plan_one_token(self) -> None:
-        """FlashInfer compiles or loads its kernels when it first plans: what fails, fails here."""
+    def _load(self, workspace: torch.Tensor) -> Any:
+        """FlashInfer's wrapper after a first plan, for which its kernels are compiled or loaded.
+
+        What fails, fails here, where another kernel may yet be chosen.
+        """
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
         logger.info("FlashInfer loads its %s kernels, or compiles them once", self.backend)
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=self.backend)
         table = torch.zeros(1, 1, dtype=torch.int32, device=self._device)
         softcap = 1.0 if self.heads.softcap else None
-        self._plan((1,), (1,), table, 1.0, self._window or None, softcap)
+        self._plan(wrapper, (1,), (1,), table, 1.0, self._window or None, softcap)
+        return wrapper
 
     def serves(self, batch: ContextBatch) -> bool:
         """Whether it is worth a plan."""
-        return self.work(batch) >= LEAST_WORK
+        heads = self.heads
+        alone = heads.softcap and heads.head_dim > REGISTERS_DIM
+        least = LEAST_ALONE if alone else LEAST_WORK
+        return self.work(batch) >= least and fills_tiles(heads, batch)
 
     def work(self, batch: ContextBatch) -> float:
         """Operations of a batch: products of queries with the keys that they see, and of values."""
@@ -128,7 +135,8 @@ class PagedPrefill:
         """
         wanted = (id(batch), id(block_tables), scale, window, softcap)
         if wanted != self._planned:
-            self._plan(batch.query_lens, batch.kv_lens, block_tables, scale, window, softcap)
+            lengths = batch.query_lens, batch.kv_lens
+            self._plan(self._wrapper, *lengths, block_tables, scale, window, softcap)
             self._planned, self._alive = wanted, (batch, block_tables)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if sinks is None:
@@ -140,6 +148,7 @@ class PagedPrefill:
 
     def _plan(
         self,
+        wrapper: Any,
         query_lens: tuple[int, ...],
         kv_lens: tuple[int, ...],
         block_tables: torch.Tensor,
@@ -151,7 +160,7 @@ class PagedPrefill:
         pages = pages_of(kv_lens, heads.block_size)
         if self._uploaded is not None:
             self._uploaded.synchronize()
-        self._wrapper.plan(
+        wrapper.plan(
             host_ints(starts_of(query_lens), self._device),
             host_ints(pages.starts, self._device),
             indices_of(pages, block_tables),

@@ -44,9 +44,8 @@ def indices_of(pages: Pages, block_tables: torch.Tensor) -> torch.Tensor:
     The host knows how many entries of each row count, so nothing waits for the device.
     """
     width = block_tables.shape[1]
-    places = torch.cat(
-        [torch.arange(count) + row * width for row, count in enumerate(pages.counts)]
-    )
+    rows = enumerate(pages.counts)
+    places = torch.cat([torch.arange(count, device="cpu") + row * width for row, count in rows])
     if block_tables.is_cuda:
         places = places.pin_memory().to(block_tables.device, non_blocking=True)
     return block_tables.reshape(-1).index_select(0, places)
@@ -54,4 +53,5 @@ def indices_of(pages: Pages, block_tables: torch.Tensor) -> torch.Tensor:
 
 def host_ints(values: Iterable[int], device: torch.device) -> torch.Tensor:
     """int32 on the host, page-locked where they go to a GPU."""
-    return torch.tensor(list(values), dtype=torch.int32, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    return torch.tensor(list(values), dtype=torch.int32, device="cpu", pin_memory=pinned)
