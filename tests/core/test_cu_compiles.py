@@ -108,8 +108,8 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "IN": 1000, "ROWS": 4, "SHARERS": 1, "IN_FLIGHT": 4},
         {"DTYPE": F32, "ROWS": 2},
         {"DTYPE": BF16, "ROWS": 4, "GATED": 1, "OUTPUTS": 1},
-        {"DTYPE": BF16, "ROWS": 2, "ADDS": 1},
-        {"DTYPE": BF16, "ROWS": 4, "GATED": 1, "OUTPUTS": 1, "NORMED": 1, "IN": 1000},
+        {"DTYPE": BF16, "ADDS": 1},
+        {"DTYPE": BF16, "GATED": 1, "OUTPUTS": 1, "NORMED": 1, "IN": 1000},
     ],
     "streamed.cu": [
         {"DTYPE": BF16},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from gpu.bench_products import product_shapes
 from llmfw.kernels.cupy import gated_linear, linear, normed_linear, tune
 from llmfw.kernels.cupy.compile import compile_ahead
 from llmfw.kernels.cupy.gemv import Gemv
-from llmfw.kernels.cupy.normed_linear import with_role
 from llmfw.kernels.cupy.products import Role
 from llmfw.kernels.cupy.streamed import Streamed
 from llmfw.ops.kernel import OpContext
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-ROWS_ALONE = (1, 4, 8, 32, 64)
+ROWS_ALONE = (1, 8, 32, 64)
+OWN = (Gemv, Streamed)
 LEAST_BYTES = 480 << 20  # of a chain's weights, far beyond the L2
 ADDING = ("o", "down")
 Weights = dict[str, torch.Tensor]
@@ -57,7 +57,15 @@ def uses(name: str) -> dict[str, tuple[str, dict[str, int], str]]:
 
 
 def norms() -> None:
-    """Microseconds a layer both ways, then each product alone, plain and with its role."""
+    """Layers, then each product alone."""
+    chains()
+    for name in MODELS:
+        for label in uses(name):
+            each_alone(name, label)
+
+
+def chains() -> None:
+    """Microseconds a layer both ways."""
     for name in MODELS:
         layer = Layer.of(name)
         weights = chain_weights(name)
@@ -75,9 +83,6 @@ def norms() -> None:
                 report("norms", f"{name} {rows} rows, norms {kind}", us, nbytes, **extra)
         del weights
         torch.cuda.empty_cache()
-    for name in MODELS:
-        for label in uses(name):
-            each_alone(name, label)
 
 
 def chain_weights(name: str) -> list[Weights]:
@@ -144,12 +149,12 @@ def each_alone(name: str, label: str) -> None:
     contest = (gated_linear if op == "gated_linear" else linear).contest(context)
     role = Role.ADDS if joined == "add_linear" else Role.NORMED
     found = {
-        rows: list(with_role(dict(enumerate(contest.variants[rows])), role).values())
+        rows: [replace(v, role=role) for v in contest.variants[rows] if isinstance(v, OWN)]
         for rows in ROWS_ALONE
     }
     sources = [(v.source, v.constants(rows, context)) for rows in found for v in found[rows]]
     compile_ahead(DEVICE, BF16, sources)
-    chosen = tune.choices(contest)
+    chosen = tune.choices(contest, normed_linear.MARGIN)
     known = tune._Table.of(0).entries[contest.key]
     for rows, variants in found.items():
         times = {v.name: alone(context, joined, contest, rows, v) for v in variants}

@@ -11,7 +11,8 @@ import torch
 from gpu.kernel_cases import Arguments, Case, randn
 from llmfw.kernels.cupy import normed_linear
 from llmfw.kernels.cupy.gemv import Gemv, gemv_variants
-from llmfw.kernels.cupy.products import GEMV_ROWS, Role, bucket_of
+from llmfw.kernels.cupy.normed_linear import bucket_of
+from llmfw.kernels.cupy.products import Role
 from llmfw.kernels.cupy.streamed import CUTS, Streamed, servable
 from llmfw.ops.kernel import OpContext
 
@@ -106,12 +107,12 @@ def normed_variants(
     without: Sources whose variants are left out.
     """
     bucket = bucket_of(rows)
-    if bucket is None or bucket > 64:
+    if bucket is None:
         return
     role = Role.ADDS if context.op == "add_linear" else Role.NORMED
     is_gated = context.op == "normed_gated_linear"
     found: tuple[Gemv | Streamed, ...] = ()
-    if bucket in GEMV_ROWS:
+    if bucket == 1:
         found = gemv_variants(bucket, context["in_features"], context.dtype, gated=is_gated)
     elif servable(context):
         found = tuple(Streamed(*cut, gated=is_gated) for cut in CUTS)

@@ -24,12 +24,12 @@ from llmfw.ops.kernel import DeviceInfo, OpContext
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 QUICK = {  # a row more than a warp's passes take, and more tiles than blocks
-    "add_linear-bfloat16-2x192-136",
+    "add_linear-bfloat16-1x192-136",
     "add_linear-bfloat16-17x1000-264",
-    "normed_linear-bfloat16-4x1000-264",
+    "normed_linear-bfloat16-1x1000-264",
     "normed_gated_linear-bfloat16-8x192-136b",
 }
-ODD = (3, 65)  # rows that no variant serves
+ODD = (65,)  # rows that no variant serves
 
 
 def rows_of(case: Case) -> int:
@@ -89,9 +89,9 @@ def test_what_kernels_cannot_serve_is_computed_by_the_product(
 ) -> None:
     """All that `llmfw kernels check` draws: other rows, no squares, tensors that lie anywhere."""
 
-    def some(contest: Contest) -> dict[int, Variant]:
+    def some(contest: Contest, margin: float) -> dict[int, Variant]:
         gated = contest.weight_rows != contest.outputs
-        return {2: Gemv(1, 2, 2, gated=gated), 8: Streamed(64, 2, gated=gated)}
+        return {1: Gemv(1, 2, 2, gated=gated), 8: Streamed(64, 2, gated=gated)}
 
     monkeypatch.setattr(normed_linear, "choices", some)
     kernel = next(kernel for kernel in KERNELS if kernel.op == op)
@@ -100,4 +100,4 @@ def test_what_kernels_cannot_serve_is_computed_by_the_product(
     report = check_kernel(kernel, info, shapes=[shape])
     assert report.passed, report.failures
     served = kernel.build(OpContext(op, torch.bfloat16, info, shape)).serves_rows
-    assert [rows for rows in range(70) if served(rows)] == [2, 5, 6, 7, 8]
+    assert [rows for rows in range(70) if served(rows)] == list(range(1, 9))

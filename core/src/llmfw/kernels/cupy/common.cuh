@@ -36,10 +36,17 @@ constexpr float LOG2E = 1.4426950408889634f;
 // what the one before writes or reads. Earlier it may read weights, and after follow_older() what was written two
 // kernels ago or earlier, one more for each of those right before that follow briefly (embedding and norm do in a row).
 // PDL 1 lets the next kernel start when the one before is done, 2 at once; 0 does nothing.
-__device__ __forceinline__ void follow() {
+// What `read` reads is asked for at once, however late it is used: the assembler moves no load past a step of this.
+template <class Read>
+__device__ __forceinline__ void follow(Read&& read) {
   if (PDL == 2) let_next_start();
   if (PDL > 0) wait_for_previous();
+  read();
   if (PDL == 1) let_next_start();
+}
+
+__device__ __forceinline__ void follow() {
+  follow([] {});
 }
 
 // For short kernels: the one after has much to fetch, and may do so while the one before still runs.

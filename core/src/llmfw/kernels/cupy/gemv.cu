@@ -2,9 +2,9 @@
 //
 // Shapes: x [ROWS, IN], weight [outputs, IN], bias [outputs] or null, y [ROWS, outputs]; contiguous, 16-byte aligned,
 //   IN a multiple of a 16-byte pack. GATED: weight [2 * outputs, IN] = gate | up, bias alike, y = silu(gate) * up.
-//   An RMS norm may be divided between two products. ADDS (add_linear): residual [ROWS, outputs] += x weight^T, and
-//   y = residual * (number + norm_weight [outputs]). NORMED (normed_linear): x is that y, residual [ROWS, IN] what was
-//   added to, and each row's sums are divided by sqrt(mean(residual^2) + number) before the bias is added.
+//   An RMS norm may be divided between two products of one row. ADDS (add_linear): residual [1, outputs] += x weight^T,
+//   y = residual * (number + norm_weight [outputs]). NORMED (normed_linear): x is that y, residual [1, IN] what was added
+//   to, and sums are divided by sqrt(mean(residual^2) + number) before the bias is added.
 // Launch: block WARPS * 32, grid ceil(outputs / (R * WARPS / KW)). A warp serves R outputs: R rows of the weight, or
 //   R pairs of rows; KW warps share them, each with every KW-th stretch of 32 packs; U packs of each row are in
 //   flight a lane. The best R, KW, U differs by shape: tune.py chooses.
@@ -36,6 +36,7 @@
 #define IN_FLIGHT 2
 #endif
 
+static_assert(ROWS == 1 || !(ADDS || NORMED), "a norm is divided between products of one row");
 constexpr int WARPS = 8, R = OUTPUTS, KW = SHARERS, U = IN_FLIGHT;
 
 #if NORMED
@@ -52,7 +53,7 @@ __device__ __forceinline__ float own_square(const float (&sums)[4]) {
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, NORMED ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
     gemv(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, int outputs, scalar* residual,
          const scalar* norm_weight, float number) {
   constexpr int STRETCH = 32 * VEC;                                // values of one load of a warp
@@ -85,23 +86,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, NORMED ? 2 : 1)
   };
   float sum[READ][ROWS] = {};
 #if NORMED
-  float squares[ROWS][4] = {};
+  float squares[4] = {};
 #endif
   fetch(0);
-  const scalar factor = ADDS && finishes ? norm_weight[output] : scalar(0);
-  follow();
-  const scalar before = ADDS && finishes ? residual[place] : scalar(0);
+  scalar factor = 0, before = 0;
+  if (ADDS && finishes) factor = norm_weight[output];
+  follow([&] {
+    if (ADDS && finishes) before = residual[place];
+  });
 #pragma unroll 1
   for (int turn = 0;;) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int at = ((turn + u) * KW + part) * STRETCH + lane * VEC;
 #if NORMED
-      if ((turn + u) % TEAMS == team)  // each stretch by one of the teams
-#pragma unroll
-        for (int m = 0; m < ROWS; ++m)
-          add_squares(squares[m], WHOLE || at < IN ? *reinterpret_cast<const uint4*>(residual + m * IN + at)
-                                                   : make_uint4(0, 0, 0, 0));
+      uint4 values = make_uint4(0, 0, 0, 0);
+      if ((TEAMS == 1 || (turn + u) % TEAMS == team) && (WHOLE || at < IN))  // of the teams one adds
+        values = *reinterpret_cast<const uint4*>(residual + at);
+      add_squares(squares, values);
 #endif
       if (!(WHOLE || at < IN)) continue;
 #pragma unroll
@@ -132,12 +134,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, NORMED ? 2 : 1)
 #pragma unroll
       for (int m = 0; m < ROWS; ++m) parts[warp][r * ROWS + m] = sum[r][m];
 #if NORMED
-  __shared__ float squares_of[WARPS][ROWS];
-#pragma unroll
-  for (int m = 0; m < ROWS; ++m) {
-    const float own = warp_sum(own_square(squares[m]));
-    if (lane == 0) squares_of[warp][m] = own;
-  }
+  __shared__ float squares_of[WARPS];
+  const float own = warp_sum(own_square(squares));
+  if (lane == 0) squares_of[warp] = own;
 #endif
   if (KW > 1 || NORMED) __syncthreads();
   if (!finishes) return;
@@ -158,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, NORMED ? 2 : 1)
 #if NORMED
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < WARPS; ++i) total += squares_of[i][row];
+  for (int i = 0; i < WARPS; ++i) total += squares_of[i];
   const float scale = rsqrtf(total * (1.0f / IN) + number);
   gate *= scale, up *= scale;
 #endif

@@ -2,8 +2,8 @@
 
 The product before the norm adds to the residual and multiplies by the norm's weight where it stores
 its results, the one after it divides its sums by the root mean square: no kernel lies between them.
-gemv.cu (1, 2 and 4 rows) and streamed.cu (5 to 64) serve, by the variants that tune.py chose for
-the same product alone; for other rows the product does, with torch's operations beside it.
+gemv.cu (one row) and streamed.cu (2 to 64) serve, by the variants that tune.py found best for the
+same product alone; the reference for other rows, which a model does not ask for.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from llmfw.kernels.cupy.compile import compile_ahead
 from llmfw.kernels.cupy.gemv import Gemv
 from llmfw.kernels.cupy.launch import pointer
 from llmfw.kernels.cupy.products import (
+    STREAMED_ROWS,
     NormArguments,
     NormedProduct,
     Role,
     Variant,
-    bucket_of,
     serves,
 )
 from llmfw.kernels.cupy.streamed import PARTS_MULTIPLE, Streamed
 from llmfw.kernels.cupy.tune import choices
+from llmfw.ops import reference_normed
 from llmfw.ops.kernel import OpContext
-from llmfw.ops.reference_normed import row_squares
 
 PACK = 8  # values of 16 bytes
+BUCKETS = (1, *STREAMED_ROWS)  # gemv.cu would read the residual as often as x, and that costs
+MARGIN = 1.05  # of the time of the product alone, for a kernel and a boundary are saved
 Chosen = Mapping[int, Gemv | Streamed]  # by bucket of rows
 
 
@@ -46,8 +48,13 @@ def with_role(chosen: Mapping[int, Variant], role: Role) -> Chosen:
     return {
         bucket: replace(variant, role=role)
         for bucket, variant in chosen.items()
-        if isinstance(variant, Gemv | Streamed)
+        if bucket in BUCKETS and isinstance(variant, Gemv | Streamed)
     }
+
+
+def bucket_of(rows: int) -> int | None:
+    """The bucket that serves `rows` (1 to 64), None where none does."""
+    return next((bucket for bucket in BUCKETS if 0 < rows <= bucket), None)
 
 
 class Products:
@@ -91,10 +98,9 @@ def add_linear(
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """The op `add_linear` for one weight shape; `chosen` in place of the tuning's choice."""
     in_features, outputs = context["in_features"], context["out_features"]
-    product = _linear_context(context)
-    otherwise = plain.linear(product)
     if chosen is None:
-        chosen = with_role(choices(plain.contest(product)), Role.ADDS)
+        competing = plain.contest(_linear_context(context))
+        chosen = with_role(choices(competing, MARGIN), Role.ADDS)
     products = Products(context, outputs, chosen)
 
     def call(
@@ -108,9 +114,7 @@ def add_linear(
         found = products.of(rows)
         alike = x.dtype is residual.dtype is norm_weight.dtype
         if found is None or not alike or not (serves(x, weight) and serves(residual, norm_weight)):
-            residual += otherwise(x, weight)
-            scaled = residual.float() * (offset + norm_weight.float())
-            return scaled.to(x.dtype), row_squares(residual)[..., None]
+            return reference_normed.add_linear(x, weight, residual, norm_weight, offset)
         run, parts = found
         scaled, squares = torch.empty_like(residual), None
         if parts:
@@ -127,20 +131,21 @@ def add_linear(
 
 def normed_linear(context: OpContext, chosen: Chosen | None = None) -> Callable[..., torch.Tensor]:
     """The op `normed_linear` for one weight shape; `chosen` in place of the tuning's choice."""
-    product = _linear_context(context)
     if chosen is None:
-        chosen = with_role(choices(plain.contest(product)), Role.NORMED)
-    return _normed(context, context["out_features"], chosen, plain.linear(product))
+        competing = plain.contest(_linear_context(context))
+        chosen = with_role(choices(competing, MARGIN), Role.NORMED)
+    return _normed(context, context["out_features"], chosen, reference_normed.normed_linear)
 
 
 def normed_gated_linear(
     context: OpContext, chosen: Chosen | None = None
 ) -> Callable[..., torch.Tensor]:
     """The op `normed_gated_linear` for one shape; `chosen` in place of the tuning's choice."""
-    product = OpContext("gated_linear", context.dtype, context.info, context.shape)
     if chosen is None:
-        chosen = with_role(choices(gated.contest(product)), Role.NORMED)
-    return _normed(context, context["intermediate_size"], chosen, gated.gated_linear(product))
+        alone = OpContext("gated_linear", context.dtype, context.info, context.shape)
+        chosen = with_role(choices(gated.contest(alone), MARGIN), Role.NORMED)
+    width = context["intermediate_size"]
+    return _normed(context, width, chosen, reference_normed.normed_gated_linear)
 
 
 def _normed(
@@ -170,8 +175,7 @@ def _normed(
         rows = x.numel() // in_features
         found = products.of(rows)
         if found is None or not serves(x, weight) or not readable(rows, x, residual, squares):
-            scale = torch.rsqrt(row_squares(residual, squares) / in_features + eps)
-            return otherwise((x.float() * scale[..., None]).to(x.dtype), weight, bias)
+            return otherwise(x, residual, squares, weight, bias, eps)
         run, _ = found
         out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
         parts = 0 if squares is None else squares.shape[-1]

@@ -33,10 +33,11 @@ __device__ __forceinline__ scalar from_float(float x) {
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// 16, 8 or 4 bytes that are read once: past L1, read-only for the kernel's whole life.
+// 16, 8 or 4 bytes that are read once: past L1. Not by the read-only way (.nc): the assembler moves such loads behind the
+// wait for the kernel before, and nothing is fetched ahead.
 __device__ __forceinline__ uint4 stream16(const void* p) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(p));
   return x;
@@ -44,13 +45,13 @@ __device__ __forceinline__ uint4 stream16(const void* p) {
 
 __device__ __forceinline__ uint2 stream8(const void* p) {
   uint2 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
   return x;
 }
 
 __device__ __forceinline__ u32 stream4(const void* p) {
   u32 x;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(p));
   return x;
 }
 

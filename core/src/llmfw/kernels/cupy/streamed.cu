@@ -6,7 +6,7 @@
 //   residual * (number + norm_weight [outputs]), squares [rows, parts] (float32) the sums of residual^2 over READY outputs
 //   each. NORMED (normed_linear): x is that y, squares its parts, a multiple of 4 of them, and each row's sums are divided
 //   by sqrt(mean(residual^2) + number) before the bias is added.
-// Launch: block WARPS * 32 + 32 (NORMED: + 64), clusters of SPLIT blocks, grid (tiles or fewer) * SPLIT. A tile is 16 WARPS
+// Launch: block WARPS * 32 + 32 (NORMED: and SCALERS * 32), clusters of SPLIT blocks, grid (tiles or fewer) * SPLIT. A tile is 16 WARPS
 //   rows of the weight (GATED: half of them gates, half their ups). One thread brings tiles, CHUNK values of every row at
 //   a time, STAGES ahead; four warps together multiply 64 rows with all rows of x. The blocks of a cluster share the
 //   summed dimension and send their sums to the one that stores them. Without a split a block walks several tiles.
@@ -44,6 +44,7 @@
 #if DTYPE != F32 && HAS_TILE_COPIES
 
 constexpr int TILE = 16 * WARPS, COLUMNS = ROWS / 8;
+constexpr int SCALERS = ROWS > 32 ? 2 : 1;  // NORMED: warps that find the rows' scales
 constexpr int SPAN = 64;         // values of a row of a box: 128 bytes, the span of the swizzle
 constexpr int BOX_ROW = 128;     // bytes
 constexpr int WEIGHT_BYTES = TILE * CHUNK * 2, STAGE_BYTES = WEIGHT_BYTES + ROWS * CHUNK * 2;
@@ -195,7 +196,7 @@ __device__ __forceinline__ void finish(const Shared& s, scalar* y, const scalar*
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + (NORMED ? 64 : 32))
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32 + (NORMED ? SCALERS * 32 : 0))
     streamed(scalar* y, TENSOR_MAP x, TENSOR_MAP weight, const scalar* bias, int in, int outputs, int rows,
              scalar* residual, const scalar* norm_weight, float* squares, int parts, float number) {
   DYNAMIC_SHARED(memory);
@@ -209,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + (NORMED ? 64 : 32))
     }
     barrier_init(&s.sums_full, SPLIT > 1 ? 1 : WARPS);
     barrier_init(&s.sums_empty, WARPS);
-    barrier_init(&s.scales_full, 1);
+    barrier_init(&s.scales_full, SCALERS);
     barriers_ready();
     if (SPLIT > 1) arrive_expecting(&s.sums_full, TILE * ROWS * 4);  // its share of every block's sums
   }

@@ -114,8 +114,8 @@ class Streamed:
         tiles = -(-weight_rows // self.tile)
         sms = multiprocessors(device)
         walkers = tiles if self.split > 1 else min(tiles, sms)
-        helpers = 2 if self.role is Role.NORMED else 1  # warps that bring tiles, and find scales
-        grid, block = (walkers * self.split, 1, 1), ((self.warps + helpers) * 32, 1, 1)
+        scalers = 0 if self.role is not Role.NORMED else 1 + (bucket > 32)
+        grid, block = (walkers * self.split, 1, 1), ((self.warps + 1 + scalers) * 32, 1, 1)
         box = self.tile // (1 + self.gated)
 
         def run(

@@ -60,17 +60,19 @@ __device__ __forceinline__ void finish_adding(const Shared& s, const Addition& a
   }
 }
 
-// One warp leaves each row's 1 / sqrt(mean of squares + eps) in shared memory while others multiply: 8 lanes a row, with
+// Some warps leave each row's 1 / sqrt(mean of squares + eps) in shared memory while others multiply: 8 lanes a row, with
 // loads of all rows under way.
 __device__ __forceinline__ void find_scales(Shared& s, const float* squares, int parts, int rows, int in, float eps) {
-  constexpr int LANES = 8, PASSES = ROWS / (32 / LANES);
-  const int lane = threadIdx.x % 32;
+  constexpr int LANES = 8, OWN = ROWS / SCALERS, PASSES = OWN / (32 / LANES);
+  const int lane = threadIdx.x % 32, first = (int(threadIdx.x) / 32 - WARPS - 1) * OWN;  // row of this warp
+  float* const scales = s.scales + first;
   float sums[PASSES] = {};
+#pragma unroll 2
   for (int column = lane % LANES * 4; column < parts; column += LANES * 4) {
     float4 four[PASSES];
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-      const int row = min(i * (32 / LANES) + lane / LANES, rows - 1);
+      const int row = min(first + i * (32 / LANES) + lane / LANES, rows - 1);
       four[i] = *reinterpret_cast<const float4*>(squares + i64(row) * parts + column);
     }
 #pragma unroll
@@ -79,8 +81,11 @@ __device__ __forceinline__ void find_scales(Shared& s, const float* squares, int
 #pragma unroll
   for (int i = 0; i < PASSES; ++i) {
     const float sum = group_sum<LANES>(sums[i]);
-    if (lane % LANES == 0) s.scales[i * (32 / LANES) + lane / LANES] = rsqrtf(sum / in + eps);
+    if (lane % LANES == 0) scales[i * (32 / LANES) + lane / LANES] = sum;
   }
+  __syncwarp();
+  const float each = 1.0f / in;
+  if (lane < OWN) scales[lane] = rsqrtf(scales[lane] * each + eps);
   __syncwarp();
   if (lane == 0) arrive(&s.scales_full);
 }

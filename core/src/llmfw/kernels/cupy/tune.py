@@ -78,8 +78,13 @@ class Contest:
         return f"{dtype} {self.context['in_features']} -> {self.weight_rows}{gated}"
 
 
-def choices(contest: Contest) -> dict[int, Variant]:
-    """The kernel for each bucket of rows where an own one wins."""
+def choices(contest: Contest, margin: float = MARGIN) -> dict[int, Variant]:
+    """The kernel for each bucket of rows where an own one wins.
+
+    Args:
+        contest: What may serve.
+        margin: An own kernel must take less than this part of the other's time.
+    """
     known = contest.variants
     if setting() == "off":
         guesses = {bucket: guess(bucket, known[bucket]) for bucket in known}
@@ -92,7 +97,7 @@ def choices(contest: Contest) -> dict[int, Variant]:
         bucket: variant
         for bucket in known
         for variant in known[bucket]
-        if variant.name == table.best(key, bucket)
+        if variant.name == table.best(key, bucket, margin)
     }
 
 
@@ -150,12 +155,12 @@ class _Table:
         except OSError as exc:
             logger.warning("tuning results are not kept: %s", exc)
 
-    def best(self, key: str, bucket: int) -> str:
+    def best(self, key: str, bucket: int, margin: float) -> str:
         times = self.entries[key].get(str(bucket), {})
-        if not times:
-            return OTHERWISE
-        name = min(times, key=lambda one: times[one])
-        return name if times[name] < MARGIN * times.get(OTHERWISE, float("inf")) else OTHERWISE
+        own = {name: time for name, time in times.items() if name != OTHERWISE}
+        name = min(own, key=lambda one: own[one], default=OTHERWISE)
+        wins = own and own[name] < margin * times.get(OTHERWISE, float("inf"))
+        return name if wins else OTHERWISE
 
 
 def table_path(index: int) -> Path:
