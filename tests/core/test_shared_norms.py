@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from llmfw import ModelConfig, RopeParams
 from llmfw.attention.metadata import LayerCache
-from llmfw.layers import GatedMLP, stock_layer
+from llmfw.layers import GatedMLP, Linear, stock_layer
 from llmfw.models import DecoderSpec, bind_tree, finish_loading
 from llmfw.models.decoder import StockDecoderLayer, StockDecoderModel
 from llmfw.models.weights import materialize
@@ -217,6 +218,82 @@ def test_who_listens_to_a_module_hears_it() -> None:
     handle.remove()
     torch.testing.assert_close(forward(model), plain, rtol=2e-5, atol=2e-5)
     assert calls == SHARED
+
+
+def test_who_listens_to_all_modules_hears_them() -> None:
+    model = decoder()
+    heard: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, *_: heard.append(module))
+    try:
+        forward(model)
+    finally:
+        handle.remove()
+    assert all(layer.post_attention_layernorm in heard for layer in model.layers)
+    forward(model)
+    assert calls == SHARED
+
+
+class Twice(nn.Module):
+    """Another layer's result, doubled."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.weight, self.bias = inner.weight, inner.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+class TwiceLinear(Linear):
+    """The same as a class."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def put_in_place(model: StockDecoderModel) -> None:
+    attention = model.layers[1].self_attn
+    attention.qkv_proj = Twice(attention.qkv_proj)
+
+
+def change_class(model: StockDecoderModel) -> None:
+    model.layers[1].self_attn.o_proj.__class__ = TwiceLinear
+
+
+def change_forward(model: StockDecoderModel) -> None:
+    mlp = model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x, **kwargs: 2 * own(x, **kwargs)
+
+
+def leave_layers_out(model: StockDecoderModel) -> None:
+    del model.layers[2:]
+
+
+@pytest.mark.parametrize("change", [put_in_place, change_class, change_forward, leave_layers_out])
+def test_a_module_changed_after_the_build_is_not_passed_over(
+    change: Callable[[StockDecoderModel], None],
+) -> None:
+    model, other = decoder(), decoder(kernels=())
+    before = forward(model)
+    for each in (model, other):
+        change(each)
+    expected = forward(other)
+    found = forward(model)
+    assert not set(calls) & set(DIVIDED)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    assert not torch.allclose(found, before)
+
+
+def test_the_last_norm_may_be_another() -> None:
+    models = decoder(), decoder(kernels=())
+    for model in models:
+        own = model.norm
+        model.norm = nn.Identity()
+        model._finish = lambda hidden, residual, own=own: 2 * own(hidden, residual)[0]
+    found, expected = (forward(model) for model in models)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_arguments_for_layers_reach_them() -> None:

@@ -320,7 +320,7 @@ class StockDecoderModel(DecoderModel[Any]):
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
         """Find the kernels that norms can be parts of."""
-        self._shared_norms = shared_norms(self.layers, self.norm, name, config)
+        self._shared_norms = shared_norms(self.layers, name, config)
 
     def post_load(self) -> None:
         """Keep to the layers' own forward where a kernel brought a weight into another layout."""
@@ -337,7 +337,7 @@ class StockDecoderModel(DecoderModel[Any]):
         """As the decoder's, and for few rows with norms inside the products beside them."""
         shared = self._shared_norms
         if shared is not None and not kwargs and shared.serves(hidden):
-            return shared(position_ids, hidden, attn_metadata)
+            return self._finish(*shared(position_ids, hidden, attn_metadata))
         return super().run_layers(position_ids, hidden, attn_metadata, **kwargs)
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

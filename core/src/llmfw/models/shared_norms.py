@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from llmfw.layers.activation import gated_op
 from llmfw.layers.attention import Attention
@@ -52,24 +53,50 @@ class DividedLayer:
         return self.qkv, self.o, self.gate_up, self.down
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a module stood when its layer was divided, and what it was."""
+
+    owner: nn.Module
+    name: str
+    module: nn.Module
+    kind: type[nn.Module]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it still stands there, runs its class's forward, and nobody listens to it."""
+        module = self.module
+        return (
+            self.owner._modules.get(self.name) is module
+            and type(module) is self.kind
+            and "forward" not in module.__dict__
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+        )
+
+
 class SharedNorms:
-    """All layers of a stock decoder, and its last norm, with no kernel of a norm between products.
+    """All layers of a stock decoder, with no kernel of a norm between their products.
 
     The product before a norm adds its results to the stream and multiplies it by the norm's
     weight; the one after divides its sums by the root mean square (ops `add_linear`,
-    `normed_linear`, `normed_gated_linear`). The first and the last norm stay as they are.
+    `normed_linear`, `normed_gated_linear`). The first layer's norm and the decoder's last one stay
+    as they are.
 
     Args:
+        divided: Of each decoder layer, its parts.
         layers: The decoder's layers.
-        norm: Its last norm.
-        watched: All modules of its layers.
     """
 
-    def __init__(
-        self, layers: Sequence[DividedLayer], norm: RMSNorm, watched: Sequence[nn.Module]
-    ) -> None:
-        self._layers, self._norm, self._watched = layers, norm, watched
-        products = [product for layer in layers for product in layer.products]
+    def __init__(self, divided: Sequence[DividedLayer], layers: nn.ModuleList) -> None:
+        self._divided, self._layers = divided, layers
+        self._places = tuple(
+            Place(owner, name, module, type(module))
+            for owner in layers.modules()
+            for name, module in owner._modules.items()
+            if module is not None
+        )
+        products = [product for layer in divided for product in layer.products]
         self._rows = frozenset(
             rows
             for rows in range(1, MOST_ROWS + 1)
@@ -79,27 +106,34 @@ class SharedNorms:
     @property
     def weights_as_loaded(self) -> bool:
         """Whether no kernel brought a weight into a layout of its own."""
-        return not any(getattr(module, "prepared", False) for module in self._watched)
+        return not any(getattr(place.module, "prepared", False) for place in self._places)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether all modules are those of the build, and nobody listens to what they return."""
+        return (
+            len(self._layers) == len(self._divided)
+            and not _global_forward_hooks
+            and not _global_forward_pre_hooks
+            and all(place.untouched for place in self._places)
+        )
 
     def serves(self, hidden: torch.Tensor) -> bool:
-        """Whether the kernels serve so many rows, and nobody listens to what modules return."""
-        return hidden.shape[0] in self._rows and not any(
-            module._forward_hooks or module._forward_pre_hooks for module in self._watched
-        )
+        """Whether the kernels serve so many rows, and no module's own forward is asked for."""
+        return hidden.shape[0] in self._rows and self.untouched
 
     def __call__(
         self, position_ids: torch.Tensor, hidden: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """The embedded tokens [tokens, hidden_size], overwritten -> the final hidden states."""
-        stream, first = hidden, self._layers[0]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embedded tokens [tokens, hidden_size], overwritten -> what the last layer gives."""
+        stream, first = hidden, self._divided[0]
         qkv = first.qkv.layer(first.norm(stream))
-        for layer, following in zip(self._layers, (*self._layers[1:], None), strict=True):
+        for layer, following in zip(self._divided, (*self._divided[1:], None), strict=True):
             attended = layer.attention.attend(qkv, position_ids, metadata)
             gated = through_norm(layer.o, attended, stream, layer.post_norm, layer.gate_up)
             if following is not None:
                 qkv = through_norm(layer.down, gated, stream, following.norm, following.qkv)
-        hidden, _ = self._norm(self._layers[-1].down.layer(gated), stream)
-        return hidden
+        return self._divided[-1].down.layer(gated), stream
 
 
 def through_norm(
@@ -111,27 +145,21 @@ def through_norm(
     return after.op(scaled, stream, squares, weight, bias, norm.eps)  # type: ignore[no-any-return]
 
 
-def shared_norms(
-    layers: nn.ModuleList, norm: nn.Module | None, name: str, config: ModelConfig[Any]
-) -> SharedNorms | None:
+def shared_norms(layers: nn.ModuleList, name: str, config: ModelConfig[Any]) -> SharedNorms | None:
     """For a stock decoder; None where a layer is made otherwise or a kernel does not stand in.
 
     Args:
         layers: Its layers.
-        norm: Its last norm.
         name: Its place in the tree, by which its layers' weights are known.
         config: The model's configuration.
     """
-    if type(norm) is not RMSNorm:
-        return None
     divided: list[DividedLayer] = []
     for index, layer in enumerate(layers):
         parts = divide(layer, f"{name}.layers.{index}", config)
         if parts is None:
             return None
         divided.append(parts)
-    watched = [module for layer in layers for module in layer.modules()]
-    return SharedNorms(divided, norm, watched) if divided else None
+    return SharedNorms(divided, layers) if divided else None
 
 
 def divide(layer: Any, name: str, config: ModelConfig[Any]) -> DividedLayer | None:
