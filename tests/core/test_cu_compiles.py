@@ -123,7 +123,6 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "ROWS": 256, "TILE": 208, "STAGES": 3},
         {"DTYPE": BF16, "ROWS": 256, "TILE": 224, "SHARE": 2, "GATED": 1, "STAGES": 3},
         {"DTYPE": BF16, "ROWS": 128, "TILE": 160, "SHARE": 2, "SPLIT": 4},
-        {"DTYPE": BF16, "ROWS": 256, "TILE": 224, "SHARE": 2, "GATED": 1, "STAGES": 7, "CHUNK": 32},
     ],
     "moe_route.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "EXPERTS": 1000}],
     "moe_order.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "EXPERTS": 1000, "ROWS": 64}],

@@ -136,17 +136,16 @@ def seen_by(driver: ctypes.CDLL) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("box_rows", "whole", "span", "expected"),
+    ("box_rows", "whole", "expected"),
     [
-        (64, False, 64, [0, 9, 2, ADDRESS, 192, 50, 384, 64, 64, 3, 0, 0, 0, 0, 0, 0]),
-        (64, False, 32, [0, 9, 2, ADDRESS, 192, 50, 384, 32, 64, 2, 0, 0, 0, 0, 0, 0]),
-        (8, True, 64, [0, 9, 3, ADDRESS, 64, 50, 384, 64, 8, 3, 3, 128, 3, 0, 0, 0]),
+        (64, False, [0, 9, 2, ADDRESS, 192, 50, 384, 64, 64, 3, 0, 0, 0, 0, 0, 0]),
+        (8, True, [0, 9, 3, ADDRESS, 64, 50, 384, 64, 8, 3, 3, 128, 3, 0, 0, 0]),
     ],
 )
 def test_a_tensor_map_says_what_the_driver_needs(
-    box_rows: int, whole: bool, span: int, expected: list[int], driver: ctypes.CDLL, fresh: None
+    box_rows: int, whole: bool, expected: list[int], driver: ctypes.CDLL, fresh: None
 ) -> None:
-    made = tensor_map.tensor_map(ADDRESS, 50, 192, torch.bfloat16, box_rows, whole, span)
+    made = tensor_map.tensor_map(ADDRESS, 50, 192, torch.bfloat16, box_rows, whole)
     assert made == bytes([7]) * 128
     assert seen_by(driver) == expected
 

@@ -26,16 +26,8 @@ from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
-# tile, share, split, chunk: blocks alone, and all that they can have in common; finer stages
-TILED_CUTS = (
-    (208, 1, 1, 64),
-    (224, 2, 1, 64),
-    (64, 1, 4, 64),
-    (64, 2, 4, 64),
-    (96, 4, 2, 64),
-    (112, 2, 1, 32),
-    (64, 1, 4, 32),
-)
+# tile, share, split: blocks alone, and all that they can have in common
+TILED_CUTS = ((208, 1, 1), (224, 2, 1), (64, 1, 4), (64, 2, 4), (96, 4, 2))
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 FEATURES = frozenset({"cuda", "cupy"}) | cuda_features(*CAPABILITY)
@@ -480,7 +472,7 @@ def product_variants(
         found = tuple(Streamed(*cut, gated=gated) for cut in CUTS)
     elif servable(context):
         kinds = (cut for cut in TILED_CUTS if cut[2] * 64 <= context["in_features"])
-        found = tuple(Tiled(*cut[:3], gated, cut[3]) for cut in kinds)
+        found = tuple(Tiled(*cut, gated=gated) for cut in kinds)
     for variant in (each for each in found if each.source not in without):
         product = variant.build(bucket, context, outputs)
 

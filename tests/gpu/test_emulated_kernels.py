@@ -307,7 +307,6 @@ def test_every_product_variant_matches_its_reference(case: Case, device: torch.d
         check(case, call, device)
 
 
-@pytest.mark.parametrize("chunk", [64, 32])
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize(
     "label",
@@ -318,14 +317,14 @@ def test_every_product_variant_matches_its_reference(case: Case, device: torch.d
     ],
 )
 def test_blocks_walk_over_tiles(
-    label: str, share: int, chunk: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    label: str, share: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = next(c for c in (*linear_cases(), *gated_linear_cases()) if str(c) == label)
     gated = case.op == "gated_linear"
-    cut = Tiled(8 * (1 + gated), share, gated=gated, chunk=chunk)
+    cut = Tiled(8 * (1 + gated), share, gated=gated)
     rows = case.shape["intermediate_size"] * 2 if gated else case.shape["out_features"]
     assert cut.clusters(rows) > cut.at_once(emulator.SMS)
-    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((cut.tile, share, 1, chunk),))
+    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((cut.tile, share, 1),))
     (call,) = product_variants(case.context(device), int(case.facts["rows"]))
     check(case, call, device)
 

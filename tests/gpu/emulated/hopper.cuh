@@ -45,18 +45,15 @@ inline void prefetch_map(const TensorMap&) {}
 inline u64 read_once_policy() { return 0; }
 inline u64 read_often_policy() { return 0; }
 
-// Where a byte lies in boxes of rows of 128 or 64 bytes: its pack of 16, xor the number of its 128 bytes in 8 rows.
-inline u64 swizzled(u64 at, int row_bytes) { return at ^ (at >> 7 & (row_bytes / 16 - 1)) << 4; }
-
-// The box at these coordinates, zeros beyond the edges.
+// The box at these coordinates, zeros beyond the edges. Packs of 16 bytes lie at their number in the row of 128 bytes,
+// xor the row's number: the 128-byte swizzle.
 inline void copy(void* to, const TensorMap& from, const i64 (&at)[4], Barrier* b) {
-  const i64 width = from.box[0];
-  if (width != 64 && width != 32 || u64(to) % (width * 16)) abort();
+  if (u64(to) % 1024 || from.box[0] != 64) abort();
   i64 row = 0;
   for (i64 z = 0; z < from.box[3]; ++z)
     for (i64 y = 0; y < from.box[2]; ++y)
       for (i64 x = 0; x < from.box[1]; ++x, ++row)
-        for (i64 k = 0; k < width; ++k) {
+        for (i64 k = 0; k < 64; ++k) {
           const i64 place[4] = {at[0] + k, at[1] + x, at[2] + y, at[3] + z};
           bool inside = true;
           i64 offset = 0;
@@ -64,16 +61,15 @@ inline void copy(void* to, const TensorMap& from, const i64 (&at)[4], Barrier* b
             inside &= place[i] < from.sizes[i];
             offset += place[i] * from.strides[i];
           }
-          static_cast<scalar*>(to)[swizzled((row * width + k) * 2, width * 2) / 2] = inside ? from.values[offset] : 0;
+          static_cast<scalar*>(to)[row * 64 + (k / 8 ^ row % 8) * 8 + k % 8] = inside ? from.values[offset] : 0;
         }
-  b->bytes -= int(row * width) * 2;
+  b->bytes -= int(row) * 128;
   settle(b);
 }
 
 inline void copy_box(void* to, const TensorMap& from, int row, int column, Barrier* b, u64) {
   copy(to, from, {column, row, 0, 0}, b);
 }
-inline void announce_box(const TensorMap&, int, int) {}
 inline void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64) { copy(to, from, {0, row, 0, 0}, b); }
 inline void copy_page(void* to, const TensorMap& from, int page, int row, int span, Barrier* b, u64) {
   copy(to, from, {0, row, span, page}, b);
@@ -142,20 +138,14 @@ inline void finish_products() {}
 template <int N>
 void settle(float (&)[N][4]) {}
 
-struct Tile {
-  const u8* first;
-  int row_bytes;
-};
-template <int ROW_BYTES = 128>
-Tile tile_at(const void* p) {
-  return {static_cast<const u8*>(p), ROW_BYTES};
-}
-inline Tile further(Tile tile, int bytes) { return {tile.first + bytes, tile.row_bytes}; }
+typedef const u8* Tile;
+inline Tile tile_at(const void* p) { return static_cast<Tile>(p); }
+inline Tile further(Tile tile, int bytes) { return tile + bytes; }
 
 // Value k of a row of a box that begins at `first`; the address says where in the swizzle it lies.
-inline float value_at(const u8* first, int row, int k, int row_bytes = 128) {
-  const u64 at = u64(first) + row * row_bytes + k * 2;
-  return to_float(*reinterpret_cast<const scalar*>(swizzled(at, row_bytes)));
+inline float value_at(const u8* first, int row, int k) {
+  const u64 at = u64(first) + row * 128 + k * 2;
+  return to_float(*reinterpret_cast<const scalar*>(at ^ (at >> 7 & 7) << 4));
 }
 
 template <int N>
@@ -164,7 +154,6 @@ void multiply_tile(float (&d)[N][4], Tile a, Tile b) {
   for (int n = 0; n < N; ++n)
     for (int i = 0; i < 4; ++i)
       for (int k = 0; k < 16; ++k)
-        d[n][i] += value_at(a.first, warp * 16 + g + i / 2 * 8, k, a.row_bytes) *
-                   value_at(b.first, n * 8 + 2 * c + i % 2, k, b.row_bytes);
+        d[n][i] += value_at(a, warp * 16 + g + i / 2 * 8, k) * value_at(b, n * 8 + 2 * c + i % 2, k);
 }
 #endif

@@ -88,12 +88,6 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& from, int ro
       : "memory");
 }
 
-// Has L2 fetch the box, for a copy some time later.
-__device__ __forceinline__ void announce_box(const TensorMap& from, int row, int column) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&from), "r"(column), "r"(row)
-               : "memory");
-}
-
 // The same with three coordinates: columns within a span, rows, spans (tensor_map.py tells how a matrix gets them).
 __device__ __forceinline__ void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64 policy) {
   asm volatile(
@@ -201,7 +195,7 @@ __device__ __forceinline__ void arrive_at(Barrier* own, int rank) {
 
 #if DTYPE != F32
 // multiply_tile: d[64 x 8 N] += a[64 x 16] b[8 N x 16]^T by four warps, both in shared memory as boxes of rows of 128
-// or 64 bytes. Lane 4g + c of warp w gets rows 16 w + g (d[.][0], d[.][1]) and g + 8, columns 2c and 2c + 1 of each 8.
+// bytes. Lane 4g + c of warp w gets rows 16 w + g (d[.][0], d[.][1]) and g + 8, columns 2c and 2c + 1 of each 8.
 // Products are opened, asked for, closed, and done some time later: of what was closed, all but the latest PENDING when
 // await_products<PENDING> returns. Until then nobody may touch the sums or write to the boxes.
 __device__ __forceinline__ void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -225,14 +219,10 @@ __device__ __forceinline__ void settle(float (&d)[N][4]) {
     asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
 }
 
-// A tile as the products take it: groups of 8 rows one after the other, swizzled over a row's bytes; and one some bytes
-// further on.
+// A tile as the products take it: groups of 8 rows 1024 bytes apart, 128-byte swizzle; and one some bytes further on.
 typedef u64 Tile;
-template <int ROW_BYTES = 128>
 __device__ __forceinline__ Tile tile_at(const void* p) {
-  static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "the swizzles that tensor_map.py knows");
-  return u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(8 * ROW_BYTES >> 4) << 32 |
-         u64(ROW_BYTES == 128 ? 1 : 2) << 62;
+  return u64((shared_address(p) & 0x3ffff) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 __device__ __forceinline__ Tile further(Tile tile, int bytes) { return tile + u64(bytes >> 4); }
 

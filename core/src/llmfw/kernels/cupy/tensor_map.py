@@ -14,8 +14,7 @@ from llmfw.kernels.cupy.launch import TENSOR_MAP_BYTES, driver
 SPAN = 64  # values of a row of a box: 128 bytes, the span of the swizzle
 TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 ALIGNMENT = 64
-INTERLEAVE_NONE, PROMOTION_256B, FILL_ZEROS = 0, 3, 0
-SWIZZLES = {32: 2, 64: 3}  # by a box's values: CU_TENSOR_MAP_SWIZZLE_64B, ..._128B
+INTERLEAVE_NONE, SWIZZLE_128B, PROMOTION_256B, FILL_ZEROS = 0, 3, 3, 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Boxes:
         dtype: Of the values.
         sizes: Values along each dimension.
         strides: Bytes from one to the next along each dimension but the first.
-        box: A box's values along each dimension, one of SWIZZLES along the first.
+        box: A box's values along each dimension, SPAN along the first.
     """
 
     address: int
@@ -39,26 +38,20 @@ class Boxes:
 
 @functools.lru_cache(maxsize=4096)
 def tensor_map(
-    address: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    box_rows: int,
-    whole: bool = False,
-    span: int = SPAN,
+    address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int, whole: bool = False
 ) -> bytes:
-    """The map of a row-major matrix and its boxes of `box_rows` rows and `span` values.
+    """The map of a row-major matrix and its boxes of `box_rows` rows and SPAN values.
 
     With `whole`, a box has all spans of its rows, one span's rows after another's; columns are then
-    a multiple of `span`. The map holds the address and sizes alone, so that it is good for whoever
+    a multiple of SPAN. The map holds the address and sizes alone, so that it is good for whoever
     lies there.
     """
     if not whole:
         sizes: tuple[int, ...] = (columns, rows)
-        return encode(Boxes(address, dtype, sizes, (columns * 2,), (span, box_rows)))
-    spans = columns // span
-    sizes, strides = (span, rows, spans), (columns * 2, span * 2)
-    return encode(Boxes(address, dtype, sizes, strides, (span, box_rows, spans)))
+        return encode(Boxes(address, dtype, sizes, (columns * 2,), (SPAN, box_rows)))
+    spans = columns // SPAN
+    sizes, strides = (SPAN, rows, spans), (columns * 2, SPAN * 2)
+    return encode(Boxes(address, dtype, sizes, strides, (SPAN, box_rows, spans)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,7 +92,7 @@ def encode(boxes: Boxes) -> bytes:
         (ctypes.c_uint32 * rank)(*boxes.box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         INTERLEAVE_NONE,
-        SWIZZLES[boxes.box[0]],
+        SWIZZLE_128B,
         PROMOTION_256B,
         FILL_ZEROS,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llmfw.kernels.cupy.compile import multiprocessors
 from llmfw.kernels.cupy.products import TILED_ROWS
 from llmfw.kernels.cupy.streamed import servable
-from llmfw.kernels.cupy.tiled import GROUPS, Tiled
+from llmfw.kernels.cupy.tiled import CHUNK, GROUPS, Tiled
 from llmfw.ops.kernel import OpContext
 
 CLOCK = 1.6e9  # cycles a second under load
@@ -88,16 +88,16 @@ def cuts(product: Product) -> Iterator[Tiled]:
 def estimate(cut: Tiled, product: Product, sms: int) -> float | None:
     """Seconds; None where blocks of a split would not all run at the same time."""
     clusters, at_once = cut.clusters(product.weight_rows), cut.at_once(sms)
-    chunks = -(-product.in_features // cut.chunk)
+    chunks = -(-product.in_features // CHUNK)
     if cut.split > 1 and (clusters > at_once or chunks < cut.split):
         return None
     rounds, chunks = -(-clusters // at_once), -(-chunks // cut.split)
     rows = product.rows
-    multiplied = rows * cut.tile * cut.chunk / PRODUCTS
-    read = rows // 64 * (64 + cut.tile) * cut.chunk * 2
-    written = (rows + cut.tile) * cut.chunk * 2
+    multiplied = rows * cut.tile * CHUNK / PRODUCTS
+    read = rows // 64 * (64 + cut.tile) * CHUNK * 2
+    written = (rows + cut.tile) * CHUNK * 2
     block = rounds * chunks * max(multiplied, (read + written) / SHARED) / CLOCK
-    fetched = (cut.tile + rows / cut.share) * cut.chunk * 2
+    fetched = (cut.tile + rows / cut.share) * CHUNK * 2
     l2 = clusters * cut.cluster * chunks * fetched / READ_L2
     memory = product.weight_rows * product.in_features * 2 / READ
     sent = rows * cut.tile * 4 * (cut.split - 1) / cut.split

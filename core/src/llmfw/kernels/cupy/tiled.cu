@@ -5,7 +5,7 @@
 // Launch: block GROUPS * 128, clusters of SHARE * SPLIT blocks. A block multiplies all rows of x with TILE rows of the
 //   weight (GATED: half of them gates, half their ups). SHARE blocks with neighbouring tiles share x: each fetches a part
 //   and has it written to all. SPLIT blocks share the summed dimension; each stores a part of the outputs. One thread
-//   asks for tiles, CHUNK values of every row at a time, STAGES ahead; each of GROUPS warpgroups has a part of the rows of
+//   asks for tiles, 64 values of every row at a time, STAGES ahead; each of GROUPS warpgroups has a part of the rows of
 //   x. Without a split a cluster walks over tiles, and those of the next are on their way while results are stored.
 // Numbers: float32 sums on tensor cores; GATED rounds where the references of linear and silu_and_mul round.
 //
@@ -34,19 +34,10 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
-#ifndef CHUNK
-#define CHUNK 64
-#endif
-#ifndef AHEAD
-#define AHEAD 0
-#endif
-#ifndef LAG
-#define LAG 1
-#endif
 
 #if DTYPE != F32 && HAS_TILE_COPIES
 
-constexpr int BOX_ROW = CHUNK * 2;        // bytes of a row of a box: the span of the swizzle
+constexpr int CHUNK = 64, BOX_ROW = 128;  // values and bytes of a row of a box: the span of the swizzle
 constexpr int EACH = ROWS / 64 / GROUPS;  // 64s of rows of x of a warpgroup
 constexpr int WEIGHT_BYTES = TILE * BOX_ROW, STAGE_BYTES = WEIGHT_BYTES + ROWS * BOX_ROW;
 constexpr int WARPS = GROUPS * 4, BLOCKS = SHARE * SPLIT;
@@ -97,8 +88,8 @@ struct Ring {
     stage = 0;
     parity ^= 1;
   }
-  __device__ __forceinline__ int before(int by) const { return stage - by + (stage < by ? STAGES : 0); }
-  __device__ __forceinline__ int parity_before(int by) const { return stage < by ? parity ^ 1 : parity; }
+  __device__ __forceinline__ int before() const { return (stage ? stage : STAGES) - 1; }
+  __device__ __forceinline__ int parity_before() const { return stage ? parity : parity ^ 1; }
 };
 
 __device__ __forceinline__ void bring_weight(Shared& s, const TensorMap& weight, int outputs, const Cursor& from,
@@ -108,19 +99,6 @@ __device__ __forceinline__ void bring_weight(Shared& s, const TensorMap& weight,
   arrive_expecting(&s.full[stage], STAGE_BYTES);
   copy_box(s.stages[stage], weight, row, column, &s.full[stage], policy);
   if (GATED) copy_box(s.stages[stage] + WEIGHT_BYTES / 2, weight, outputs + row, column, &s.full[stage], policy);
-}
-
-// Has L2 fetch the weight's chunk that is brought AHEAD chunks after this one.
-__device__ __forceinline__ void announce_weight(const TensorMap& weight, int outputs, Cursor from, const Work& work) {
-  from.chunk += AHEAD;
-  if (from.chunk >= work.last) {
-    from.chunk -= work.each();
-    from.tile += work.stride;
-  }
-  if (AHEAD == 0 || from.tile >= work.tiles || from.chunk >= work.last) return;
-  const int row = from.tile * (TILE / (1 + GATED)), column = from.chunk * CHUNK;
-  announce_box(weight, row, column);
-  if (GATED) announce_box(weight, outputs + row, column);
 }
 
 __device__ __forceinline__ void bring_x(Shared& s, const TensorMap& x, const Place& place, const Cursor& from, int stage) {
@@ -137,10 +115,10 @@ typedef float Sums[EACH][COLUMNS][4];
 
 // A warpgroup's rows of x with the tile's rows of the weight.
 __device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int group) {
-  const Tile weight = tile_at<BOX_ROW>(stage), x = tile_at<BOX_ROW>(stage + WEIGHT_BYTES + group * EACH * 64 * BOX_ROW);
+  const Tile weight = tile_at(stage), x = tile_at(stage + WEIGHT_BYTES + group * EACH * 64 * BOX_ROW);
   open_products();
 #pragma unroll
-  for (int k = 0; k < BOX_ROW; k += 32)
+  for (int k = 0; k < CHUNK * 2; k += 32)
 #pragma unroll
     for (int m = 0; m < EACH; ++m) multiply_tile(sum[m], further(x, m * 64 * BOX_ROW + k), further(weight, k));
   close_products();
@@ -151,30 +129,24 @@ struct Feed {
   Cursor next;
   Ring ring;  // the chunk that is taken next
   int left;   // chunks that are not taken yet
-  int most;   // of which so many let a stage be filled anew
 };
 
 // Gives back the stage of the chunk before, and has it filled anew where there is one more chunk for it: else nobody
 // waits, and the others' blocks may be gone. Any block that writes to this one's shared memory waits for it.
 __device__ __forceinline__ void turn_over(Shared& s, Feed& feed, const TensorMap& weight, const TensorMap& x,
                                           const Work& work, const Place& place, int outputs, int lane) {
-  if (feed.left < STAGES + 1 - LAG) return;
-  if (LAG == 1 || feed.left >= STAGES) {
-    const int given = feed.ring.before(1);
-    __syncwarp();
-    if (SHARE == 1) {
-      if (lane == 0) arrive(&s.empty[given]);
-    } else if (lane < SHARE) {
-      pass_at(&s.empty[given], place.first_sharer() + lane);
-    }
+  if (feed.left < STAGES) return;
+  const int stage = feed.ring.before();
+  __syncwarp();
+  if (SHARE == 1) {
+    if (lane == 0) arrive(&s.empty[stage]);
+  } else if (lane < SHARE) {
+    pass_at(&s.empty[stage], place.first_sharer() + lane);
   }
-  if (LAG > 1 && feed.left > feed.most) return;
-  const int stage = feed.ring.before(LAG);
   if (threadIdx.x == 0) {
-    wait_here(&s.empty[stage], feed.ring.parity_before(LAG));
+    wait_here(&s.empty[stage], feed.ring.parity_before());
     bring_weight(s, weight, outputs, feed.next, stage);
     bring_x(s, x, place, feed.next, stage);
-    announce_weight(weight, outputs, feed.next, work);
   }
   __syncwarp();
   feed.next.next(work);
@@ -242,14 +214,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   const int clusters = int(gridDim.x) / BLOCKS, cluster = int(blockIdx.x) / BLOCKS;
   const Work work = {chunks * place.split / SPLIT, chunks * (place.split + 1) / SPLIT, cluster * SHARE + place.share,
                      clusters * SHARE, (tiles + SHARE - 1) / SHARE * SHARE};
-  Feed feed = {{work.tile, work.first}, {0, 0}, work.count(), work.count() - LAG};
+  Feed feed = {{work.tile, work.first}, {0, 0}, work.count()};
   Cursor early = feed.next;
   if (threadIdx.x == 0)
     for (int i = 0; i < min(feed.left, STAGES); ++i, early.next(work))
       bring_weight(s, weight, outputs, early, i);
-  if (threadIdx.x == 0)
-    for (int i = 0; i < AHEAD; ++i, early.next(work))
-      announce_weight(weight, outputs, {early.tile, early.chunk - AHEAD}, work);
   follow();
   for (int i = 0; i < min(feed.left, STAGES); ++i, feed.next.next(work))
     if (threadIdx.x == 0) bring_x(s, x, place, feed.next, i);

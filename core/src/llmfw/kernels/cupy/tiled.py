@@ -9,12 +9,13 @@ import torch
 from llmfw.kernels.cupy.compile import load, multiprocessors
 from llmfw.kernels.cupy.launch import pointer
 from llmfw.kernels.cupy.products import Product
-from llmfw.kernels.cupy.tensor_map import SPAN, tensor_map
+from llmfw.kernels.cupy.tensor_map import tensor_map
 from llmfw.ops.kernel import OpContext
 
+CHUNK = 64  # values of each row of a stage
 GROUPS = 2  # warpgroups that multiply
 SHARED_BYTES = 226 << 10  # of a block, which has a multiprocessor for itself
-MOST_STAGES = 8  # of SPAN values a row
+MOST_STAGES = 8
 USABLE = 10 / 11  # part of the multiprocessors that clusters of 4 and 8 can have: 120 of 132
 
 
@@ -27,28 +28,19 @@ class Tiled:
         share: Blocks with neighbouring tiles, which share x.
         split: Blocks that share the summed dimension.
         gated: Whether silu(gate) * up ends the product.
-        chunk: Values of each row of a stage: 64, or 32 for finer stages.
-        ahead: Chunks before it is copied that L2 is told to fetch a part of the weight.
-        lag: Chunks that are under way at most when a stage is filled anew.
     """
 
     tile: int
     share: int = 1
     split: int = 1
     gated: bool = False
-    chunk: int = SPAN
-    ahead: int = 0
-    lag: int = 1
     source: str = "tiled.cu"
 
     @property
     def name(self) -> str:
         """For messages and results."""
         kind = "gated" if self.gated else "tiled"
-        finer = f"_c{self.chunk}" if self.chunk != SPAN else ""
-        ahead = f"_a{self.ahead}" if self.ahead else ""
-        lag = f"_l{self.lag}" if self.lag > 1 else ""
-        return f"{kind}_n{self.tile}_s{self.share}_k{self.split}{finer}{ahead}{lag}"
+        return f"{kind}_n{self.tile}_s{self.share}_k{self.split}"
 
     @property
     def cluster(self) -> int:
@@ -74,15 +66,12 @@ class Tiled:
             "SHARE": self.share,
             "SPLIT": self.split,
             "STAGES": self.stages(bucket),
-            "CHUNK": self.chunk,
-            "AHEAD": self.ahead,
-            "LAG": self.lag,
         }
 
     def stages(self, bucket: int) -> int:
         """Chunks of each row under way: what memory holds."""
         room = SHARED_BYTES - self._barrier_bytes
-        return min(MOST_STAGES * SPAN // self.chunk, room // self._stage_bytes(bucket))
+        return min(MOST_STAGES, room // self._stage_bytes(bucket))
 
     def shared_bytes(self, bucket: int) -> int:
         """Of a block: the stages, in whose place sums of a split lie later, and barriers."""
@@ -92,10 +81,10 @@ class Tiled:
 
     @property
     def _barrier_bytes(self) -> int:
-        return (2 * MOST_STAGES * SPAN // self.chunk + 2) * 8
+        return (2 * MOST_STAGES + 2) * 8
 
     def _stage_bytes(self, bucket: int) -> int:
-        return (self.tile + bucket) * self.chunk * 2
+        return (self.tile + bucket) * CHUNK * 2
 
     def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
         """Compile; the result is called with (x, weight, bias, out, rows)."""
@@ -121,10 +110,8 @@ class Tiled:
                 grid,
                 block,
                 out.data_ptr(),
-                tensor_map(x.data_ptr(), rows, in_features, dtype, x_box, span=self.chunk),
-                tensor_map(
-                    weight.data_ptr(), weight_rows, in_features, dtype, weight_box, span=self.chunk
-                ),
+                tensor_map(x.data_ptr(), rows, in_features, dtype, x_box),
+                tensor_map(weight.data_ptr(), weight_rows, in_features, dtype, weight_box),
                 pointer(bias),
                 in_features,
                 outputs,
