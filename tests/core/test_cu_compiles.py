@@ -36,12 +36,6 @@ USES: dict[str, list[dict[str, int | str]]] = {
         {"DTYPE": F16, "HEAD_DIM": 96, "V_DIM": 64},
         {"DTYPE": BF16, "WARPS": 8, "MIN_BLOCKS": 1},
     ],
-    "rope_decode.cu": [
-        {"DTYPE": BF16},
-        {"DTYPE": BF16, "GROUP": 2, "WARPS": 8, "MIN_BLOCKS": 1, "AHEAD": 2},
-        {"DTYPE": F16, "HEAD_DIM": 80, "ROTARY_DIM": 32, "ROWS": 16, "GROUP": 20, "BLOCK_SIZE": 8},
-        {"DTYPE": F16, "HEAD_DIM": 64, "INTERLEAVED": 1, "LANES": 4, "SOFTCAP": 1},
-    ],
     "paged_staged.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "HEAD_DIM": 192, "V_DIM": 128, "WARPS": 8, "STAGES": 2, "SOFTCAP": 1},

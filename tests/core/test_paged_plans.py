@@ -134,12 +134,6 @@ def test_tiles_are_asked_for_ahead_up_to_two_waves_of_blocks() -> None:
     assert ahead == [1, 1, 1, 0]
 
 
-def test_blocks_beside_those_of_another_kernel_have_four_warps() -> None:
-    shape = heads(128, 128, 2)
-    cuts = [plan_launch(shape, 1, 1, 960, Device(SMS, wide=wide)).cut for wide in (True, False)]
-    assert [(cut.warps, cut.resident) for cut in cuts] == [(8, 1), (4, 2)]
-
-
 @pytest.mark.parametrize(
     ("head_dim", "source", "cut", "shared"),
     [

@@ -14,25 +14,30 @@ from gpu.bench_common import (
     DEVICE,
     MODELS,
     attention_shape,
+    context_of,
     kernel,
     randn,
     report,
     rope_shape,
 )
+from gpu.kernel_cases import before_9_0
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.kernels.cupy import tune
+from llmfw.kernels.cupy.attention import paged_attention
+from llmfw.ops.kernel import OpContext
 
 KEYS = 960
 BATCHES = (1, 8, 32, 64, 256)
 
 
 def decode() -> None:
-    """Norm, product, rotation, attention, product: rotation apart, and as one with attention."""
+    """Norm, product, rotation, attention, product: tiles of keys by copies, and in registers."""
     for name in MODELS:
         for batch in BATCHES:
             layers = layers_of(name, batch)
-            for kind, attend in (("two", two_ops(name)), ("one", one_op(name))):
-                runs = [functools.partial(layer, attend) for layer in layers]
+            shape = context_of("paged_attention", attention_shape(name))
+            for kind, context in (("copies", shape), ("registers", before_9_0(shape))):
+                runs = [functools.partial(layer, attend_by(name, context)) for layer in layers]
                 us = tune.graph_time(runs, launches=24)
                 nbytes = layers[0].keywords["nbytes"]
                 report("decode", f"{name} {kind} {batch} x {KEYS}", us, nbytes)
@@ -42,10 +47,9 @@ def decode() -> None:
 Attend = Callable[..., torch.Tensor]
 
 
-def two_ops(name: str) -> Attend:
-    """rope_and_cache, then paged_attention."""
-    rope = kernel("rope_and_cache", rope_shape(name))
-    attention = kernel("paged_attention", attention_shape(name))
+def attend_by(name: str, context: OpContext) -> Attend:
+    """rope_and_cache, then paged_attention as it is for a device."""
+    rope, attention = kernel("rope_and_cache", rope_shape(name)), paged_attention(context)
     _, _, heads, kv_heads, dim, _, _ = MODELS[name]
 
     def attend(qkv: Any, cos_sin: Any, k: Any, v: Any, batch: Any, norm: Any) -> torch.Tensor:
@@ -53,18 +57,6 @@ def two_ops(name: str) -> Attend:
         sizes = (heads, kv_heads, dim)
         q = rope(qkv, batch.positions, cos_sin, k, v, view.slots, *sizes, False, norm, norm)
         return attention(q, k, v, batch, view, dim**-0.5)
-
-    return attend
-
-
-def one_op(name: str) -> Attend:
-    """rope_and_attend."""
-    fused = kernel("rope_and_attend", rope_shape(name) | attention_shape(name))
-    dim = MODELS[name][4]
-
-    def attend(qkv: Any, cos_sin: Any, k: Any, v: Any, batch: Any, norm: Any) -> torch.Tensor:
-        scale, view = dim**-0.5, batch.groups[0]
-        return fused(qkv, batch.positions, cos_sin, k, v, batch, view, scale, False, norm, norm)
 
     return attend
 

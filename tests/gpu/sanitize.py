@@ -26,7 +26,6 @@ from gpu.normed_cases import OPS as NORMED
 from gpu.normed_cases import normed_cases, normed_variants
 from gpu.recurrent_cases import OPS as RECURRENT
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
-from gpu.rope_attend_cases import rope_attend_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import embedding_cases, step_cases
 from llmfw.kernels.cupy.products import bucket_of
@@ -38,7 +37,6 @@ ENVIRONMENT = {
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
 }
 PRODUCTS = ("linear", "gated_linear", *NORMED)
-ATTENTION = ("paged_attention", "rope_and_attend")
 SWITCHED = (
     "argmax",
     "copy_blocks",
@@ -62,7 +60,6 @@ def smallest_cases() -> list[Case]:
         *step_cases(),
         *embedding_cases(),
         *latent_cases(),
-        *rope_attend_cases(),
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *sampling_cases(),
@@ -70,7 +67,7 @@ def smallest_cases() -> list[Case]:
         *router_cases(),
         *expert_cases(),
     ):
-        if not case.wide and (case.dtype != "float16" or case.op in ATTENTION):
+        if not case.wide and (case.dtype != "float16" or case.op == "paged_attention"):
             found.setdefault((*build_of(case), way_of(case)), case)
     return list(found.values())
 
@@ -84,7 +81,7 @@ def way_of(case: Case) -> object:
     """What tells cases of one build apart: arguments, the batch's kind, or the number of rows."""
     if case.op in SWITCHED:
         return case.label
-    if case.op in (*ATTENTION, *RECURRENT):
+    if case.op in ("paged_attention", *RECURRENT):
         return case.label.split("-")[0]
     rows = case.facts.get("rows")
     if has_variants(case):

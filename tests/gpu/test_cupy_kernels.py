@@ -26,7 +26,6 @@ from gpu.kernel_cases import (
     rope_cases,
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
-from gpu.rope_attend_cases import rope_attend_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import embedding_cases, step_cases
 from llmfw.kernels.cupy.attention import paged_attention, plan_batch
@@ -61,7 +60,6 @@ def built(case: Case, device: torch.device) -> Callable[..., Any]:
         *activation_cases(),
         *rope_cases(),
         *attention_cases(),
-        *rope_attend_cases(),
         *recurrent_cases(),
         *recurrent_norm_cases(),
         *step_cases(),

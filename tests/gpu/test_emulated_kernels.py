@@ -37,7 +37,6 @@ from gpu.latent_cases import (
     latent_rope_cases,
 )
 from gpu.recurrent_cases import recurrent_cases, recurrent_norm_cases
-from gpu.rope_attend_cases import rope_attend_cases
 from gpu.sampling_cases import sampling_cases
 from gpu.step_cases import embedding_cases, step_cases
 from llmfw import MLA, MLAParams, ModelConfig, RopeParams
@@ -228,32 +227,12 @@ def test_paged_attention_by_tensor_copies_matches_its_reference(
     run(case, device)
 
 
-@pytest.mark.parametrize("case", small(list(rope_attend_cases()), 9))
-def test_rotation_with_attention_matches_its_reference(case: Case, device: torch.device) -> None:
-    run(case, device)
-
-
-def test_a_token_without_a_slot_is_not_kept(device: torch.device) -> None:
-    case = next(case for case in rope_attend_cases() if "bfloat16-few-2/2x80" in str(case))
-    args, kwargs = case.draw(device, torch.bfloat16, torch.Generator().manual_seed(0))
-    k, v, view = args[3], args[4], args[6]
-    before = k.clone(), v.clone()
-    kept = torch.tensor([True, False, True, True, True])
-    slots = view.slots.clone()
-    view.slots[~kept] = -1
-    kernel_of(case, device).build(case.context(device))(*args, **kwargs)
-    for cache, old in zip((k, v), before, strict=True):
-        changed = (cache != old) & ~(cache.isnan() & old.isnan())
-        rows = changed.flatten(2).any(-1).flatten().nonzero()[:, 0]
-        assert sorted(rows.tolist()) == sorted(slots[kept].tolist())
-
-
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize(
     "label",
     [
-        "rope_and_attend-bfloat16-halves-2/2x80r32b16",
-        pytest.param("rope_and_attend-float16-few-10/1x64r16b8i", marks=pytest.mark.slow),
+        "paged_attention-bfloat16-few-2/2x80b16",
+        pytest.param("paged_attention-float16-few-10/1x64b8", marks=pytest.mark.slow),
         pytest.param("paged_attention-float16-split-8/2x128b16", marks=pytest.mark.slow),
     ],
 )
@@ -261,8 +240,7 @@ def test_tiles_are_asked_for_ahead(
     label: str, ahead: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged_plan, "AHEAD", ahead)
-    cases = (*attention_cases(), *rope_attend_cases())
-    run(next(case for case in cases if str(case) == label), device)
+    run(next(case for case in attention_cases() if str(case) == label), device)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from llmfw.attention.metadata import AttentionMetadata, CacheSpec, LayerCache
+from llmfw.attention.metadata import CacheSpec, LayerCache
 from llmfw.errors import UsageError
 from llmfw.ops.table import reference_of
 
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 
 _CACHE_LINE = 64  # bytes; kernels read aligned rows
 AttentionOps = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
-
-
-class StandIn(Protocol):
-    """A kernel's callable that does what two ops do, for the batches that it pays for."""
-
-    def pays(self, metadata: AttentionMetadata) -> bool:
-        """Whether it serves the batch; where not, the two ops do."""
-
-    def __call__(self, *args: Any) -> torch.Tensor:
-        """As the op's reference."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +63,6 @@ class AttentionBackend:
             config.ops.resolve(rope_op, config.dtype, **rope_shape),
             config.ops.resolve("paged_attention", config.dtype, **shape),
         )
-
-    def stand_in(
-        self, config: ModelConfig[Any], rope_shape: dict[str, int], shape: dict[str, int]
-    ) -> StandIn | None:
-        """The callable of `rope_and_attend` for what `resolve` gives, where a kernel has it."""
-        if self.reference_only:
-            return None
-        parts = {"rope_and_cache": rope_shape, "paged_attention": shape}
-        return cast("StandIn | None", config.ops.stand_in("rope_and_attend", config.dtype, parts))
 
 
 BACKENDS = {

@@ -148,7 +148,7 @@ class Attention(Layer):
         )
 
     def bind(self, name: str, config: ModelConfig[Any]) -> None:
-        """Resolve this layer's two attention ops, and the one that stands in for both."""
+        """Resolve this layer's two attention ops."""
         plain = isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)
         fused_norm = plain and not self.norm_all_heads
         heads = {
@@ -174,7 +174,6 @@ class Attention(Layer):
         }
         backend = get_attention_backend(config.attn_backend)
         self._rope_and_cache, self._paged_attention = backend.resolve(config, rope_shape, shape)
-        self._rope_and_attend = backend.stand_in(config, rope_shape, shape)
         self._fused_norm = fused_norm
 
     def forward(
@@ -209,31 +208,6 @@ class Attention(Layer):
         cos_sin, interleaved = None, False
         if self.rotary_emb is not None:
             cos_sin, interleaved = self.rotary_emb.cos_sin, self.rotary_emb.rope.interleaved
-        at_once = self._rope_and_attend
-        # It reads positions while the kernel before still runs, which may make a layer's own ones.
-        if (
-            at_once is not None
-            and position_ids.data_ptr() == attn_metadata.positions.data_ptr()
-            and at_once.pays(attn_metadata)
-        ):
-            return at_once(
-                qkv,
-                position_ids,
-                cos_sin,
-                cache.k,
-                cache.v,
-                attn_metadata,
-                view,
-                self.scale,
-                interleaved,
-                q_weight,
-                k_weight,
-                eps,
-                offset,
-                self.sliding_window,
-                self.softcap,
-                self.sinks,
-            )
         q = self._rope_and_cache(
             qkv,
             position_ids,

@@ -272,41 +272,6 @@ def _rope_and_cache(context: OpContext, tokens: int, kv_len: int) -> Arguments:
     )
 
 
-def _rope_and_attend(context: OpContext, tokens: int, kv_len: int) -> Arguments:
-    """Generation requests of one token each, however many."""
-    requests, device = ((1, kv_len),) * tokens, context.info.device
-    generator = torch.Generator().manual_seed(0)
-    metadata, view, blocks = paged_batch(requests, 0, context["block_size"], generator, device)
-    heads, kv_heads, head_dim = context["num_heads"], context["num_kv_heads"], context["head_dim"]
-    norm = _normal(context, head_dim) if context["qk_norm"] else None
-    caches = (_normal(context, blocks, context["block_size"], kv_heads, head_dim) for _ in "kv")
-    return (
-        _normal(context, tokens, (heads + 2 * kv_heads) * head_dim),
-        metadata.positions,
-        torch.ones(kv_len, context["rotary_dim"], device=device) if context["rotary_dim"] else None,
-        *caches,
-        metadata,
-        view,
-        head_dim**-0.5,
-        bool(context["interleaved"]),
-        norm,
-        norm,
-        1e-5,
-        0.0,
-        context["window"] or None,
-        50.0 if context["softcap"] else None,
-        torch.zeros(heads, device=device) if context["sinks"] else None,
-    )
-
-
-def _rope_and_attend_cost(
-    context: OpContext, arguments: Arguments, results: Sequence[torch.Tensor]
-) -> Cost:
-    """As attention, with the packed qkv in the queries' place."""
-    qkv, _, _, k, v, metadata = arguments[:6]
-    return _attention_cost(context, (qkv, k, v, metadata), results)
-
-
 def _shapes(names: str, *rows: tuple[int, ...]) -> tuple[dict[str, int], ...]:
     return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
 
@@ -386,14 +351,5 @@ BENCHES: dict[str, OpBench] = {
         ),
         _paged_attention,
         _attention_cost,
-    ),
-    "rope_and_attend": OpBench(
-        _shapes(
-            f"{_HEADS} v_head_dim rotary_dim interleaved qk_norm window softcap sinks block_size",
-            (16, 8, 128, 128, 128, 0, 1, 0, 0, 0, 16),
-            (32, 8, 128, 128, 128, 0, 0, 0, 0, 0, 16),
-        ),
-        _rope_and_attend,
-        _rope_and_attend_cost,
     ),
 }

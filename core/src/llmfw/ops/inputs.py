@@ -220,37 +220,6 @@ def _paged_attention(context: OpContext, generator: torch.Generator) -> Iterator
         yield Case(label, arguments)
 
 
-def _rope_and_attend(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
-    head_dim, rotary_dim = context["head_dim"], context["rotary_dim"]
-    width = (context["num_heads"] + 2 * context["num_kv_heads"]) * head_dim
-    attention = _paged_attention(context, generator)
-    for label, case in ((case.label, case) for case in attention if "decode" in case.label):
-        _, k, v, metadata, view, scale, *limits = case.arguments
-        assert isinstance(metadata, AttentionMetadata)
-        longest = metadata.max_kv_len
-        angles = torch.rand(longest, rotary_dim // 2, generator=generator) * 6.28
-        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(context.info.device)
-        norms = [
-            normal(context, generator, head_dim) if context["qk_norm"] else None for _ in range(2)
-        ]
-        arguments = (
-            normal(context, generator, metadata.num_requests, width),
-            metadata.positions,
-            cos_sin if rotary_dim else None,
-            k,
-            v,
-            metadata,
-            view,
-            scale,
-            bool(context["interleaved"]),
-            *norms,
-            1e-5,
-            0.0,
-            *limits,
-        )
-        yield Case(label, arguments, written=(3, 4))
-
-
 def _expanded_attention(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
     heads, latent_dim, rotary_dim = (
         context[name] for name in ("num_heads", "latent_dim", "rotary_dim")
@@ -456,18 +425,6 @@ INPUTS: dict[str, OpInputs] = {
             (5, 1, 27, 19, 0, 0, 0, 4, 1),
         ),
         _paged_attention,
-    ),
-    "rope_and_attend": OpInputs(
-        shapes(
-            "num_heads num_kv_heads head_dim v_head_dim rotary_dim interleaved qk_norm window "
-            "softcap sinks block_size",
-            (4, 2, 64, 64, 64, 0, 0, 0, 0, 0, 16),
-            (16, 8, 128, 128, 128, 0, 1, 0, 0, 0, 16),
-            (2, 2, 80, 80, 32, 0, 0, 33, 0, 1, 16),
-            (6, 1, 96, 96, 96, 1, 1, 0, 1, 0, 32),
-            (2, 1, 64, 64, 0, 0, 0, 0, 0, 0, 8),
-        ),
-        _rope_and_attend,
     ),
     "expanded_attention": OpInputs(
         shapes(

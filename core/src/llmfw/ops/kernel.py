@@ -51,7 +51,6 @@ class OpContext:
         paged_attention: num_heads, num_kv_heads, head_dim, v_head_dim, window (0: none), softcap
             (0 or 1), sinks (0 or 1), block_size; latent (0 or 1): v_cache is a strided view, the
             first v_head_dim features of k_cache
-        rope_and_attend: those of rope_and_cache and of paged_attention
         expanded_attention: num_heads, latent_dim, rotary_dim, key_dim (of a head, without
             rotary_dim), v_head_dim, block_size
         causal_conv1d: channels, kernel_size
@@ -86,10 +85,10 @@ class Kernel:
             text for people: what it settled for where it had a choice. One for `linear` or
             `head_linear` may have `prepare(weight) -> Tensor`, called once after loading, whose
             result is passed as `weight` from then on. One for `expanded_attention` must have
-            `pays(metadata) -> bool`: whether it is quicker for a batch than `paged_attention`, and
-            one for `rope_and_attend` whether it serves a batch. One for `add_linear`,
-            `normed_linear` or `normed_gated_linear` must have `serves_rows(rows) -> bool`: whether
-            it is quicker for so many than the norm and the product apart.
+            `pays(metadata) -> bool`: whether it is quicker for a batch than `paged_attention`. One
+            for `add_linear`, `normed_linear` or `normed_gated_linear` must have
+            `serves_rows(rows) -> bool`: whether it is quicker for so many than the norm and the
+            product apart.
         requires: Device features that must all be there, e.g. ("cuda", "sm_80", "cupy").
         dtypes: Names of the dtypes served.
         supports: Given the context, None when the kernel serves it, else the reason why not.

@@ -277,51 +277,6 @@ def paged_attention(
     return out.flatten(1)
 
 
-def rope_and_attend(
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    view: CacheGroupView,
-    scale: float,
-    interleaved: bool = False,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """rope_and_cache, then paged_attention of its result: [T, Hq * D].
-
-    Kernels may take it that no request of the batch reads what another one of it writes, that
-    `view.slots` are where `view.block_tables` say, and that on a GPU only qkv comes from the kernel
-    right before; the result of a token without a slot is undefined.
-    """
-    kv_heads, head_dim = k_cache.shape[2:]
-    heads = qkv.shape[-1] // head_dim - 2 * kv_heads
-    q = rope_and_cache(
-        qkv,
-        positions,
-        cos_sin,
-        k_cache,
-        v_cache,
-        view.slots,
-        heads,
-        kv_heads,
-        head_dim,
-        interleaved,
-        q_norm,
-        k_norm,
-        eps,
-        norm_offset,
-    )
-    return paged_attention(q, k_cache, v_cache, metadata, view, scale, window, softcap, sinks)
-
-
 def expanded_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -424,7 +379,6 @@ REFERENCES: dict[str, Callable[..., object]] = {
     "rope_and_cache": rope_and_cache,
     "latent_rope_and_cache": latent_rope_and_cache,
     "paged_attention": paged_attention,
-    "rope_and_attend": rope_and_attend,
     "expanded_attention": expanded_attention,
     "moe_route": moe_route,
     "moe_experts": moe_experts,

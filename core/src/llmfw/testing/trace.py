@@ -164,9 +164,8 @@ def _stream_out(output: Any, is_layer: bool) -> torch.Tensor | None:
 
 @contextmanager
 def _attention_hooks(path: str, module: Attention, put: Put) -> Iterator[None]:
-    """Wrap the two attention ops of one of our layers, and do without the one that is both."""
+    """Wrap the two attention ops of one of our layers."""
     rope_and_cache, paged_attention = module._rope_and_cache, module._paged_attention
-    rope_and_attend = module._rope_and_attend
 
     def rotated(qkv: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         q = rope_and_cache(qkv, *rest, **more)
@@ -182,12 +181,10 @@ def _attention_hooks(path: str, module: Attention, put: Put) -> Iterator[None]:
         return out
 
     module._rope_and_cache, module._paged_attention = rotated, attended
-    module._rope_and_attend = None
     try:
         yield
     finally:
         module._rope_and_cache, module._paged_attention = rope_and_cache, paged_attention
-        module._rope_and_attend = rope_and_attend
 
 
 @contextmanager

@@ -61,7 +61,6 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("rope_and_cache", "rope_cache", "rope_and_cache", ALL),
     _kernel("latent_rope_and_cache", "latent_rope", "latent_rope_and_cache", ALL),
     _kernel("paged_attention", "attention", "paged_attention", HALVES, supports="paged_decode"),
-    _kernel("rope_and_attend", "rope_decode", "rope_and_attend", HALVES),
     _kernel("paged_attention", "paged_simt", "paged_attention", ("float32",), name="paged_simt"),
     _kernel(
         "paged_attention",

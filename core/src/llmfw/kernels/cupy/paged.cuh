@@ -29,9 +29,6 @@
 #ifndef ROWS
 #define ROWS 8
 #endif
-#ifndef USED_ROWS  // of a block's rows, those that a request can have
-#define USED_ROWS ROWS
-#endif
 #ifndef BLOCK_SIZE
 #define BLOCK_SIZE 16
 #endif
@@ -267,7 +264,7 @@ __device__ __forceinline__ constexpr int out_dim(int n, int column) {
                                 : 64 * V8 + 32 * V4 + column * 2 + (n - 8 * V8 - 4 * V4);
 }
 
-// The block's warps meet: each leaves its maximum, sum and unscaled output, in slab(warp) of USED_ROWS * PITCH floats.
+// The block's warps meet: each leaves its maximum, sum and unscaled output, in slab(warp) of ROWS * PITCH floats.
 template <class Slab>
 __device__ __forceinline__ void meet(const Rows& rows, const Sums& sums, const Slab& slab, const Lane& lane) {
   __shared__ float2 stats[WARPS][ROWS];
@@ -276,7 +273,6 @@ __device__ __forceinline__ void meet(const Rows& rows, const Sums& sums, const S
     const int row = part * 8 + lane.g;
     const float all = group_sum<4>(sums.sum[part]);
     if (lane.c == 0) stats[lane.warp][row] = make_float2(sums.top[part], all);
-    if (row >= USED_ROWS) continue;
 #pragma unroll
     for (int column = 0; column < 2; ++column)
 #pragma unroll

@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   load_queries(a, q, q_stride, mine, window, lane);
   Sums sums;
   clear(sums);
-  walk.go(sums, a, scale, softcap, AsLoaded());
+  walk.go(sums, a, scale, softcap);
 
   alignas(16) __shared__ float slabs[WARPS][ROWS * PITCH];
   const Rows rows = {out, sinks, partial, partial_stats, counters, mine.row0, min(ROWS, mine.rows - mine.row0),

@@ -68,30 +68,23 @@ class Meeting(NamedTuple):
 class PagedDecode:
     """The compiled kernels for one head layout, and the counters that its blocks meet at.
 
-    Launches of one instance must follow each other on one stream. `beside`: whether blocks shall
-    fit beside those of another kernel: tiles then lie in registers, and few have no 8 warps.
+    Launches of one instance must follow each other on one stream.
     """
 
-    def __init__(self, context: OpContext, beside: bool = False) -> None:
+    def __init__(self, context: OpContext) -> None:
         self.heads = Heads.of(context)
         self._context = context
         device = context.info.device
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
         properties: Any = torch.cuda.get_device_properties(device_index(device))
         shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES)
-        copies = not beside and has_tile_products(context.info)
-        sms = properties.multi_processor_count
-        self._device = Device(sms, shared, wide=not beside, copies=copies)
+        copies = has_tile_products(context.info)
+        self._device = Device(properties.multi_processor_count, shared, copies)
         self._counters = torch.zeros(paged_plan.COUNTERS, dtype=torch.int32, device=device)
 
     def plan(self, requests: int, max_q: int, max_kv: int, splits: int | None = None) -> Plan:
         """How a batch of at most these lengths is launched."""
         return plan_launch(self.heads, requests, max_q, max_kv, self._device, splits)
-
-    def most_at_once(self) -> int:
-        """Requests of one token each whose blocks are all resident at the same time."""
-        plan = self.plan(1, 1, 1)
-        return self._device.sms * plan.cut.resident // plan.columns
 
     def launcher(self, rows: int, cut: Cut) -> Launcher:
         """The kernel for blocks of so many rows and such a cut, compiled when first wanted."""

@@ -81,13 +81,11 @@ class Device:
     Args:
         sms: Multiprocessors.
         shared_bytes: The most shared memory of a block.
-        wide: Whether few blocks may have 8 warps, beside which no block of another kernel fits.
         copies: Whether tensor copies may bring tiles.
     """
 
     sms: int
     shared_bytes: int = LEAST_SHARED_BYTES
-    wide: bool = True
     copies: bool = False
 
 
@@ -149,7 +147,7 @@ def registers_cut(heads: Heads, rows: int, blocks: int, device: Device) -> Cut:
     wide = Cut(8, resident // 2, ahead=ahead)
     slab = wide.warps * rows * (dim + 4) * 4
     fits = blocks <= device.sms * wide.resident and slab < SLAB_BYTES
-    return wide if fits and device.wide else Cut(4, resident, ahead=ahead)
+    return wide if fits else Cut(4, resident, ahead=ahead)
 
 
 def staged_cut(heads: Heads, blocks: int, device: Device) -> Cut:

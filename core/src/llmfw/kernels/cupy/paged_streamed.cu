@@ -22,11 +22,11 @@ constexpr int GROUPS = ROWS / 8;     // of rows, mma's columns
 constexpr float SLACK = 8.0f;        // weights are at most 2^8
 constexpr float LOWEST = -1e30f;     // of no key: below every score, and a number
 static_assert(HEAD_DIM % SPAN == 0 && V_DIM % SPAN == 0 && BLOCK_SIZE % 16 == 0, "whole boxes");
-static_assert(STAGES * TILE_BYTES >= USED_ROWS * PITCH * 4, "a warp's sums find room where its tiles were");
+static_assert(STAGES * TILE_BYTES >= ROWS * PITCH * 4, "a warp's sums find room where its tiles were");
 
 // All of the block's dynamic shared memory.
 struct Shared {
-  u8 tiles[WARPS][STAGES][TILE_BYTES];  // in the end the warps' sums: float [USED_ROWS][PITCH]
+  u8 tiles[WARPS][STAGES][TILE_BYTES];  // in the end the warps' sums: float [ROWS][PITCH]
   Barrier full[WARPS][STAGES];
 };
 
@@ -222,7 +222,6 @@ __device__ __forceinline__ void leave_sums(float* slab, float2 (&stats)[ROWS], c
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) all += __shfl_xor_sync(ALL, all, step);
       if (lane.g == 0) stats[row] = make_float2(sum.top[n][i], all);
-      if (row >= USED_ROWS) continue;
 #pragma unroll
       for (int m = 0; m < V_DIM / 16; ++m)
 #pragma unroll

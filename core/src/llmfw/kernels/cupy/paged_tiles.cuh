@@ -1,4 +1,4 @@
-// What the kernels of paged_attention share whose tiles of keys lie in registers (paged_decode.cu, rope_decode.cu).
+// Tiles of keys in registers, for paged_decode.cu.
 //
 // K and V go from memory straight to mma operands. K of the next tile is requested as soon as this tile's scores are
 // done, V as soon as its product is: loads are always in flight, without shared memory. Tiles beyond are asked for into
@@ -36,60 +36,44 @@ typedef u32 Keys[2][STEPS][2];     // of both halves of a tile, in the order of 
 typedef u32 Values[2][2][V_REGS];  // of keys 2c and 2c + 1 of both halves
 
 // Lane 4g + c: dims 32 j + 8 c .. + 7 (steps 2j, 2j + 1), then 32 FULL + 4 c .. + 3.
-template <class Read>
-__device__ __forceinline__ void take_key(u32 (&k)[STEPS][2], const scalar* row, const Lane& lane, const Read& read) {
+__device__ __forceinline__ void take_key(u32 (&k)[STEPS][2], const scalar* row, const Lane& lane) {
 #pragma unroll
   for (int j = 0; j < FULL; ++j) {
-    const uint4 x = read.sixteen(row + 32 * j + 8 * lane.c);
+    const uint4 x = stream16(row + 32 * j + 8 * lane.c);
     k[2 * j][0] = x.x;
     k[2 * j][1] = x.y;
     k[2 * j + 1][0] = x.z;
     k[2 * j + 1][1] = x.w;
   }
   if constexpr (HALF) {
-    const uint2 x = read.eight(row + 32 * FULL + 4 * lane.c);
+    const uint2 x = stream8(row + 32 * FULL + 4 * lane.c);
     k[STEPS - 1][0] = x.x;
     k[STEPS - 1][1] = x.y;
   }
 }
 
 // Lane 4g + c: dims 64 i + 8 g .. + 7, then 4 and 2 dims of the rest.
-template <class Read>
-__device__ __forceinline__ void take_value(u32 (&v)[V_REGS], const scalar* row, const Lane& lane, const Read& read) {
+__device__ __forceinline__ void take_value(u32 (&v)[V_REGS], const scalar* row, const Lane& lane) {
 #pragma unroll
   for (int i = 0; i < V8; ++i) {
-    const uint4 x = read.sixteen(row + 64 * i + 8 * lane.g);
+    const uint4 x = stream16(row + 64 * i + 8 * lane.g);
     v[4 * i] = x.x;
     v[4 * i + 1] = x.y;
     v[4 * i + 2] = x.z;
     v[4 * i + 3] = x.w;
   }
   if constexpr (V4) {
-    const uint2 x = read.eight(row + 64 * V8 + 4 * lane.g);
+    const uint2 x = stream8(row + 64 * V8 + 4 * lane.g);
     v[4 * V8] = x.x;
     v[4 * V8 + 1] = x.y;
   }
-  if constexpr (V2) v[V_REGS - 1] = read.four(row + 64 * V8 + 32 * V4 + 2 * lane.g);
+  if constexpr (V2) v[V_REGS - 1] = stream4(row + 64 * V8 + 32 * V4 + 2 * lane.g);
 }
-
-// From the cache.
-struct Stream {
-  __device__ __forceinline__ uint4 sixteen(const scalar* p) const { return stream16(p); }
-  __device__ __forceinline__ uint2 eight(const scalar* p) const { return stream8(p); }
-  __device__ __forceinline__ u32 four(const scalar* p) const { return stream4(p); }
-};
-
-// From shared memory.
-struct Plain {
-  __device__ __forceinline__ uint4 sixteen(const scalar* p) const { return *reinterpret_cast<const uint4*>(p); }
-  __device__ __forceinline__ uint2 eight(const scalar* p) const { return *reinterpret_cast<const uint2*>(p); }
-  __device__ __forceinline__ u32 four(const scalar* p) const { return *reinterpret_cast<const u32*>(p); }
-};
 
 __device__ __forceinline__ void load_keys(Keys& k, const Cache& cache, const Offsets& at, const Lane& lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    take_key(k[half], cache.k + at.k[half] + min(lane.g, at.limit[half]) * cache.k_slot, lane, Stream());
+    take_key(k[half], cache.k + at.k[half] + min(lane.g, at.limit[half]) * cache.k_slot, lane);
 }
 
 __device__ __forceinline__ void load_values(Values& v, const Cache& cache, const Offsets& at, const Lane& lane) {
@@ -98,7 +82,7 @@ __device__ __forceinline__ void load_values(Values& v, const Cache& cache, const
 #pragma unroll
     for (int key = 0; key < 2; ++key) {
       const int own = min(2 * lane.c + key, at.limit[half]);
-      take_value(v[half][key], cache.v + at.v[half] + own * cache.v_slot, lane, Stream());
+      take_value(v[half][key], cache.v + at.v[half] + own * cache.v_slot, lane);
     }
 }
 
@@ -119,11 +103,6 @@ __device__ __forceinline__ void fetch_tile(const Cache& cache, const Pages& page
     if (item < 16 * V_LINES) fetch_l2(cache.v + first + own * cache.v_slot + item % V_LINES * LINE);
   }
 }
-
-struct AsLoaded {
-  __device__ __forceinline__ void keys(Keys&, int) const {}
-  __device__ __forceinline__ void values(Values&, int) const {}
-};
 
 // A warp's way through its block's share, every WARPS-th tile.
 struct Walk {
@@ -171,12 +150,9 @@ struct Walk {
     if (tile + tiles * WARPS < stop) far = find_pages(cache, tile + tiles * WARPS);
   }
 
-  // All of the walk; `mend` may change what was loaded of a tile.
-  template <class Mend>
-  __device__ __forceinline__ void go(Sums& sums, const Queries& a, float scale, float softcap, const Mend& mend) {
+  __device__ __forceinline__ void go(Sums& sums, const Queries& a, float scale, float softcap) {
     for (; tile < stop; tile += WARPS) {
       const bool more = tile + WARPS < stop;
-      mend.keys(k, tile);
       Scores s[2] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -194,7 +170,6 @@ struct Walk {
 
       Weights p;
       soften(p, sums, s, a, tile, lane.c, scale, softcap);
-      mend.values(v, tile);
 #pragma unroll
       for (int i = 0; i < V_REGS; ++i) weigh(sums, 2 * i, p, v[0][0][i], v[0][1][i], v[1][0][i], v[1][1][i]);
       if (more) {
