@@ -6,7 +6,7 @@
 #include "common.cuh"
 
 #ifndef THREADS
-#define THREADS 256
+#define THREADS 512
 #endif
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 4

@@ -11,7 +11,7 @@ from llmfw.kernels.cupy.compile import load
 from llmfw.ops import reference_step
 from llmfw.ops.kernel import OpContext
 
-THREADS = 256
+THREADS = 512
 IN_FLIGHT = 4  # packs of a thread
 PACK = 16  # bytes
 MOST_PAIRS = 65535  # of a grid

@@ -14,16 +14,13 @@
 #define WIDTH 8
 #endif
 #ifndef THREADS
-#define THREADS 256
+#define THREADS 512
 #endif
 #ifndef MIN_BLOCKS  // resident blocks the registers must leave room for
-#define MIN_BLOCKS 4
+#define MIN_BLOCKS 2
 #endif
 #ifndef EACH  // tokens of a lane in a tile
-#define EACH 32
-#endif
-#ifndef AHEAD  // whether a tile is read while the one before is worked on
-#define AHEAD 0
+#define EACH 16
 #endif
 
 constexpr int WARPS = THREADS / 32;
@@ -98,10 +95,17 @@ struct Mass {
 // From sums of `high - HIGH_BITS` and `low - LOW_BITS`.
 __device__ __forceinline__ u64 whole_mass(u32 high, u32 low) { return (u64(high) << 20) + u64(i64(int(low))); }
 
-__device__ __forceinline__ u64 mass_of(float z) {
-  const Mass mass(z, [](u32 n) { return POWERS[n % 32]; });
+template <class Powers>
+__device__ __forceinline__ u64 mass_of(float z, Powers&& powers) {
+  const Mass mass(z, powers);
   return whole_mass(mass.high - HIGH_BITS, mass.low - LOW_BITS);
 }
+
+// POWERS where a whole warp asks for one each: lanes hold them.
+struct WarpPowers {
+  int own = int(POWERS[threadIdx.x % 32]);
+  __device__ __forceinline__ u32 operator()(u32 n) const { return u32(__shfl_sync(ALL, own, int(n))); }
+};
 
 // A lane's tokens of a tile: in step i of a pack, tile * TILE + (i * 32 + lane) * WIDTH + j.
 __device__ __forceinline__ int token_of(int tile, int e) {
@@ -132,19 +136,8 @@ struct Tile {
 // work(tile) for each of this warp's share of the row's tiles.
 template <class Work>
 __device__ __forceinline__ void each_tile(const Row& row, Work&& work) {
-  const int step = gridDim.x * WARPS;
-  int at = blockIdx.x * WARPS + int(threadIdx.x) / 32;
-#if AHEAD
-  if (at >= TILES) return;
-  Tile next(row, at);
-  for (; at < TILES; at += step) {
-    const Tile tile = next;
-    if (at + step < TILES) next = Tile(row, at + step);
-    work(tile);
-  }
-#else
-  for (; at < TILES; at += step) work(Tile(row, at));
-#endif
+  const int first = blockIdx.x * WARPS + int(threadIdx.x) / 32;
+  for (int at = first; at < TILES; at += gridDim.x * WARPS) work(Tile(row, at));
 }
 
 __device__ __forceinline__ u64 shifted_up(u64 x, int lanes) {

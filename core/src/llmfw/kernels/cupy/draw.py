@@ -14,14 +14,13 @@ from llmfw.kernels.cupy.launch import pointer
 from llmfw.ops import reference_draw
 from llmfw.ops.kernel import OpContext
 
-THREADS = 256
-EACH = 32  # tokens of a lane in a warp's step
-MIN_BLOCKS = 4  # of a multiprocessor, for which registers are left
-AHEAD = 0  # whether a tile is read while the one before is worked on
+THREADS = 512
+EACH = 16  # tokens of a lane in a warp's step
+MIN_BLOCKS = 2  # of a multiprocessor, for which registers are left
 BINS = 3072  # of a row's distances
 SLOTS = 2048  # of the table in shared memory that holds the masses of all tiles
 ROOM = 4096  # listed tokens of a row
-BLOCKS_PER_SM = 4
+BLOCKS_PER_SM = 2
 LEAST_ROWS = 32  # that the first workspace is made for
 
 
@@ -65,7 +64,7 @@ def draw_tokens(context: OpContext) -> Callable[..., torch.Tensor]:
     width = 16 // context.dtype.itemsize
     while vocab % width:
         width //= 2
-    constants = {"VOCAB": vocab, "WIDTH": width, "THREADS": THREADS, "EACH": EACH, "AHEAD": AHEAD}
+    constants = {"VOCAB": vocab, "WIDTH": width, "THREADS": THREADS, "EACH": EACH}
     constants["MIN_BLOCKS"] = MIN_BLOCKS
     cutting = load("draw_cut.cu", device, context.dtype, **constants)
     drawing = load("draw_tokens.cu", device, context.dtype, ROOM=ROOM, **constants)

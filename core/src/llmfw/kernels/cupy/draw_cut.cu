@@ -16,7 +16,7 @@ constexpr u32 BIN_BITS = 0x45400000u;
 static_assert(BINS % THREADS == 0, "whole shares");
 
 struct Shared {
-  u32 counts[ALL_BINS + 1];
+  alignas(8) u32 counts[ALL_BINS + 1];
   u64 of_warps[WARPS];
   int found[2];
   bool last;
@@ -46,22 +46,17 @@ __device__ __forceinline__ int bin_of_count(Shared& shared, u32 target, u32& lef
 // 2^-20 of them and a rounding; what doubles round, and one mass for the target's, are far less than `slack`.
 __device__ __forceinline__ void bins_of_mass(Shared& shared, double top_p, int& first, int& last) {
   const int begin = threadIdx.x * SLOTS;
-  // take(bin, the least and the most that is in it)
-  const auto each = [&](auto&& take) {
-    u64 near = mass_of(float(begin) / ALL_BINS);
-#pragma unroll 1
-    for (int i = 0; i < SLOTS; ++i) {
-      const u64 count = shared.counts[begin + i], far = mass_of(float(begin + i + 1) / ALL_BINS);
-      const u64 less = (far >> 20) + 1;
-      take(begin + i, count * (far > less ? far - less : 0), count * (near + (near >> 20) + 1));
-      near = far;
-    }
-  };
-  u64 least = 0, most = 0, least_all, most_all;
-  each([&](int, u64 low, u64 high) {
-    least += low;
-    most += high;
-  });
+  const WarpPowers powers;
+  u64 least_of[SLOTS], most_of[SLOTS], least = 0, most = 0, least_all, most_all;
+  u64 near = mass_of(float(begin) / ALL_BINS, powers);
+#pragma unroll
+  for (int i = 0; i < SLOTS; ++i) {
+    const u64 count = shared.counts[begin + i], far = mass_of(float(begin + i + 1) / ALL_BINS, powers);
+    const u64 less = (far >> 20) + 1;
+    least += least_of[i] = count * (far > less ? far - less : 0);
+    most += most_of[i] = count * (near + (near >> 20) + 1);
+    near = far;
+  }
   least = sum_up_to(least, shared.of_warps, least_all) - least;  // before the first bin of this thread
   most = sum_up_to(most, shared.of_warps, most_all) - most;
   const double slack = double(most_all) * 0x1p-40 + 2, rest = 1.0 - top_p;
@@ -73,15 +68,16 @@ __device__ __forceinline__ void bins_of_mass(Shared& shared, double top_p, int& 
   bool surely = begin > 0 && reaches(least, most_all - most, -slack);
   if (threadIdx.x == 0) shared.found[1] = BINS - 1;
   __syncthreads();
-  each([&](int bin, u64 low, u64 high) {
-    least += low;
-    most += high;
+#pragma unroll
+  for (int i = 0; i < SLOTS; ++i) {
+    least += least_of[i];
+    most += most_of[i];
     const bool now_maybe = reaches(most, least_all - least, slack), now_surely = reaches(least, most_all - most, -slack);
-    if (now_maybe && !maybe) shared.found[0] = bin;
-    if (now_surely && !surely) shared.found[1] = bin;
+    if (now_maybe && !maybe) shared.found[0] = begin + i;
+    if (now_surely && !surely) shared.found[1] = begin + i;
     maybe = now_maybe;
     surely = now_surely;
-  });
+  }
   __syncthreads();
   first = shared.found[0];
   last = shared.found[1];
@@ -104,15 +100,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       atomicAdd(shared.counts + (__float_as_uint(__fadd_rd(tile.distance(row, e), BIN)) - BIN_BITS), 1u);
   });
   __syncthreads();
-  u32* whole = table + i64(index) * BINS;
+  u64* pairs = reinterpret_cast<u64*>(shared.counts);  // two counts in one sum
+  u64* whole = reinterpret_cast<u64*>(table + i64(index) * BINS);
   if (gridDim.x > 1) {
-    for (int i = threadIdx.x; i < BINS; i += THREADS)
-      if (shared.counts[i]) atomicAdd(whole + i, shared.counts[i]);
+    for (int i = threadIdx.x; i < BINS / 2; i += THREADS)
+      if (pairs[i]) atomicAdd(whole + i, pairs[i]);
   }
   if (!is_last(shared.last, counters + 3 * index)) return;
   if (gridDim.x > 1) {
-    for (int i = threadIdx.x; i < BINS; i += THREADS) {
-      shared.counts[i] = __ldcg(whole + i);
+#pragma unroll
+    for (int i = threadIdx.x; i < BINS / 2; i += THREADS) {
+      pairs[i] = __ldcg(whole + i);
       whole[i] = 0;
     }
     __syncthreads();

@@ -19,7 +19,7 @@
 
 constexpr int DIGIT = 11;
 constexpr int SLOTS = 1 << DIGIT;
-static_assert(TILES <= SLOTS && TILE <= SLOTS, "the table holds them");
+static_assert(TILES <= SLOTS && TILE <= SLOTS && ROOM <= 2 * SLOTS, "the table holds them");
 
 struct Found {
   int slot;
@@ -27,10 +27,12 @@ struct Found {
 };
 
 struct Shared {
-  u64 table[SLOTS];
+  u64 table[SLOTS];  // and before the end the tokens that this block lists
   u64 of_warps[WARPS];
+  u32 powers[32];
   Found found;
   u32 least, most;
+  int listed, place;
   bool last;
 };
 
@@ -77,9 +79,13 @@ __device__ __forceinline__ u64 part_of(u64 all, double top_p) {
 struct Listed {
   const Row* row;
   const uint2* near;
+  const u32* powers;
   int count;
   float first, last;
 
+  __device__ __forceinline__ u64 mass(float z) const {
+    return mass_of(z, [&](u32 n) { return powers[n % 32]; });
+  }
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     if (count <= ROOM) {
@@ -124,7 +130,7 @@ __device__ __forceinline__ float select(Shared& shared, const Listed& listed, bo
     clear(shared, slots);
     listed.each([&](int, float z) {
       const u32 place = __float_as_uint(z) - least - from;
-      if (place <= unknown) add(shared.table + (place >> shift), by_count ? 1 : mass_of(z));
+      if (place <= unknown) add(shared.table + (place >> shift), by_count ? 1 : listed.mass(z));
     });
     const Found found = find(shared, slots, [&](u64) { return target; });
     target = found.left;
@@ -146,12 +152,12 @@ __device__ __forceinline__ float cut_of(Shared& shared, const Listed& listed, u3
     listed.each([&](int, float z) {
       if (z < limit) {
         ++nearer;
-        mass += mass_of(z);
+        mass += listed.mass(z);
       }
     });
     sum_up_to(nearer, shared.of_warps, all_nearer);
     sum_up_to(mass, shared.of_warps, all);
-    mass_left = part_of(all + (left - all_nearer) * mass_of(limit), top_p);  // of equal ones only so many count
+    mass_left = part_of(all + (left - all_nearer) * listed.mass(limit), top_p);  // of equal ones only so many count
   }
   return fminf(limit, select(shared, listed, false, mass_left));
 }
@@ -180,12 +186,10 @@ struct Bounds {
   __device__ __forceinline__ bool some() const { return first < last; }
 };
 
-// Writes the mass of each tile, as far as it is nearer than the bounds, lists what lies in them, and gives this lane's
-// share of the mass of all.
-__device__ __forceinline__ u64 sum_tiles(const Row& row, const Bounds& bounds, u64* masses, uint2* near, int* listing) {
-  const int lane = threadIdx.x % 32;
-  const int power = int(POWERS[lane]);
-  const auto powers = [&](u32 n) { return u32(__shfl_sync(ALL, power, int(n))); };
+// Writes the mass of each tile, as far as it is nearer than the bounds, keeps the tokens that lie in them, and gives this
+// lane's share of the mass of all.
+__device__ __forceinline__ u64 sum_tiles(Shared& shared, const Row& row, const Bounds& bounds, u64* masses) {
+  const WarpPowers powers;
   const bool whole = bounds.none();
   u64 total = 0;
   each_tile(row, [&](const Tile& tile) {
@@ -213,22 +217,23 @@ __device__ __forceinline__ u64 sum_tiles(const Row& row, const Bounds& bounds, u
     }
     near_high = __reduce_add_sync(ALL, near_high - EACH * HIGH_BITS);
     near_low = __reduce_add_sync(ALL, near_low - EACH * LOW_BITS);
-    if (lane == 0) masses[tile.number] = whole_mass(near_high, near_low);
-    if (!__any_sync(ALL, wanted != 0)) return;
-    int upto = __popc(wanted);
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(ALL, upto, step);
-      if (lane >= step) upto += other;
-    }
-    int at = lane == 31 ? atomicAdd(listing, upto) : 0;
-    at = __shfl_sync(ALL, at, 31) + upto - __popc(wanted);
-    for (; wanted && at < ROOM; wanted &= wanted - 1, ++at) {
-      const int token = token_of(tile.number, __ffs(wanted) - 1);
-      near[at] = make_uint2(token, __float_as_uint(row.distance(row.logits[token])));
-    }
+    if (threadIdx.x % 32 == 0) masses[tile.number] = whole_mass(near_high, near_low);
+    if (wanted == 0) return;
+    u32* tokens = reinterpret_cast<u32*>(shared.table);
+    int at = atomicAdd(&shared.listed, __popc(wanted));
+    for (; wanted && at < ROOM; wanted &= wanted - 1) tokens[at++] = u32(token_of(tile.number, __ffs(wanted) - 1));
   });
   return total;
+}
+
+// Adds what this block kept to the row's list; of more than ROOM only the number counts.
+__device__ __forceinline__ void list(Shared& shared, const Row& row, uint2* near, int* listing) {
+  __syncthreads();
+  if (threadIdx.x == 0 && shared.listed > 0) shared.place = atomicAdd(listing, shared.listed);
+  __syncthreads();
+  const u32* tokens = reinterpret_cast<const u32*>(shared.table);
+  for (int i = threadIdx.x; i < shared.listed && shared.place + i < ROOM; i += THREADS)
+    near[shared.place + i] = make_uint2(tokens[i], __float_as_uint(row.distance(row.logits[tokens[i]])));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
@@ -247,8 +252,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   masses += i64(index) * TILES;
   near += i64(index) * ROOM;
   int* listing = counters + 3 * index + 2;
-  u64 total = sum_tiles(row, bounds, masses, near, listing);
+  if (threadIdx.x < 32) shared.powers[threadIdx.x] = POWERS[threadIdx.x];
+  if (threadIdx.x == 0) shared.listed = 0;
+  __syncthreads();
+  u64 total = sum_tiles(shared, row, bounds, masses);
   if (bounds.some()) {
+    list(shared, row, near, listing);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) total += shifted_up(total, step) * (threadIdx.x % 32 >= step);
     if (threadIdx.x % 32 == 31) atomicAdd(totals + index, total);
@@ -257,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   // The cut.
   float limit = row.farthest();
-  Listed listed{&row, near, __ldcg(listing), bounds.first, bounds.last};
+  const Listed listed{&row, near, shared.powers, __ldcg(listing), bounds.first, bounds.last};
   if (bounds.some()) {
     u64 mine = 0, nearer;
     for (int i = threadIdx.x; i < TILES; i += THREADS) mine += __ldcg(masses + i);
@@ -271,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   __syncthreads();
   if (bounds.some()) {
     listed.each([&](int token, float z) {
-      if (z <= limit) add(shared.table + token / TILE, mass_of(z));
+      if (z <= limit) add(shared.table + token / TILE, listed.mass(z));
     });
   }
   const Found tile = find(shared, TILES, [&](u64 all) {
@@ -282,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   for (int i = threadIdx.x; i < TILE; i += THREADS) {
     const int token = tile.slot * TILE + i;
     const float z = token < VOCAB ? row.distance(row.logits[token]) : 1.0f;
-    shared.table[i] = z <= limit ? mass_of(z) : 0;
+    shared.table[i] = z <= limit ? listed.mass(z) : 0;
   }
   const Found token = find(shared, TILE, [&](u64) { return tile.left; });
   if (threadIdx.x > 0) return;

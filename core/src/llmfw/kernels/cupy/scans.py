@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WARP = 32
 SELECTIVE_THREADS = 128
-SELECTIVE_ROWS = 4  # most channels of a lane where a request has one token
+SELECTIVE_ROWS = 2  # most channels of a lane where a request has one token
 SSD_ROWS, SSD_WARPS = 4, 4
 MAX_STATE = 512
 

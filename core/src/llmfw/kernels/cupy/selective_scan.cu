@@ -20,7 +20,7 @@
 #define THREADS 128
 #endif
 #ifndef MOST_ROWS  // channels of a lane in selective_update, where as many lanes share them
-#define MOST_ROWS 4
+#define MOST_ROWS 2
 #endif
 
 constexpr int QUADS = STATE / 4;
