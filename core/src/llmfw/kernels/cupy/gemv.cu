@@ -53,7 +53,14 @@ __device__ __forceinline__ float own_square(const float (&sums)[4]) {
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+// Blocks of few loads are over so soon that it counts how many are on a multiprocessor: as many as without a norm.
+#if ADDS && OUTPUTS * IN_FLIGHT <= 2
+#define BOUNDS __launch_bounds__(WARPS * 32, 8)
+#else
+#define BOUNDS __launch_bounds__(WARPS * 32)
+#endif
+
+extern "C" __global__ void BOUNDS
     gemv(scalar* y, const scalar* x, const scalar* weight, const scalar* bias, int outputs, scalar* residual,
          const scalar* norm_weight, float number) {
   constexpr int STRETCH = 32 * VEC;                                // values of one load of a warp
