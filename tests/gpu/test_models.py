@@ -126,7 +126,7 @@ def test_norms_inside_products_change_no_token(checkpoint, monkeypatch):
         with engine(folder, dtype="bfloat16", kernels=kernels) as llm:
             shared = llm.loaded.model.model._shared_norms
             assert (shared is not None) == bool(rows)
-            assert rows <= (shared._rows if shared else set())
+            assert rows <= (shared.rows if shared else set())
             runs = (llm.generate(prompts, GREEDY), llm.generate(prompts[:1], GREEDY))
             found.append([list(out.outputs[0].token_ids) for run in runs for out in run])
     for prompt, one, other in zip([*prompts, prompts[0]], *found, strict=True):

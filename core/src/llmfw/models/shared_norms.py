@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,8 +97,12 @@ class SharedNorms:
             for name, module in owner._modules.items()
             if module is not None
         )
-        products = [product for layer in divided for product in layer.products]
-        self._rows = frozenset(
+
+    @cached_property
+    def rows(self) -> frozenset[int]:
+        """The numbers of rows that the kernels of all products serve."""
+        products = [product for layer in self._divided for product in layer.products]
+        return frozenset(
             rows
             for rows in range(1, MOST_ROWS + 1)
             if all(product.serves_rows(rows) for product in products)
@@ -120,7 +125,7 @@ class SharedNorms:
 
     def serves(self, hidden: torch.Tensor) -> bool:
         """Whether the kernels serve so many rows, and no module's own forward is asked for."""
-        return hidden.shape[0] in self._rows and self.untouched
+        return hidden.shape[0] in self.rows and self.untouched
 
     def __call__(
         self, position_ids: torch.Tensor, hidden: torch.Tensor, metadata: AttentionMetadata
