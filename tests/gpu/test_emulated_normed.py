@@ -26,7 +26,6 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 QUICK = {  # a row more than a warp's passes take, and more tiles than blocks
     "add_linear-bfloat16-1x192-136",
     "add_linear-bfloat16-17x1000-264",
-    "normed_linear-bfloat16-1x1000-264",
     "normed_gated_linear-bfloat16-8x192-136b",
 }
 ODD = (65,)  # rows that no variant serves
