@@ -16,6 +16,7 @@ from llmfw.ops.reference_step import argmax
 MIXES = list(
     itertools.product((1.0, 0.2, 3.0), (0, 1, 50, 10**7), (1.0, 0.9, 1e-6, 1 - 1e-6), (0.0, 0.05))
 )
+MIXES += [(1.0, 0, 1.0, 1.0), (0.2, 0, 0.9, 1.0), (1.0, 50, 1.0, 1.0), (3.0, 50, 0.9, 1.0)]
 MIXES.append((0.0, 0, 1.0, 0.0))  # greedy
 
 
@@ -54,7 +55,7 @@ def logits_of(rows: int, vocab: int, spread: float, g: torch.Generator) -> torch
 
 def draw_cases() -> Iterator[Case]:
     """draw_tokens over odd and large vocabularies, cut and not, stored and not."""
-    sizes = [(97, 77, False), (9, 5000, False), (2, 4096, False), (97, 2050, False)]
+    sizes = [(101, 77, False), (9, 5000, False), (2, 4096, False), (101, 2050, False)]
     sizes += [(1, 151936, True), (32, 128256, True), (256, 151936, True), (300, 50257, True)]
     for dtype in DTYPE_NAMES:
         for (rows, vocab, wide), cuts in itertools.product(sizes, (True, False)):

@@ -58,7 +58,9 @@ struct Row {
     return count < VOCAB ? count : 0;
   }
   __device__ __forceinline__ double top_p() const { return parameters[2 * gridDim.y]; }
-  __device__ __forceinline__ float farthest() const { return float(parameters[3 * gridDim.y]) * 0.015625f; }
+  __device__ __forceinline__ float farthest() const {
+    return __fadd_rn(float(parameters[3 * gridDim.y]) * 0.015625f, 0.0f);  // min_p 1 gives -0
+  }
   __device__ __forceinline__ double uniform() const { return parameters[4 * gridDim.y]; }
   __device__ __forceinline__ bool cut() const { return top_k() > 0 || top_p() < 1.0; }
   __device__ __forceinline__ float distance(scalar logit) const {
