@@ -271,7 +271,13 @@ def leave_layers_out(model: StockDecoderModel) -> None:
     del model.layers[2:]
 
 
-@pytest.mark.parametrize("change", [put_in_place, change_class, change_forward, leave_layers_out])
+def replace_layers(model: StockDecoderModel) -> None:
+    model.layers = nn.ModuleList(list(model.layers)[:2])
+
+
+@pytest.mark.parametrize(
+    "change", [put_in_place, change_class, change_forward, leave_layers_out, replace_layers]
+)
 def test_a_module_changed_after_the_build_is_not_passed_over(
     change: Callable[[StockDecoderModel], None],
 ) -> None:

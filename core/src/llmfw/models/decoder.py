@@ -336,7 +336,7 @@ class StockDecoderModel(DecoderModel[Any]):
     ) -> torch.Tensor:
         """As the decoder's, and for few rows with norms inside the products beside them."""
         shared = self._shared_norms
-        if shared is not None and not kwargs and shared.serves(hidden):
+        if shared is not None and not kwargs and shared.serves(self.layers, hidden):
             return self._finish(*shared(position_ids, hidden, attn_metadata))
         return super().run_layers(position_ids, hidden, attn_metadata, **kwargs)
 

@@ -123,9 +123,12 @@ class SharedNorms:
             and all(place.untouched for place in self._places)
         )
 
-    def serves(self, hidden: torch.Tensor) -> bool:
-        """Whether the kernels serve so many rows, and no module's own forward is asked for."""
-        return hidden.shape[0] in self.rows and self.untouched
+    def serves(self, layers: nn.ModuleList, hidden: torch.Tensor) -> bool:
+        """Whether the kernels serve so many rows, and no module's own forward is asked for.
+
+        layers: The decoder's, as they are now.
+        """
+        return hidden.shape[0] in self.rows and layers is self._layers and self.untouched
 
     def __call__(
         self, position_ids: torch.Tensor, hidden: torch.Tensor, metadata: AttentionMetadata
