@@ -114,25 +114,40 @@ def test_each_switch_alone_changes_no_token(checkpoint, settings: dict[str, Any]
             assert_within(hf, prompt, other, "bfloat16")
 
 
-def test_norms_inside_products_change_no_token(checkpoint, monkeypatch):
-    """Also where streamed.cu serves: by the first variant of up to 64 rows, without tuning."""
-    folder, hf = checkpoint
+def test_norms_inside_products_change_little(tmp_path: Path, monkeypatch):
+    """Prompts of as many rows as gemv.cu and streamed.cu serve, by the first variant untuned.
+
+    On a CPU the references' two ways differ by at most 0.022 in bfloat16, 0.004 in the mean, at
+    such weights; log probabilities deviate by 0.6 from each other.
+    """
     monkeypatch.setattr(
         tune, "guess", lambda bucket, known: known[0] if known and bucket <= 64 else None
     )
-    prompts = random_prompts(12, VOCAB, 1, 200, seed=3)
-    found: list[list[list[int]]] = []
-    for kernels, rows in (("-cupy.add_linear", set()), ("auto", {1, 8, 12, 33, 64})):
-        with engine(folder, dtype="bfloat16", kernels=kernels) as llm:
+    shape = BASE | {"hidden_size": 1024, "intermediate_size": 2048, "dtype": "bfloat16"}
+    config = LlamaConfig(**shape, head_dim=128, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    generator = random.Random(3)
+    prompts = [[generator.randrange(VOCAB) for _ in range(n)] for n in (2, 8, 12, 33, 64)]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for kernels in ("-cupy.add_linear", "auto"):
+        with engine(tmp_path, kernels=kernels, load_format="dummy") as llm:
             shared = llm.loaded.model.model._shared_norms
-            assert (shared is not None) == bool(rows)
-            assert rows <= (shared.rows if shared else set())
-            runs = (llm.generate(prompts, GREEDY), llm.generate(prompts[:1], GREEDY))
-            found.append([list(out.outputs[0].token_ids) for run in runs for out in run])
-    for prompt, one, other in zip([*prompts, prompts[0]], *found, strict=True):
-        if one != other:  # then both are the reference's up to a tie
-            assert_within(hf, prompt, one, "bfloat16")
-            assert_within(hf, prompt, other, "bfloat16")
+            rows = shared.rows if shared else frozenset()
+            outputs = [llm.generate([prompt], params)[0] for prompt in prompts]
+        assert rows >= {1, 2, 8, 12, 33, 64} if kernels == "auto" else not rows
+        found.append(
+            [
+                entry[token].logprob
+                for prompt, output in zip(prompts, outputs, strict=True)
+                for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+        )
+    apart, divided = (torch.tensor(each) for each in found)
+    difference = (apart - divided).abs()
+    assert float(difference.max()) < 0.1
+    assert float(difference.mean()) < 0.02
+    assert float(apart.std()) > 0.1
 
 
 def test_graphs_replay_the_same_bits(checkpoint):
