@@ -14,6 +14,7 @@ from llmfw.ops.kernel import OpContext
 THREADS = 512
 IN_FLIGHT = 4  # packs of a thread
 PACK = 16  # bytes
+MOST_LAYOUTS = 16  # of sets of caches, kept on the device
 MOST_PAIRS = 65535  # of a grid
 
 
@@ -59,7 +60,8 @@ def copy_blocks(context: OpContext) -> Callable[..., tuple[torch.Tensor, ...]]:
         key = tuple([(cache.data_ptr(), cache.stride(0), cache.shape) for cache in caches])
         layout = layouts.get(key)
         if layout is None:
-            layouts.clear()
+            if len(layouts) == MOST_LAYOUTS:
+                layouts.clear()
             layout = layouts[key] = _Layout.of(caches, device)
         if not layout.columns or pairs > MOST_PAIRS:
             return reference_step.copy_blocks(sources, targets, *caches)
