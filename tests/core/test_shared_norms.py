@@ -144,6 +144,19 @@ def test_the_sum_of_squares_may_be_left_to_the_next_product(
     assert calls == SHARED
 
 
+def any_rows(context) -> Callable[..., Any]:
+    """An op by its reference that says nothing of rows."""
+    return lambda *args: counted(context)(*args)
+
+
+def test_an_op_that_says_nothing_of_rows_serves_any() -> None:
+    silent = tuple(replace(kernel, factory=f"{HERE}:any_rows") for kernel in PACK)
+    expected = forward(decoder(kernels=()), MANY)
+    found = forward(decoder(kernels=silent), MANY)
+    assert calls == SHARED
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("kernels", "select"),
     [

@@ -32,8 +32,9 @@ class Product:
     op: Callable[..., Any]
 
     def serves_rows(self, rows: int) -> bool:
-        """Whether the op does so for so many rows."""
-        return bool(self.op.serves_rows(rows))  # type: ignore[attr-defined]
+        """Whether the op does so for so many rows; one that does not say does for any."""
+        serves = getattr(self.op, "serves_rows", None)
+        return serves is None or bool(serves(rows))
 
 
 @dataclass(frozen=True)

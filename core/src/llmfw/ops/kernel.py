@@ -86,9 +86,9 @@ class Kernel:
             `head_linear` may have `prepare(weight) -> Tensor`, called once after loading, whose
             result is passed as `weight` from then on. One for `expanded_attention` must have
             `pays(metadata) -> bool`: whether it is quicker for a batch than `paged_attention`. One
-            for `add_linear`, `normed_linear` or `normed_gated_linear` must have
+            for `add_linear`, `normed_linear` or `normed_gated_linear` may have
             `serves_rows(rows) -> bool`: whether it is quicker for so many than the norm and the
-            product apart.
+            product apart; without it it is asked to do all up to 256.
         requires: Device features that must all be there, e.g. ("cuda", "sm_80", "cupy").
         dtypes: Names of the dtypes served.
         supports: Given the context, None when the kernel serves it, else the reason why not.
