@@ -1,5 +1,5 @@
-// What the kernels of paged_attention on tensor cores share (paged_decode.cu, paged_staged.cu): a block's part of the
-// work, where keys lie, and what is done with a tile of 16 keys once it is there.
+// What the kernels of paged_attention on tensor cores share: a block's part of the work, where keys lie, and what
+// paged_decode.cu and paged_staged.cu do with a tile of 16 keys once it is there (paged_streamed.cu has its own way).
 //
 // Shapes: q [tokens, KV_HEADS * GROUP, HEAD_DIM], tokens q_stride apart; k_cache, v_cache [blocks, BLOCK_SIZE,
 //   kv_heads, dim], heads contiguous; block_tables int32 [requests, table_stride]; cu_query_lens int32
@@ -145,7 +145,7 @@ struct Queries {
   int from[PARTS], to[PARTS];
 };
 
-// One of them, which may be in shared memory, too.
+// One of them.
 __device__ __forceinline__ void load_query(u32 (&row)[STEPS][2], const scalar* source, const Lane& lane) {
 #pragma unroll
   for (int j = 0; j < FULL; ++j) {

@@ -190,8 +190,8 @@ def plan_launch(
     """Divide a batch of at most these lengths over the device; `splits` overrides the rule.
 
     Splits fill the device once: more cost more than they gain. Where the requests alone fill it,
-    only very long ones are split. Head sizes decide where tiles lie, `registers_cut` and
-    `staged_cut` how blocks are made.
+    only very long ones are split. Device and head sizes decide where tiles lie;
+    `copied_cut`, `staged_cut` and `registers_cut` how blocks are made.
     """
     staged = heads.widest > REGISTERS_DIM
     rows = 16 if heads.group * max_q > 8 and not staged else 8

@@ -1,4 +1,4 @@
-// linear and gated_linear for 5 to 64 rows: y = x weight^T + bias, the weight streamed through shared memory.
+// linear and gated_linear for up to 64 rows: y = x weight^T + bias, the weight streamed through shared memory.
 //
 // Shapes: x [rows, in], weight [outputs, in], bias [outputs] or null, y [rows, outputs]; contiguous, 16-byte aligned,
 //   in a multiple of 8, rows at most ROWS. GATED: weight [2 * outputs, in] = gate | up, bias alike, y = silu(gate) * up.

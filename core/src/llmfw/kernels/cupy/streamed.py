@@ -1,4 +1,4 @@
-"""Variants of streamed.cu: products of 5 to 64 rows whose weight streams through shared memory."""
+"""Variants of streamed.cu: products of up to 64 rows whose weight streams through shared memory."""
 
 from __future__ import annotations
 
