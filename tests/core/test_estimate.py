@@ -70,7 +70,7 @@ def test_kernels_are_those_that_the_gpu_would_have(model: Path) -> None:
         found = estimate(model, gpu_named(gpu), **more).kernels
         return {each.op: each.kernel for each in found}
 
-    assert chosen("h100")["paged_attention"] == "cupy.paged_attention"
+    assert chosen("h100")["paged_attention"] == "cupy.paged_attention"  # heads of 16
     assert chosen("h100")["linear"] == "cupy.linear"
     assert chosen("t4")["paged_attention"] == "reference"  # its capability is 7.5
     assert set(chosen("h100", kernels="reference").values()) == {"reference"}

@@ -27,7 +27,7 @@ from llmfw.kernels.flashinfer.attention import PagedPrefill
 from llmfw.kernels.flashinfer.pages import indices_of, pages_of
 from llmfw.ops import reference
 from llmfw.ops.inputs import paged_batch
-from llmfw.ops.kernel import DeviceInfo, OpContext
+from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
 from llmfw.ops.table import OpTable
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ HOPPER = DeviceInfo(CPU, frozenset({"cuda", "cupy", "sm_80", "sm_89", "sm_90"}))
 AMPERE = DeviceInfo(CPU, frozenset({"cuda", "cupy", "sm_80"}))
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "v_head_dim": 64, "block_size": 16}
 SHAPE |= {"window": 0, "softcap": 0, "sinks": 0}
-(KERNEL,) = pack.llmfw_kernels(HOPPER)
+STREAMED, KERNEL = sorted(pack.llmfw_kernels(HOPPER), key=lambda kernel: -kernel.priority)
 
 
 @pytest.fixture
@@ -108,8 +108,9 @@ def test_prompts_and_chunks_are_what_the_reference_says(
 class DecodeByReference:
     """Stands for the CuPy pack's kernel of generation requests."""
 
-    def __init__(self, context: OpContext) -> None:
+    def __init__(self, context: OpContext, copied: bool) -> None:
         self.heads = attention.Heads.of(context)
+        self.copied = copied
         self.served: list[tuple[int, int]] = []
 
     def __call__(
@@ -127,19 +128,22 @@ class DecodeByReference:
 
 
 def attend(
-    ctx: OpContext, monkeypatch: pytest.MonkeyPatch, least_work: float = 0.0
+    ctx: OpContext,
+    monkeypatch: pytest.MonkeyPatch,
+    least_work: float = 0.0,
+    kernel: Kernel = KERNEL,
 ) -> tuple[Any, list[DecodeByReference]]:
     """The op with generation requests by the reference."""
     made: list[DecodeByReference] = []
 
-    def decode(ctx: OpContext) -> DecodeByReference:
-        made.append(DecodeByReference(ctx))
+    def decode(ctx: OpContext, copied: bool) -> DecodeByReference:
+        made.append(DecodeByReference(ctx, copied))
         return made[-1]
 
     monkeypatch.setattr(mixed, "PagedDecode", decode)
     monkeypatch.setattr(attention, "LEAST_WORK", least_work)
     monkeypatch.setattr(attention, "fills_tiles", lambda heads, batch: True)
-    return KERNEL.build(ctx), made
+    return kernel.build(ctx), made
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -310,11 +314,11 @@ def test_the_device_says_which_kernels(
 
 def test_it_goes_first_only_where_it_was_measured() -> None:
     newer = replace(HOPPER, features=HOPPER.features | {"sm_100"})
-    cupy = next(each.priority for each in CUPY if each.name == declarations.BASE)
+    cupy = max(each.priority for each in CUPY if each.name in declarations.BASES)
     for info, first in ((HOPPER, True), (AMPERE, False), (newer, False)):
-        (kernel,) = pack.llmfw_kernels(info)
-        assert (kernel.priority > cupy) == first
-        assert (kernel.priority < 0) != first
+        for kernel in pack.llmfw_kernels(info):
+            assert (kernel.priority > cupy) == first
+            assert (kernel.priority < 0) != first
 
 
 def test_without_the_library_the_reason_says_what_to_install(
@@ -395,9 +399,9 @@ def test_shapes_that_it_does_not_serve(
 
 
 def table(select: str) -> OpTable:
-    base = next(k for k in CUPY if k.name == declarations.BASE)
-    kernels = (KERNEL.from_pack("flashinfer"), base.from_pack("cupy"))
-    return OpTable(HOPPER, kernels, select)
+    bases = [k.from_pack("cupy") for k in CUPY if k.name in declarations.BASES]
+    own = [k.from_pack("flashinfer") for k in (KERNEL, STREAMED)]
+    return OpTable(HOPPER, (*own, *bases), select)
 
 
 def choose(select: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, str]]:
@@ -415,7 +419,7 @@ def test_where_it_is_missing_the_other_pack_serves_even_if_it_was_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     chosen, refused = choose("flashinfer", monkeypatch)
-    assert chosen == declarations.BASE
+    assert chosen == STREAMED.builds_on
     assert refused[KERNEL.name].startswith("FlashInfer is not installed")
 
 
@@ -423,21 +427,60 @@ def test_kernels_that_do_not_compile_are_an_error_only_where_they_were_named(
     installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (installed / "data" / "aot").mkdir(parents=True)
-    assert choose("flashinfer", monkeypatch)[0] == KERNEL.name
-    assert choose("flashinfer,-cupy.paged_attention", monkeypatch) == (
-        "reference",
-        {
-            KERNEL.name: f"builds on {declarations.BASE}, which is switched off by name",
-            declarations.BASE: "switched off by name",
-        },
-    )
+    assert choose("flashinfer", monkeypatch)[0] == STREAMED.name
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("nvcc: no space left on device")
 
     monkeypatch.setattr(Wrapper, "plan", fail)
-    with pytest.raises(KernelError, match=f"{KERNEL.name} cannot be built: nvcc: no space left"):
+    with pytest.raises(KernelError, match=f"{STREAMED.name} cannot be built: nvcc: no space left"):
         choose("flashinfer", monkeypatch)
+
+
+def off(kernel: Kernel) -> dict[str, str]:
+    """Why neither a kernel's base nor the kernel serves where the base was switched off."""
+    return {
+        kernel.name: f"builds on {kernel.builds_on}, which is switched off by name",
+        kernel.builds_on: "switched off by name",
+    }
+
+
+def test_it_goes_before_the_kernels_that_it_builds_on(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in turn: what switches tensor copies off switches them off here, too."""
+    (installed / "data" / "aot").mkdir(parents=True)
+    assert [kernel.builds_on for kernel in (STREAMED, KERNEL)] == list(declarations.BASES)
+    assert [kernel.name for kernel in table("auto").ranked("paged_attention")] == [
+        STREAMED.name,
+        KERNEL.name,
+        STREAMED.builds_on,
+        KERNEL.builds_on,
+    ]
+    assert choose("auto", monkeypatch) == (STREAMED.name, {})
+    assert choose(f"-{STREAMED.builds_on}", monkeypatch) == (
+        KERNEL.name,
+        {STREAMED.name: off(STREAMED)[STREAMED.name]},
+    )
+    assert choose("-flashinfer", monkeypatch)[0] == STREAMED.builds_on
+    both = f"-{STREAMED.builds_on},-{KERNEL.builds_on}"
+    assert choose(both, monkeypatch) == ("reference", off(STREAMED) | off(KERNEL))
+
+
+@pytest.mark.parametrize(("kernel", "copied"), [(STREAMED, True), (KERNEL, False)])
+def test_other_requests_go_by_the_kernel_that_it_builds_on(
+    kernel: Kernel, copied: bool, library: list[Wrapper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (decode,) = attend(context(), monkeypatch, kernel=kernel)
+    assert decode.copied == copied
+
+
+def test_where_there_are_no_tensor_copies_it_builds_on_the_other_kernel(installed: Path) -> None:
+    (installed / "data" / "aot").mkdir(parents=True)
+    assert "tensor copies" in str(STREAMED.missing(AMPERE))
+    assert KERNEL.missing(AMPERE) is None
+    assert "block size 24" in str(STREAMED.refusal(context(block_size=24)))
+    assert KERNEL.refusal(context(block_size=24)) is None
 
 
 @pytest.mark.skipif(

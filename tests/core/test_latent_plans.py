@@ -15,10 +15,14 @@ from llmfw.kernels.cupy import (
     latent_rope,
     latent_tiles,
 )
+from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.expanded_attention import ExpandedHeads
 from llmfw.kernels.cupy.latent_attention import LatentAttention, Tile
+from llmfw.kernels.cupy.latent_merge import LatentHeads
 from llmfw.kernels.cupy.latent_tiles import KEYS, Cut, LatentTiles
+from llmfw.ops.inputs import paged_batch
 from llmfw.ops.kernel import DeviceInfo, OpContext
+from llmfw.ops.table import OpTable
 
 CUDA = DeviceInfo(torch.device("cuda", 0), frozenset({"cuda", "sm_80", "sm_90", "cupy"}))
 ATTENTION = {
@@ -32,6 +36,10 @@ ATTENTION = {
     "block_size": 16,
     "latent": 1,
 }
+TILES, ANY = (
+    next(kernel for kernel in KERNELS if kernel.name == name)
+    for name in ("cupy.latent_tiles", "cupy.latent_attention")
+)
 EXPANDED = {
     "num_heads": 16,
     "latent_dim": 512,
@@ -166,13 +174,46 @@ def test_latent_tiles_need_9_0_and_whole_spans() -> None:
     def told(features: str, **change: int) -> str | None:
         info = DeviceInfo(CUDA.device, frozenset({"cuda", "cupy", *features.split()}))
         shape = {**ATTENTION, **change}
-        return latent_tiles.refusal(OpContext("paged_attention", torch.bfloat16, info, shape))
+        return TILES.refusal(OpContext("paged_attention", torch.bfloat16, info, shape))
 
     assert told("sm_80 sm_90") is None
+    assert "latent caches only" in str(told("sm_80 sm_90", latent=0))
     assert "9.0" in str(told("sm_80"))
     assert "9.0" in str(told("sm_80 sm_90 sm_100"))
     assert "576 and 448" in str(told("sm_80 sm_90", v_head_dim=448))
     assert "544 and 512" in str(told("sm_80 sm_90", head_dim=544))
+
+
+@pytest.mark.parametrize(
+    ("select", "name"), [("auto", TILES.name), ("-cupy.latent_tiles", ANY.name)]
+)
+def test_latent_tiles_are_switched_off_alone(select: str, name: str) -> None:
+    table = OpTable(CUDA, (ANY, TILES), select)
+    subject = context("paged_attention", ATTENTION)
+    ranked = table.ranked(subject.op)
+    assert ranked == [TILES, ANY]
+    assert next(each for each in ranked if table.refusal(each, subject) is None).name == name
+
+
+def test_a_cache_in_pieces_is_left_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+
+    class Kernel:
+        def __init__(self, context: OpContext) -> None:
+            self.heads = LatentHeads.of(context)
+
+        def __call__(self, *args: object) -> None:
+            served.append(type(self).__name__)
+
+    for name in ("LatentTiles", "LatentAttention"):
+        monkeypatch.setattr(latent_tiles, name, type(name, (Kernel,), {}))
+    call = TILES.build(context("paged_attention", ATTENTION))
+    generator = torch.Generator().manual_seed(0)
+    metadata, view, blocks = paged_batch(((1, 20),), 0, 16, generator, torch.device("cpu"))
+    layers = torch.zeros(blocks, 2, 16, 1, 576)  # a block of each of two layers, side by side
+    for cache in (layers[:, 0], layers[:, 0].contiguous()):
+        call(torch.zeros(1, 16, 576), cache, cache[..., :512], metadata, view, 1.0)
+    assert served == ["LatentAttention", "LatentTiles"]
 
 
 @pytest.mark.parametrize(

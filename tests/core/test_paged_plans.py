@@ -10,8 +10,10 @@ import torch
 
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy import paged_decode
+from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.paged_plan import (
     ALIGNED_BYTES,
+    COPYING_SHARED_BYTES,
     RESERVED_BYTES,
     SYSTEM_BYTES,
     Cut,
@@ -22,6 +24,7 @@ from llmfw.kernels.cupy.paged_plan import (
     staged_cut,
 )
 from llmfw.ops.kernel import DeviceInfo, OpContext
+from llmfw.ops.table import SELECT_VARIABLE, OpTable
 
 SMS = 132
 WIDE_HEADS = [(144, 144), (192, 192), (256, 128), (256, 256), (64, 256)]
@@ -69,34 +72,80 @@ def test_smaller_tiles_let_more_warps_and_blocks_in() -> None:
     assert staged_cut(heads(144, 144), 300, device) == Cut(4, 2, 2)
 
 
-@pytest.mark.parametrize("shared", [227, 163, 99])
-@pytest.mark.parametrize(("head_dim", "v_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])
-@pytest.mark.parametrize("blocks", [1, SMS, SMS + 1, 4096])
-def test_copied_tiles_fit_every_gpu_we_name(
-    shared: int, head_dim: int, v_dim: int, blocks: int
-) -> None:
+@pytest.mark.parametrize(("head_dim", "v_dim"), [(64, 64), (128, 128), (192, 128), (192, 192)])
+@pytest.mark.parametrize("few", [True, False])
+def test_copied_tiles_fit_their_gpu(head_dim: int, v_dim: int, few: bool) -> None:
     """As many blocks as shall be resident, with what aligns tiles and what the system takes."""
     layer = heads(head_dim, v_dim)
-    cut = copied_cut(layer, blocks, Device(SMS, shared << 10, copies=True))
-    if cut is None:
-        assert 2 * 4 * layer.tile_bytes > (shared << 10) // (1 if blocks <= SMS else 2) // 2
-        return
+    cut = copied_cut(layer, few)
     block = cut.shared_bytes(layer) + RESERVED_BYTES - SYSTEM_BYTES + ALIGNED_BYTES
-    assert block <= shared << 10
-    assert cut.resident * (block + SYSTEM_BYTES) <= (shared + 1) << 10
+    assert block <= COPYING_SHARED_BYTES
+    assert cut.resident * (block + SYSTEM_BYTES) <= COPYING_SHARED_BYTES + 1024
     assert 2 <= cut.stages <= 6
 
 
-def test_tensor_copies_bring_tiles_where_they_can() -> None:
-    """Whole boxes: head sizes of whole spans, blocks of whole tiles; not on other GPUs."""
-    device = Device(SMS, 227 << 10, copies=True)
-    assert plan_launch(heads(128, 128), 256, 1, 960, device).cut == Cut(4, 2, 3, copied=True)
-    assert plan_launch(heads(128, 128), 8, 1, 960, device).cut == Cut(8, 1, 3, copied=True)
-    assert plan_launch(heads(64, 64), 256, 1, 960, device).cut == Cut(4, 2, 6, copied=True)
-    odd = [heads(80, 80), heads(128, 112), replace(heads(128, 128), block_size=24)]
-    cuts = [plan_launch(one, 256, 1, 960, device).cut for one in odd]
-    cuts += [plan_launch(heads(128, 128), 256, 1, 960, Device(SMS, 227 << 10)).cut]
-    assert [cut.copied for cut in cuts] == [False] * 4
+@pytest.mark.parametrize(
+    ("dim", "requests", "cut"),
+    [(128, 256, Cut(4, 2, 3)), (128, 8, Cut(8, 1, 3)), (64, 256, Cut(4, 2, 6))],
+)
+def test_tensor_copies_bring_tiles_where_they_were_asked_for(
+    dim: int, requests: int, cut: Cut
+) -> None:
+    device = Device(SMS, 227 << 10)
+    plan = plan_launch(heads(dim, dim), requests, 1, 960, device, copied=True)
+    assert plan.cut == replace(cut, copied=True)
+    assert not plan_launch(heads(dim, dim), requests, 1, 960, device).cut.copied
+
+
+HOPPER = ("sm_80", "sm_89", "sm_90")
+STREAMED, PLAIN = "cupy.paged_streamed", "cupy.paged_attention"
+
+
+def chosen(
+    select: str = "auto", features: tuple[str, ...] = HOPPER, **shape: int
+) -> tuple[str, dict[str, str]]:
+    """What serves bfloat16 attention, and why not what was asked before; nothing is built."""
+    info = DeviceInfo(torch.device("cpu"), frozenset({"cuda", "cupy", *features}))
+    table = OpTable(info, tuple(each for each in KERNELS if each.name in {STREAMED, PLAIN}), select)
+    static = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 128, "block_size": 16, **shape}
+    context = OpContext("paged_attention", torch.bfloat16, info, static)
+    refused: dict[str, str] = {}
+    for kernel in table.ranked(context.op):
+        reason = table.refusal(kernel, context)
+        if reason is None:
+            return kernel.name, refused
+        refused[kernel.name] = reason
+    return "reference", refused
+
+
+def test_tensor_copies_are_switched_off_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen() == (STREAMED, {})
+    assert chosen(f"-{PLAIN}") == (STREAMED, {})
+    off = (PLAIN, {STREAMED: "switched off by name"})
+    assert chosen(f"-{STREAMED}") == off
+    monkeypatch.setenv(SELECT_VARIABLE, f"-{STREAMED}")
+    assert chosen() == off
+    assert chosen(PLAIN) == (PLAIN, {})
+    assert chosen(f"-{STREAMED},-{PLAIN}")[0] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("features", "shape", "reason"),
+    [
+        (("sm_80",), {}, "needs the tensor copies of compute capability 9.0"),
+        ((*HOPPER, "sm_100"), {}, "needs the tensor copies of compute capability 9.0"),
+        (HOPPER, {"head_dim": 80}, "head sizes 80 and 80 are not multiples of 64"),
+        (HOPPER, {"v_head_dim": 112}, "head sizes 128 and 112 are not multiples of 64"),
+        (HOPPER, {"block_size": 24}, "block size 24 is not a multiple of 16"),
+        (HOPPER, {"head_dim": 256}, "too little for 2 tiles a warp of head sizes 256 and 256"),
+    ],
+)
+def test_what_tensor_copies_cannot_bring_goes_the_plain_way(
+    features: tuple[str, ...], shape: dict[str, int], reason: str
+) -> None:
+    name, refused = chosen(features=features, **shape)
+    assert name == PLAIN
+    assert reason in refused[STREAMED]
 
 
 def test_too_little_shared_memory_is_an_error() -> None:
@@ -142,7 +191,7 @@ def test_tiles_are_asked_for_ahead_up_to_two_waves_of_blocks() -> None:
         (64, "paged_streamed", Cut(8, 1, 6, copied=True), 8 * 6 * (16 * 2 * 64 * 2 + 8)),
     ],
 )
-def test_head_size_and_device_choose_the_source(
+def test_head_size_and_copies_choose_the_source(
     head_dim: int, source: str, cut: Cut, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = SimpleNamespace(multi_processor_count=SMS, shared_memory_per_block_optin=227 << 10)
@@ -157,10 +206,10 @@ def test_head_size_and_device_choose_the_source(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
     monkeypatch.setattr(paged_decode, "load", load)
-    features = frozenset({"cuda", "cupy", *(["sm_90"] if cut.copied else [])})
-    info = DeviceInfo(torch.device("cpu", 0), features)
+    info = DeviceInfo(torch.device("cpu", 0), frozenset({"cuda", "cupy"}))
     shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": head_dim, "block_size": 16}
-    decode = paged_decode.PagedDecode(OpContext("paged_attention", torch.bfloat16, info, shape))
+    context = OpContext("paged_attention", torch.bfloat16, info, shape)
+    decode = paged_decode.PagedDecode(context, cut.copied)
     plan = decode.plan(1, 1, 192)
     assert plan.cut == cut
     first, second = (decode.launcher(plan.rows, plan.cut) for _ in range(2))

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from gpu.bench_common import (
+    ATTENTION,
     BF16,
     COLD,
+    COPIED,
     DEVICE,
     MODELS,
     Run,
@@ -21,8 +23,8 @@ from gpu.bench_common import (
     report,
 )
 from gpu.kernel_cases import Batch, attention_arguments
-from llmfw.kernels.cupy import latent_tiles, tune
 from llmfw.kernels.cupy import prefill as prefill_module
+from llmfw.kernels.cupy import tune
 from llmfw.kernels.cupy.attention import Part
 from llmfw.kernels.cupy.latent_attention import LatentAttention
 from llmfw.kernels.cupy.latent_tiles import LatentTiles
@@ -35,7 +37,7 @@ LATENT_POINTS = [(1, 192), (1, 1024), (8, 8192), (32, 1024), (64, 192), (64, 102
 def attention() -> None:
     """Paged decode: the plan's splits and the best of a sweep."""
     for name, (_, _, heads, kv_heads, dim, _, _) in MODELS.items():
-        decode = PagedDecode(context_of("paged_attention", attention_shape(name)))
+        decode = PagedDecode(context_of("paged_attention", attention_shape(name)), COPIED)
         for batch, length in [
             (1, 128),
             (1, 256),
@@ -143,7 +145,7 @@ def latent() -> None:
         shape = latent_shape(heads)
         context = context_of("paged_attention", shape)
         kernels: list[tuple[str, LatentKernel]] = [("warps", LatentAttention(context))]
-        if latent_tiles.refusal(context) is None:
+        if COPIED:
             kernels.append(("tiles", LatentTiles(context)))
         for batch, length in LATENT_POINTS:
             nbytes = batch * length * shape["head_dim"] * 2
@@ -216,7 +218,8 @@ def prefill() -> None:
                 if kind == "paged_decode" and new * length > 1 << 20:
                     continue
                 prefill_module.LEAST_WORK = threshold
-                call = functools.partial(kernel("paged_attention", shape), *args, **kwargs)
+                attend = kernel("paged_attention", shape, ATTENTION)
+                call = functools.partial(attend, *args, **kwargs)
                 call()
                 us = tune.graph_time([call], launches=4)
                 label = f"{name} {kind} {count} x {new}/{length}"

@@ -9,12 +9,15 @@ import torch
 
 from gpu.kernel_cases import FEATURES
 from llmfw.kernels.cupy.declarations import KERNELS
-from llmfw.ops.kernel import DeviceInfo, OpContext, load_object
+from llmfw.kernels.cupy.streamed import has_tile_products
+from llmfw.ops.kernel import DeviceInfo, OpContext
 
 READ = 3.12e12  # bytes a second, gpu.md's H100
 DEVICE = torch.device("cuda", 0)
 COLD = 192 << 20
 BF16 = torch.bfloat16
+COPIED = has_tile_products(DeviceInfo(DEVICE, FEATURES))  # how models of MODELS attend
+ATTENTION = "cupy.paged_streamed" if COPIED else "cupy.paged_attention"
 RESULTS: list[dict[str, Any]] = []
 Run = Callable[[], object]
 # name: hidden, intermediate, heads, kv heads, head dim, vocabulary, layers
@@ -44,10 +47,10 @@ def context_of(op: str, shape: dict[str, int]) -> OpContext:
     return OpContext(op, BF16, DeviceInfo(DEVICE, FEATURES), shape)
 
 
-def kernel(op: str, shape: dict[str, int]) -> Callable[..., Any]:
-    """The pack's callable for an op and static shape."""
-    context = context_of(op, shape)
-    return load_object(next(k for k in KERNELS if k.op == op).factory)(context)  # type: ignore[no-any-return]
+def kernel(op: str, shape: dict[str, int], name: str | None = None) -> Callable[..., Any]:
+    """The callable for an op and static shape, of the kernel of that name or the pack's first."""
+    found = next(k for k in KERNELS if k.op == op and name in (None, k.name))
+    return found.build(context_of(op, shape))
 
 
 def rotated(nbytes: float, make: Callable[[], Run]) -> list[Run]:

@@ -11,23 +11,22 @@ import torch
 from gpu.bench_attention import decode_caches
 from gpu.bench_common import (
     COLD,
+    COPIED,
     DEVICE,
     MODELS,
     attention_shape,
-    context_of,
     kernel,
     randn,
     report,
     rope_shape,
 )
-from gpu.kernel_cases import before_9_0
 from llmfw.attention.metadata import AttentionMetadata, CacheGroupView
 from llmfw.kernels.cupy import tune
-from llmfw.kernels.cupy.attention import paged_attention
-from llmfw.ops.kernel import OpContext
 
 KEYS = 960
 BATCHES = (1, 8, 32, 64, 256)
+KINDS = {"copies": "cupy.paged_streamed"} if COPIED else {}
+KINDS["registers"] = "cupy.paged_attention"
 
 
 def decode() -> None:
@@ -35,9 +34,8 @@ def decode() -> None:
     for name in MODELS:
         for batch in BATCHES:
             layers = layers_of(name, batch)
-            shape = context_of("paged_attention", attention_shape(name))
-            for kind, context in (("copies", shape), ("registers", before_9_0(shape))):
-                runs = [functools.partial(layer, attend_by(name, context)) for layer in layers]
+            for kind, attention in KINDS.items():
+                runs = [functools.partial(layer, attend_by(name, attention)) for layer in layers]
                 us = tune.graph_time(runs, launches=24)
                 nbytes = layers[0].keywords["nbytes"]
                 report("decode", f"{name} {kind} {batch} x {KEYS}", us, nbytes)
@@ -47,9 +45,10 @@ def decode() -> None:
 Attend = Callable[..., torch.Tensor]
 
 
-def attend_by(name: str, context: OpContext) -> Attend:
-    """rope_and_cache, then paged_attention as it is for a device."""
-    rope, attention = kernel("rope_and_cache", rope_shape(name)), paged_attention(context)
+def attend_by(name: str, kind: str) -> Attend:
+    """rope_and_cache, then paged_attention by the kernel of that name."""
+    rope = kernel("rope_and_cache", rope_shape(name))
+    attention = kernel("paged_attention", attention_shape(name), kind)
     _, _, heads, kv_heads, dim, _, _ = MODELS[name]
 
     def attend(qkv: Any, cos_sin: Any, k: Any, v: Any, batch: Any, norm: Any) -> torch.Tensor:

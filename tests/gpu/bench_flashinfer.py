@@ -20,9 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu.bench_common import DEVICE, attention_shape, context_of, randn
+from gpu.bench_common import COPIED, DEVICE, attention_shape, context_of, randn
 from gpu.kernel_cases import Arguments, Batch
 from llmfw.kernels.cupy import attention as mixed
+from llmfw.kernels.cupy.paged_plan import Heads, copies_refusal
 from llmfw.kernels.cupy.prefill import Prefill
 from llmfw.kernels.flashinfer.attention import PagedPrefill
 from llmfw.ops.inputs import paged_batch
@@ -76,11 +77,16 @@ class Always:
 
 def ways(context: OpContext) -> dict[str, Callable[..., torch.Tensor]]:
     """The op by each way that serves the shape."""
-    found = {"paged": mixed.mixed_attention(context, Never())}  # type: ignore[arg-type]
+    copied = COPIED and copies_refusal(Heads.of(context)) is None
+
+    def by(way: Any) -> Callable[..., torch.Tensor]:
+        return mixed.mixed_attention(context, way, copied)
+
+    found = {"paged": by(Never())}
     if not context["softcap"]:
-        found["gathered"] = mixed.mixed_attention(context, Always(Prefill(context)))
+        found["gathered"] = by(Always(Prefill(context)))
     try:
-        found["flashinfer"] = mixed.mixed_attention(context, Always(PagedPrefill(context)))
+        found["flashinfer"] = by(Always(PagedPrefill(context)))
     except Exception as exc:
         print(f"no FlashInfer for {dict(context.shape)}: {exc}")
     return found

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu.bench_common import (
+    ATTENTION,
     BF16,
     DEVICE,
     MODELS,
@@ -179,7 +180,7 @@ def decoder_layers(
     gated = kernel("gated_linear", {"in_features": hidden, "intermediate_size": inner, "bias": 0})
     norm = kernel("add_rms_norm", {"hidden_size": hidden})
     rope = kernel("rope_and_cache", rope_shape(name))
-    attend = kernel("paged_attention", attention_shape(name))
+    attend = kernel("paged_attention", attention_shape(name), ATTENTION)
     scales, head_scales = randn(hidden), randn(dim) if name == "S" else None
     cos_sin = torch.rand(length + 1, dim, device=DEVICE)
     batch = Batch(tuple((1, length) for _ in range(rows)))

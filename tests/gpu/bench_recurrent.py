@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from gpu.bench_common import BF16, DEVICE, Run, context_of, kernel, randn, report, rotated
+from gpu.bench_common import BF16, DEVICE, Run, kernel, randn, report, rotated
 from llmfw.attention.metadata import AttentionMetadata
 from llmfw.kernels.cupy import tune
-from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.ops.reference import REFERENCES
 
 Call = Callable[..., Any]
@@ -55,8 +54,7 @@ def recurrent() -> None:
 
 def chunks(model: str, shape: dict[str, int]) -> None:
     """Prompts by products within chunks."""
-    named = next(each for each in KERNELS if each.name == "cupy.ssd_chunks")
-    call = named.build(context_of("ssd_scan", shape))
+    call = kernel("ssd_scan", shape, "cupy.ssd_chunks")
     for label, lens in PROMPTS.items():
         make = functools.partial(run_of, call, "ssd_scan", shape, lens)
         nbytes = bytes_of("ssd_scan", shape, lens)

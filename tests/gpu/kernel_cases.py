@@ -33,12 +33,6 @@ CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() els
 FEATURES = frozenset({"cuda", "cupy"}) | cuda_features(*CAPABILITY)
 
 
-def before_9_0(context: OpContext) -> OpContext:
-    """The same on a GPU without the instructions of compute capability 9.0."""
-    info = replace(context.info, features=context.info.features - {"sm_90"})
-    return replace(context, info=info)
-
-
 @dataclass(frozen=True)
 class Case:
     """One use of an op: static shape, dtype, and how its arguments are drawn."""
@@ -124,8 +118,7 @@ def check(case: Case, call: Callable[..., Any], device: torch.device, seed: int 
 def kernel_of(case: Case, device: torch.device) -> Kernel:
     """The pack's kernel that a case names, else the first that serves it; others say why not."""
     context, name = case.context(device), case.facts.get("kernel")
-    kernels = [kernel for kernel in KERNELS if kernel.op == case.op]
-    kernels = [each for each in kernels if each.name == name or not name]
+    kernels = [each for each in KERNELS if each.op == case.op and name in (None, each.name)]
     serving = [kernel for kernel in kernels if kernel.refusal(context) is None]
     assert serving, [kernel.refusal(context) for kernel in kernels]
     return serving[0]
@@ -352,7 +345,16 @@ def attention_cases() -> Iterator[Case]:
                 extras = f"w{window}" * bool(window) + "c" * softcap + "s" * sinks
                 narrow = f"v{v_dim}" * (v_dim != dim)
                 label = f"{name}-{heads}/{kv_heads}x{dim}{narrow}b{block_size}{extras}"
-                yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
+                case = Case("paged_attention", dtype, shape, draw, label, wide=wide)
+                yield from also_by("cupy.paged_streamed", case, "copies")
+
+
+def also_by(name: str, case: Case, ending: str) -> Iterator[Case]:
+    """A case, and where the kernel of that name serves it the same for that one."""
+    yield case
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    if kernel.refusal(case.context(torch.device("cpu"))) is None:
+        yield replace(case, label=f"{case.label}-{ending}", facts={"kernel": name})
 
 
 def attention_arguments(

@@ -11,6 +11,7 @@ from gpu.kernel_cases import (
     Arguments,
     Batch,
     Case,
+    also_by,
     attention_arguments,
     randn,
     relative_error,
@@ -153,7 +154,8 @@ def latent_attention_cases() -> Iterator[Case]:
                     return attention_arguments(d, t, g, s, b)
 
                 label = f"{name}-latent{heads}x{latent}+{rotary}b{block_size}"
-                yield Case("paged_attention", dtype, shape, draw, label, wide=wide)
+                case = Case("paged_attention", dtype, shape, draw, label, wide=wide)
+                yield from also_by("cupy.latent_tiles", case, "tiles")
 
 
 CUTS = [Cut(rows, cluster) for rows in (16, 32, 64) for cluster in (1, 2, 3)]

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.bench_attention import decode_caches, decode_runs
-from gpu.bench_common import MODELS, attention_shape, context_of, kernel, randn
-from gpu.kernel_cases import before_9_0
+from gpu.bench_common import COPIED, MODELS, attention_shape, context_of, kernel, randn
 from llmfw.kernels.cupy.paged_decode import PagedDecode
 
 KEYS = 992
@@ -87,8 +86,9 @@ def main() -> None:
     x = {key: randn(batch, into) for key, (into, _) in sizes.items()}
     gated = kernel("gated_linear", {"in_features": hidden, "intermediate_size": inner, "bias": 0})
     ways = {
-        "tensor copies": decode_runs(PagedDecode(context), caches, tables, q, KEYS, None),
-        "registers": decode_runs(PagedDecode(before_9_0(context)), caches, tables, q, KEYS, None),
+        kind: decode_runs(PagedDecode(context, copied), caches, tables, q, KEYS, None)
+        for kind, copied in (("tensor copies", True), ("registers", False))
+        if COPIED or not copied
     }
 
     def product(key: str, weight: dict[str, torch.Tensor]) -> None:

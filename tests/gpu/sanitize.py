@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gpu.expert_cases import expert_cases, route_cases, router_cases
-from gpu.kernel_cases import Case, all_cases, before_9_0, kernel_of, product_variants
+from gpu.kernel_cases import Case, all_cases, kernel_of, product_variants
 from gpu.latent_cases import latent_cases
 from gpu.normed_cases import OPS as NORMED
 from gpu.normed_cases import normed_cases, normed_variants
@@ -48,7 +48,8 @@ SWITCHED = (
 )
 
 
-COPIED = {"latent_tiles.cu", "paged_streamed.cu"}  # what attention runs on 9.0 alone
+# Of kernels that may be left out.
+SOURCES = {"cupy.latent_tiles": "latent_tiles.cu", "cupy.paged_streamed": "paged_streamed.cu"}
 
 
 def smallest_cases() -> list[Case]:
@@ -134,13 +135,11 @@ def run(case: Case, device: torch.device) -> None:
 
 
 def calls(case: Case, device: torch.device) -> Iterator[Callable[..., Any]]:
-    """The op's kernel, attention's as on older GPUs besides, and all variants of a product."""
+    """The case's kernel, and all variants of a product."""
     context, without = case.context(device), os.environ.get("WITHOUT", "").split()
     kernel = kernel_of(case, device)
-    if case.op == "paged_attention" and "sm_90" in context.info.features:
-        yield kernel.build(before_9_0(context))
-        if COPIED & set(without):
-            return
+    if SOURCES.get(kernel.name) in without:
+        return
     yield kernel.build(context)
     if has_variants(case):
         variants = normed_variants if case.op in NORMED else product_variants

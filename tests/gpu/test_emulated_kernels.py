@@ -46,13 +46,12 @@ from llmfw.kernels.cupy import (
     expanded_attention,
     float32_linear,
     moe_experts,
-    paged_decode,
     paged_plan,
     prefill,
 )
 from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.latent_tiles import LatentTiles
-from llmfw.kernels.cupy.paged_plan import Cut, Heads
+from llmfw.kernels.cupy.paged_plan import Cut
 from llmfw.kernels.cupy.tiled import Tiled
 from llmfw.layers import stock_layer
 from llmfw.models import bind_tree
@@ -98,13 +97,7 @@ def few(cases: list[Case], quick: set[str]) -> list[object]:
     ]
 
 
-def copied_cases() -> list[Case]:
-    """Those whose tiles of keys tensor copies can bring."""
-    return [
-        case
-        for case in attention_cases()
-        if case.dtype != "float32" and Heads.of(case.context(torch.device("cpu"))).boxed
-    ]
+COPIED = [case for case in attention_cases() if "kernel" in case.facts]  # tiles by tensor copies
 
 
 @pytest.mark.parametrize(
@@ -209,18 +202,17 @@ def test_experts_with_many_rows_go_through_the_library(
     run(next(case for case in expert_cases() if str(case) == wanted), device)
 
 
-@pytest.mark.parametrize("case", small(list(attention_cases()), 7))
+@pytest.mark.parametrize("case", small([c for c in attention_cases() if not c.facts], 7))
 def test_paged_attention_matches_its_reference(case: Case, device: torch.device) -> None:
     run(case, device)
 
 
 @pytest.mark.parametrize("warps", [2, 4])
-@pytest.mark.parametrize("case", small(copied_cases(), 5))
+@pytest.mark.parametrize("case", small(COPIED, 5))
 def test_paged_attention_by_tensor_copies_matches_its_reference(
     case: Case, warps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on 9.0: tiles of keys are brought by copies; with two warps and tiles, rings go round."""
-    monkeypatch.setattr(paged_decode, "has_tile_products", lambda _: True)
+    """With two warps and tiles, rings go round."""
     if warps == 2:
         cut = Cut(2, 1, 2, copied=True)
         monkeypatch.setattr(paged_plan, "copied_cut", lambda *_: cut)

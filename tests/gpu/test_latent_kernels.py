@@ -9,7 +9,6 @@ import torch
 
 from gpu.kernel_cases import Batch, Case, attention_arguments, check, kernel_of, relative_error
 from gpu.latent_cases import CUTS, check_cut, latent_attention_cases, latent_cases
-from llmfw.kernels.cupy import latent_tiles
 from llmfw.kernels.cupy.attention import parts_of
 from llmfw.kernels.cupy.latent_attention import TILES, WIDE, LatentAttention
 from llmfw.kernels.cupy.latent_tiles import Cut, LatentTiles
@@ -23,10 +22,13 @@ def device() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def halves() -> Case:
-    """A batch of single tokens with DeepSeek's sizes, in bfloat16."""
-    cases = (case for case in latent_attention_cases() if case.dtype == "bfloat16")
-    return next(case for case in cases if "few-latent16x512" in case.label)
+def halves(ending: str = "") -> Case:
+    """A batch of single tokens with DeepSeek's sizes, in bfloat16; "-tiles": by latent_tiles.cu."""
+    wanted = f"paged_attention-bfloat16-few-latent16x512+64b16{ending}"
+    found = [case for case in latent_attention_cases() if str(case) == wanted]
+    if not found:
+        pytest.skip("needs compute capability 9.0")
+    return found[0]
 
 
 @pytest.mark.parametrize("case", latent_cases(), ids=str)
@@ -34,8 +36,11 @@ def test_kernel_matches_its_reference(case: Case, device: torch.device) -> None:
     check(case, kernel_of(case, device).build(case.context(device)), device)
 
 
-def test_latent_attention_in_a_graph_follows_lengths_that_change(device: torch.device) -> None:
-    case = halves()
+@pytest.mark.parametrize("ending", ["", "-tiles"])
+def test_latent_attention_in_a_graph_follows_lengths_that_change(
+    ending: str, device: torch.device
+) -> None:
+    case = halves(ending)
     call = kernel_of(case, device).build(case.context(device))
     long = Batch(((1, 900), (1, 640), (1, 33), (1, 1500)))
     args, _ = attention_arguments(
@@ -82,9 +87,6 @@ def test_latent_tiles_and_splits_do_not_change_the_result(heads: int, device: to
 def test_latent_tiles_are_the_same_however_they_are_cut(
     cut: Cut, groups: int, device: torch.device
 ) -> None:
-    case = halves()
+    case = halves("-tiles")
     case = replace(case, shape={**case.shape, "num_heads": 24})
-    context = case.context(device)
-    if latent_tiles.refusal(context):
-        pytest.skip("needs compute capability 9.0")
-    check_cut(LatentTiles(context), case, cut, groups, device)
+    check_cut(LatentTiles(case.context(device)), case, cut, groups, device)

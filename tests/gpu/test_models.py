@@ -101,6 +101,7 @@ def test_greedy_tokens_are_transformers(checkpoint, dtype: str, kernels: str):
         {"max_num_batched_tokens": 64},
         {"enable_prefix_caching": False},
         {"attention_backend": "vanilla"},
+        {"kernels": "-cupy.paged_streamed"},
     ],
 )
 def test_each_switch_alone_changes_no_token(checkpoint, settings: dict[str, Any]):

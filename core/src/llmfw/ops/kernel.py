@@ -100,8 +100,9 @@ class Kernel:
             generator).
         cost: For such an op: "module:function" that gives `llmfw.ops.costs.Cost` of a call, given
             (context, arguments, results); all tensors count as moved once when left out.
-        available: Given the device, None when all that the kernel needs beside it is installed,
-            else the reason why not; asked before `supports`, and for lists of kernels.
+        available: Given the device, None when it and what is installed have all that the kernel
+            needs, else the reason why not, where `requires` cannot say it; asked before `supports`,
+            and for lists of kernels.
         builds_on: Name of another kernel of the op, by which this one serves the batches that it is
             not made for: what may stand in for that one may stand in for this one.
     """

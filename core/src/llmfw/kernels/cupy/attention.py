@@ -108,9 +108,14 @@ def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     return mixed_attention(context, Prefill(context))
 
 
-def mixed_attention(context: OpContext, prefill: ContextAttention) -> Callable[..., torch.Tensor]:
-    """The op `paged_attention` for one head layout, with context requests by `prefill`."""
-    decode = PagedDecode(context)
+def mixed_attention(
+    context: OpContext, prefill: ContextAttention, copied: bool = False
+) -> Callable[..., torch.Tensor]:
+    """The op `paged_attention` for one head layout, with context requests by `prefill`.
+
+    `copied`: Tensor copies bring the other requests' tiles of keys.
+    """
+    decode = PagedDecode(context, copied)
     heads, plans = decode.heads, Once(lambda metadata: plan_batch(metadata, prefill))
 
     def call(

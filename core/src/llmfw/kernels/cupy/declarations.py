@@ -27,6 +27,12 @@ def _supports(module: str) -> Callable[[OpContext], str | None]:
     return predicate
 
 
+def _lacks_copies(info: DeviceInfo) -> str | None:
+    """None on compute capability 9.0, for whose tensor copies some sources are written."""
+    has_them = load_object(f"{FOLDER}.streamed:has_tile_products")(info)
+    return None if has_them else "needs the tensor copies of compute capability 9.0"
+
+
 def _kernel(
     op: str,
     module: str,
@@ -36,6 +42,7 @@ def _kernel(
     name: str | None = None,
     priority: int = PRIORITY,
     tolerance: Mapping[str, float] = TOLERANCE,
+    available: Callable[[DeviceInfo], str | None] | None = None,
 ) -> Kernel:
     return Kernel(
         op=op,
@@ -46,6 +53,7 @@ def _kernel(
         supports=_supports(supports or module),
         priority=priority,
         tolerance=tolerance,
+        available=available,
     )
 
 
@@ -61,6 +69,15 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("rope_and_cache", "rope_cache", "rope_and_cache", ALL),
     _kernel("latent_rope_and_cache", "latent_rope", "latent_rope_and_cache", ALL),
     _kernel("paged_attention", "attention", "paged_attention", HALVES, supports="paged_decode"),
+    _kernel(
+        "paged_attention",
+        "paged_streamed",
+        "paged_streamed",
+        HALVES,
+        name="paged_streamed",
+        priority=PRIORITY + 1,
+        available=_lacks_copies,
+    ),
     _kernel("paged_attention", "paged_simt", "paged_attention", ("float32",), name="paged_simt"),
     _kernel(
         "paged_attention",
@@ -68,6 +85,15 @@ KERNELS: tuple[Kernel, ...] = (
         "latent_attention",
         HALVES,
         name="latent_attention",
+    ),
+    _kernel(
+        "paged_attention",
+        "latent_tiles",
+        "latent_tiles",
+        HALVES,
+        name="latent_tiles",
+        priority=PRIORITY + 1,
+        available=_lacks_copies,
     ),
     _kernel("expanded_attention", "expanded_attention", "expanded_attention", HALVES),
     _kernel("head_linear", "head_linear", "head_linear", HALVES),

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmfw.errors import KernelError
-from llmfw.kernels.cupy import latent_tiles
 from llmfw.kernels.cupy.attention import Part, parts_of
 from llmfw.kernels.cupy.compile import device_index, load
 from llmfw.kernels.cupy.latent_merge import Division, LatentHeads, Splits
-from llmfw.kernels.cupy.latent_tiles import LatentTiles
 from llmfw.kernels.cupy.launch import Launcher, dense
 from llmfw.kernels.cupy.paged_decode import UNSETTLED, check_block_size
 from llmfw.ops.kernel import OpContext
@@ -227,8 +225,13 @@ class LatentAttention:
 def latent_attention(context: OpContext) -> Callable[..., torch.Tensor]:
     """The op `paged_attention` over a latent cache, for one head layout."""
     attend = LatentAttention(context)
-    heads = attend.heads
-    tiles = LatentTiles(context) if latent_tiles.refusal(context) is None else None
+    return attention_by(attend.heads, lambda cache: attend)
+
+
+def attention_by(
+    heads: LatentHeads, kernel_for: Callable[[torch.Tensor], Callable[..., None]]
+) -> Callable[..., torch.Tensor]:
+    """The op by the kernel that `kernel_for` names for a cache."""
 
     def call(
         q: torch.Tensor,
@@ -251,7 +254,7 @@ def latent_attention(context: OpContext) -> Callable[..., torch.Tensor]:
         width = heads.num_heads * heads.v_dim
         out = torch.empty((q.shape[0], width), dtype=q.dtype, device=q.device)
         lengths = view.block_tables, metadata.cu_query_lens, metadata.kv_lens_device
-        kernel = tiles if tiles is not None and k_cache.is_contiguous() else attend
+        kernel = kernel_for(k_cache)
         for part in parts_of(metadata):
             kernel(out, q, k_cache, *lengths, part, scale)
         return out

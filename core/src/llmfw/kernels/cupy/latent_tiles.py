@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from llmfw.kernels.cupy import latent_attention
 from llmfw.kernels.cupy.attention import Part
 from llmfw.kernels.cupy.compile import load, multiprocessors
+from llmfw.kernels.cupy.latent_attention import LatentAttention, attention_by
 from llmfw.kernels.cupy.latent_merge import Division, LatentHeads, Splits
 from llmfw.kernels.cupy.launch import Launcher
 from llmfw.kernels.cupy.paged_decode import UNSETTLED
-from llmfw.kernels.cupy.streamed import has_tile_products
 from llmfw.kernels.cupy.tensor_map import SPAN, tensor_map
 from llmfw.ops.kernel import OpContext
 
@@ -87,10 +89,11 @@ class Plan:
         return Division(self.cut.rows, KEYS, self.columns, self.groups, self.least_share)
 
 
-def refusal(context: OpContext) -> str | None:
-    """Why the head layout or the device is left to latent_attention.cu, None where it is not."""
-    if not has_tile_products(context.info):
-        return "needs the tensor copies and products of compute capability 9.0"
+def supports(context: OpContext) -> str | None:
+    """What latent_attention.cu serves, in latents and keys of whole boxes of a tensor copy."""
+    reason = latent_attention.supports(context)
+    if reason is not None:
+        return reason
     heads = LatentHeads.of(context)
     if heads.head_dim % SPAN or heads.v_dim % (2 * SPAN):
         return f"sizes {heads.head_dim} and {heads.v_dim} are no multiples of {SPAN} and {2 * SPAN}"
@@ -217,3 +220,12 @@ class LatentTiles:
             scale,
         )
         self._splits.merge(out, room, cu_query_lens, kv_lens, part, plan.division)
+
+
+def latent_tiles(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The op `paged_attention` over a latent cache, for one head layout.
+
+    A cache that does not lie in one piece is left to latent_attention.cu.
+    """
+    tiles, others = LatentTiles(context), LatentAttention(context)
+    return attention_by(tiles.heads, lambda cache: tiles if cache.is_contiguous() else others)

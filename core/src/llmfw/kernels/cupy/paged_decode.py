@@ -19,7 +19,6 @@ from llmfw.kernels.cupy.paged_plan import (
     Plan,
     plan_launch,
 )
-from llmfw.kernels.cupy.streamed import has_tile_products
 from llmfw.kernels.cupy.tensor_map import cache_map
 from llmfw.ops.kernel import OpContext
 
@@ -68,23 +67,24 @@ class Meeting(NamedTuple):
 class PagedDecode:
     """The compiled kernels for one head layout, and the counters that its blocks meet at.
 
-    Launches of one instance must follow each other on one stream.
+    Launches of one instance must follow each other on one stream. With `copied` tensor copies bring
+    tiles of keys.
     """
 
-    def __init__(self, context: OpContext) -> None:
+    def __init__(self, context: OpContext, copied: bool = False) -> None:
         self.heads = Heads.of(context)
         self._context = context
         device = context.info.device
         self._launchers: dict[tuple[int, Cut], Launcher] = {}
         properties: Any = torch.cuda.get_device_properties(device_index(device))
         shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_BYTES)
-        copies = has_tile_products(context.info)
-        self._device = Device(properties.multi_processor_count, shared, copies)
+        self._device = Device(properties.multi_processor_count, shared)
+        self._copied = copied
         self._counters = torch.zeros(paged_plan.COUNTERS, dtype=torch.int32, device=device)
 
     def plan(self, requests: int, max_q: int, max_kv: int, splits: int | None = None) -> Plan:
         """How a batch of at most these lengths is launched."""
-        return plan_launch(self.heads, requests, max_q, max_kv, self._device, splits)
+        return plan_launch(self.heads, requests, max_q, max_kv, self._device, splits, self._copied)
 
     def launcher(self, rows: int, cut: Cut) -> Launcher:
         """The kernel for blocks of so many rows and such a cut, compiled when first wanted."""

@@ -15,6 +15,7 @@ SLAB_BYTES = 46 << 10  # shared memory that the warps' sums may take where no la
 FEW_STAGES, MANY_STAGES = 3, 2  # tiles under way for few blocks, and for many
 LEAST_STAGES = 2  # one alone would hide nothing
 LEAST_SHARED_BYTES = 99 << 10  # of a block, what devices of compute capability 8.0 and newer have
+COPYING_SHARED_BYTES = 227 << 10  # what those have that have tensor copies as used here: 9.0
 SYSTEM_BYTES = 1 << 10  # of a resident block's shared memory
 RESERVED_BYTES = SYSTEM_BYTES + (1 << 10)  # and those of its warps' statistics
 MOST_WARPS = 8  # of a multiprocessor, whose registers they need all
@@ -22,8 +23,7 @@ LONG_SHARE = 2048  # keys that a block walks at least where the requests alone f
 AHEAD = 1  # tiles that a warp asks for into L2 beyond those that it loads,
 AHEAD_WAVES = 2  # where there are at most so many waves of blocks: more keep memory busy themselves
 LONG_WAVES = 2  # of blocks, so that such requests are split at all
-MOST_COPIED = 6  # tiles of a warp under way by tensor copies,
-FEWEST_COPIED = 2  # and fewest
+MOST_COPIED = 6  # tiles of a warp under way by tensor copies
 ALIGNED_BYTES = 1 << 10  # that tiles brought by tensor copies begin at
 BARRIER_BYTES = 8  # of a tile
 SPAN = 64  # values that a row of a box has
@@ -55,12 +55,6 @@ class Heads:
         """K and V of a tile, of 16-bit values."""
         return KEYS_OF_A_TILE * (self.head_dim + self.v_dim) * 2
 
-    @property
-    def boxed(self) -> bool:
-        """Whether a tile is whole boxes of a tensor copy."""
-        whole = self.head_dim % SPAN == 0 and self.v_dim % SPAN == 0
-        return whole and self.block_size % KEYS_OF_A_TILE == 0
-
     @classmethod
     def of(cls, context: OpContext) -> Heads:
         """From the op's context."""
@@ -81,12 +75,10 @@ class Device:
     Args:
         sms: Multiprocessors.
         shared_bytes: The most shared memory of a block.
-        copies: Whether tensor copies may bring tiles.
     """
 
     sms: int
     shared_bytes: int = LEAST_SHARED_BYTES
-    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,12 +163,24 @@ def staged_cut(heads: Heads, blocks: int, device: Device) -> Cut:
     raise KernelError(f"{device.shared_bytes} bytes of shared memory are too few for {heads}")
 
 
-def copied_cut(heads: Heads, blocks: int, device: Device) -> Cut | None:
-    """Blocks whose tiles are brought by tensor copies; None where shared memory is too little."""
-    warps, resident = (8, 1) if blocks <= device.sms else (4, 2)
-    room = (device.shared_bytes + SYSTEM_BYTES) // resident - RESERVED_BYTES - ALIGNED_BYTES
+def copied_cut(heads: Heads, few: bool) -> Cut:
+    """Blocks whose tiles are brought by tensor copies; `few`: one a multiprocessor at most."""
+    warps, resident = (8, 1) if few else (4, 2)
+    room = (COPYING_SHARED_BYTES + SYSTEM_BYTES) // resident - RESERVED_BYTES - ALIGNED_BYTES
     stages = min(MOST_COPIED, room // (warps * (heads.tile_bytes + BARRIER_BYTES)))
-    return Cut(warps, resident, stages, copied=True) if stages >= FEWEST_COPIED else None
+    return Cut(warps, resident, stages, copied=True)
+
+
+def copies_refusal(heads: Heads) -> str | None:
+    """Why copies cannot bring tiles: they are no whole boxes, or too large for two a warp."""
+    if heads.head_dim % SPAN or heads.v_dim % SPAN:
+        return f"head sizes {heads.head_dim} and {heads.v_dim} are not multiples of {SPAN}"
+    if heads.block_size % KEYS_OF_A_TILE:
+        return f"block size {heads.block_size} is not a multiple of {KEYS_OF_A_TILE}"
+    if any(copied_cut(heads, few).stages < LEAST_STAGES for few in (True, False)):
+        sizes = f"{heads.head_dim} and {heads.v_dim}"
+        return f"shared memory is too little for {LEAST_STAGES} tiles a warp of head sizes {sizes}"
+    return None
 
 
 def plan_launch(
@@ -186,20 +190,20 @@ def plan_launch(
     max_kv: int,
     device: Device,
     splits: int | None = None,
+    copied: bool = False,
 ) -> Plan:
     """Divide a batch of at most these lengths over the device; `splits` overrides the rule.
 
     Splits fill the device once: more cost more than they gain. Where the requests alone fill it,
-    only very long ones are split. Device and head sizes decide where tiles lie;
+    only very long ones are split. `copied` and head sizes decide where tiles lie;
     `copied_cut`, `staged_cut` and `registers_cut` how blocks are made.
     """
     staged = heads.widest > REGISTERS_DIM
     rows = 16 if heads.group * max_q > 8 and not staged else 8
     columns = heads.num_kv_heads * -(-heads.group * max_q // rows)
     blocks = columns * requests
-    copied = copied_cut(heads, blocks, device) if device.copies and heads.boxed else None
-    if copied is not None:
-        cut = copied
+    if copied:
+        cut = copied_cut(heads, blocks <= device.sms)
     elif staged:
         cut = staged_cut(heads, blocks, device)
     else:

@@ -30,12 +30,20 @@ LEAST_ALONE = 2e9  # or so many where the other way is paged_decode at its slowe
 LN_2 = math.log(2.0)  # FlashInfer's logarithms are to the base 2
 
 
-def paged_attention(context: OpContext) -> Callable[..., torch.Tensor]:
-    """The op `paged_attention` for one head layout; compiles or loads FlashInfer's kernels."""
+def paged_attention(context: OpContext, copied: bool = False) -> Callable[..., torch.Tensor]:
+    """The op `paged_attention` for one head layout; compiles or loads FlashInfer's kernels.
+
+    `copied`: Tensor copies bring tiles of keys for all that is not FlashInfer's.
+    """
     prefill = PagedPrefill(context)
-    attend = mixed_attention(context, FirstOf(prefill, Prefill(context)))
+    attend = mixed_attention(context, FirstOf(prefill, Prefill(context)), copied)
     attend.details = f"long prompts by FlashInfer's {prefill.backend}"  # type: ignore[attr-defined]
     return attend
+
+
+def paged_streamed(context: OpContext) -> Callable[..., torch.Tensor]:
+    """The same with `copied`."""
+    return paged_attention(context, copied=True)
 
 
 class FirstOf:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.version import Version
 
-from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext, load_object
+from llmfw.kernels.cupy.declarations import KERNELS
+from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
 from llmfw.plugins import hookimpl
 
 DISTRIBUTION = "flashinfer-python"
@@ -18,8 +21,8 @@ OLDEST = "0.7"
 READY_MADE = "flashinfer_jit_cache"  # the import name of its package of compiled kernels
 HEAD_DIMS = (64, 128, 256)
 CUDA_FOLDER = Path("/usr/local/cuda")  # where FlashInfer looks last
-BASE = "cupy.paged_attention"
-PRIORITY = 110  # above the kernel it builds on, where that was measured to be slower;
+BASES = ("cupy.paged_streamed", "cupy.paged_attention")
+AHEAD = 10  # of the kernel it builds on, where that was measured to be slower;
 ON_REQUEST = -1  # elsewhere it serves only when asked for by name
 
 
@@ -62,9 +65,9 @@ def compiler_refusal() -> str | None:
     )
 
 
-def supports(context: OpContext) -> str | None:
+def supports(base: Kernel, context: OpContext) -> str | None:
     """What both FlashInfer and the kernel for generation requests serve."""
-    reason: str | None = load_object("llmfw.kernels.cupy.paged_decode:supports")(context)
+    reason = base.refusal(context)
     if reason is not None:
         return reason
     head_dim, v_dim = context["head_dim"], context.shape.get("v_head_dim") or context["head_dim"]
@@ -85,18 +88,19 @@ class FlashInferPack:
 
     @hookimpl
     def llmfw_kernels(self, device: DeviceInfo) -> list[Kernel]:
-        """The pack's kernel; it says itself what it requires."""
-        return [
-            Kernel(
-                op="paged_attention",
-                name="flashinfer.paged_attention",
-                factory="llmfw.kernels.flashinfer.attention:paged_attention",
-                requires=("cuda", "sm_80", "cupy"),
-                dtypes=("bfloat16", "float16"),
-                supports=supports,
-                priority=PRIORITY if backend_of(device) == "fa3" else ON_REQUEST,
-                tolerance={"bfloat16": 8e-3, "float16": 1e-3},
-                available=available,
-                builds_on=BASE,
-            )
-        ]
+        """A kernel on each of the CuPy pack's; they say themselves what they require."""
+        return [built_on(base, device) for base in KERNELS if base.name in BASES]
+
+
+def built_on(base: Kernel, device: DeviceInfo) -> Kernel:
+    """The kernel that leaves to `base` what is not FlashInfer's."""
+    name = base.name.removeprefix("cupy.")
+    return replace(
+        base,
+        name=f"flashinfer.{name}",
+        factory=f"llmfw.kernels.flashinfer.attention:{name}",
+        supports=functools.partial(supports, base),
+        priority=base.priority + AHEAD if backend_of(device) == "fa3" else ON_REQUEST,
+        available=lambda info: base.missing(info) or available(info),
+        builds_on=base.name,
+    )
