@@ -115,7 +115,16 @@ USES: dict[str, list[dict[str, int | str]]] = {
     "tiled.cu": [
         {"DTYPE": BF16},
         {"DTYPE": F16, "ROWS": 256, "TILE": 208, "STAGES": 3},
-        {"DTYPE": BF16, "ROWS": 256, "TILE": 224, "SHARE": 2, "GATED": 1, "STAGES": 3},
+        {
+            "DTYPE": BF16,
+            "ROWS": 256,
+            "TILE": 224,
+            "SHARE": 2,
+            "GATED": 1,
+            "X_STAGES": 3,
+            "PACKED": 1,
+        },
+        {"DTYPE": BF16, "ROWS": 256, "TILE": 144, "SPLIT": 4, "X_STAGES": 3, "BIAS": 0},
         {"DTYPE": BF16, "ROWS": 128, "TILE": 160, "SHARE": 2, "SPLIT": 4},
     ],
     "moe_route.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "EXPERTS": 1000}],

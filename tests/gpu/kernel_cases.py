@@ -27,7 +27,7 @@ from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
 # tile, share, split: blocks alone, and all that they can have in common
-TILED_CUTS = ((208, 1, 1), (224, 2, 1), (64, 1, 4), (64, 2, 4), (96, 4, 2))
+TILED_CUTS = ((208, 1, 1), (224, 2, 1), (144, 1, 4), (64, 2, 4), (96, 4, 2))
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 FEATURES = frozenset({"cuda", "cupy"}) | cuda_features(*CAPABILITY)

@@ -331,7 +331,6 @@ inline float __fadd_rd(float x, float y) {
 }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
   return __uint_as_float(emulated::exchange({{__float_as_uint(x)}}).of[emulated::lane() ^ mask][0]);

@@ -122,7 +122,11 @@ inline void send_to(float* own, int rank, float value, Barrier* counter) {
 }
 inline void pass_at(Barrier* own, int rank) { arrive_at(own, rank); }
 
-inline void store_at(float4* own, int rank, float x, float y, float z, float w) { *place_at(own, rank) = {x, y, z, w}; }
+inline void send_to(float4* own, int rank, const float (&x)[4], Barrier* counter) {
+  *place_at(own, rank) = {x[0], x[1], x[2], x[3]};
+  place_at(counter, rank)->bytes -= 16;
+  settle(place_at(counter, rank));
+}
 
 inline void copy_box_to(u32 blocks, void* to, const TensorMap& from, int row, int column, Barrier* b, u64 policy) {
   for (int rank = 0; rank < int(emulated::cluster->size()); ++rank)

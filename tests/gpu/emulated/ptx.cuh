@@ -40,6 +40,7 @@ inline void fetch_l2(const void* p) { static_cast<void>(*static_cast<const volat
 inline void store_once(float4* p, const float4& x) { *p = x; }
 inline int add_release_acquire(int* p, int x) { return atomicAdd(p, x); }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 #define DYNAMIC_SHARED(name) u8* const name = emulated::block->dynamic_shared()
 inline void copy16_async(void* to, const void* from, int bytes) {
   emulated::current->open.push_back({to, from, bytes, 16 - bytes});

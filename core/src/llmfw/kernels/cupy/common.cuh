@@ -90,9 +90,9 @@ __device__ __forceinline__ float warp_sum(float x) { return group_sum<32>(x); }
 
 // Activations; code of a `GatedActivation` may use them.
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-// Results of 16 bits are rounded far more coarsely than the quick instructions err.
+// Results of 16 bits are rounded far more coarsely than the quick instructions err; 1 / infinity is 0 here too.
 __device__ __forceinline__ float silu(float x) {
-  return DTYPE == F32 ? x / (1.0f + expf(-x)) : __fdividef(x, 1.0f + exp2_fast(-LOG2E * x));
+  return DTYPE == F32 ? x / (1.0f + expf(-x)) : x * reciprocal_fast(1.0f + exp2_fast(-LOG2E * x));
 }
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 __device__ __forceinline__ float gelu_tanh(float x) {

@@ -178,9 +178,11 @@ __device__ __forceinline__ void send_to(float* own, int rank, float value, Barri
                : "memory");
 }
 
-__device__ __forceinline__ void store_at(float4* own, int rank, float x, float y, float z, float w) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_at(own, rank)), "f"(x), "f"(y), "f"(z),
-               "f"(w)
+// The same with 16 bytes.
+__device__ __forceinline__ void send_to(float4* own, int rank, const float (&x)[4], Barrier* counter) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_at(own, rank)),
+               "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(address_at(counter, rank))
                : "memory");
 }
 

@@ -122,6 +122,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 #if DTYPE != F32
 // d[16 x 8] += a[16 x 16] b[16 x 8] in float32. Lane 4g + c holds a0 (row g, k 2c 2c+1), a1 (row g + 8), a2 (row g,
 // k 2c+8 2c+9), a3 (row g + 8), b0 (k 2c 2c+1, column g), b1 (k 2c+8 2c+9), d0 d1 (row g, columns 2c 2c+1), d2 d3

@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from llmfw.kernels.cupy.compile import multiprocessors
 from llmfw.kernels.cupy.products import TILED_ROWS
 from llmfw.kernels.cupy.streamed import servable
-from llmfw.kernels.cupy.tiled import CHUNK, GROUPS, Tiled
+from llmfw.kernels.cupy.tiled import CHUNK, GROUPS, SHARED_BYTES, Tiled
 from llmfw.ops.kernel import OpContext
 
 CLOCK = 1.6e9  # cycles a second under load
-READ, READ_L2 = 3.12e12, 5.5e12  # bytes a second, of all multiprocessors
+READ, READ_L2 = 3.12e12, 8.5e12  # bytes a second, of all multiprocessors
 PRODUCTS = 2048  # multiplications and additions of a multiprocessor's tensor cores a cycle
 SHARED = 128  # bytes of its shared memory a cycle
 SENT = 32  # bytes from one's shared memory to another's a cycle
 MEETING = 1e-6  # seconds until blocks that split a sum have met
 START = 1.5e-6  # seconds until the first chunk is there
-KINDS = ((2, 1), (1, 4), (2, 4))  # blocks that share x and the summed dimension, as won somewhere
+KINDS = ((2, 1), (1, 4))  # blocks that share x and the summed dimension, as won somewhere
 LEAST_TILE, MOST_TILE = 32, 256  # columns of one instruction
 MOST_SUMS = 224  # of a thread, in registers
 MEASURED = 2  # cuts
-LONG, LONG_ROWS = 2, 128  # times as many inputs as outputs; rows up to which such products won
+LONG = 2  # times as many inputs as outputs: so long sums won
 ALIKE = 32  # rows of a tile below which cuts of one kind take about as long
 
 
@@ -55,8 +55,7 @@ def tiled_variants(bucket: int, context: OpContext, weight_rows: int) -> tuple[T
 
 def is_promising(product: Product) -> bool:
     """Whether a cut won for such a product anywhere; a start measures nothing for the others."""
-    is_long = product.in_features >= LONG * product.weight_rows
-    return product.gated or (is_long and product.rows <= LONG_ROWS)
+    return product.gated or product.in_features >= LONG * product.weight_rows
 
 
 def best_cuts(product: Product, sms: int, count: int) -> tuple[Tiled, ...]:
@@ -77,12 +76,14 @@ def alike(cut: Tiled, other: Tiled) -> bool:
 
 
 def cuts(product: Product) -> Iterator[Tiled]:
-    """All that a block's registers allow, in whole groups of 8 results."""
+    """All that a block's registers and memory allow, in whole groups of 8 results."""
     each = product.rows // 64 // GROUPS  # 64s of rows of a warpgroup
     for share, split in KINDS:
-        step = 8 * split * (1 + product.gated)
+        step = 8 * (1 + product.gated)
         for tile in range(max(step, LEAST_TILE), 1 + min(MOST_TILE, 2 * MOST_SUMS // each), step):
-            yield Tiled(tile, share, split, product.gated)
+            cut = Tiled(tile, share, split, product.gated)
+            if cut.shared_bytes(product.rows) <= SHARED_BYTES:
+                yield cut
 
 
 def estimate(cut: Tiled, product: Product, sms: int) -> float | None:

@@ -5,8 +5,10 @@
 // Launch: block GROUPS * 128, clusters of SHARE * SPLIT blocks. A block multiplies all rows of x with TILE rows of the
 //   weight (GATED: half of them gates, half their ups). SHARE blocks with neighbouring tiles share x: each fetches a part
 //   and has it written to all. SPLIT blocks share the summed dimension; each stores a part of the outputs. One thread
-//   asks for tiles, 64 values of every row at a time, STAGES ahead; each of GROUPS warpgroups has a part of the rows of
-//   x. Without a split a cluster walks over tiles, and those of the next are on their way while results are stored.
+//   asks for tiles, chunks of 64 values of every row, STAGES of the weight and X_STAGES of x ahead: memory takes longer to
+//   answer than L2. Each of GROUPS warpgroups has a part of the rows of x. Without a split a cluster walks over tiles, and
+//   those of the next are on their way while results are stored. BIAS: there may be one. PACKED: outputs are a multiple
+//   of 8.
 // Numbers: float32 sums on tensor cores; GATED rounds where the references of linear and silu_and_mul round.
 //
 // The weight's first chunks are asked for before the kernel before is done (follow in common.cuh).
@@ -34,26 +36,42 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
+#ifndef X_STAGES
+#define X_STAGES STAGES
+#endif
+#ifndef BIAS
+#define BIAS 1
+#endif
+#ifndef PACKED
+#define PACKED 0
+#endif
 
 #if DTYPE != F32 && HAS_TILE_COPIES
 
 constexpr int CHUNK = 64, BOX_ROW = 128;  // values and bytes of a row of a box: the span of the swizzle
 constexpr int EACH = ROWS / 64 / GROUPS;  // 64s of rows of x of a warpgroup
-constexpr int WEIGHT_BYTES = TILE * BOX_ROW, STAGE_BYTES = WEIGHT_BYTES + ROWS * BOX_ROW;
+constexpr int WEIGHT_BYTES = TILE * BOX_ROW, X_BYTES = ROWS * BOX_ROW;
 constexpr int WARPS = GROUPS * 4, BLOCKS = SHARE * SPLIT;
-constexpr int COLUMNS = TILE / 8;                             // sums of a row, in eights
-constexpr int READY = COLUMNS / (1 + GATED) / SPLIT;          // results of a row that a block stores, in eights
-constexpr int SENT = SPLIT > 1 ? EACH * COLUMNS / SPLIT : 1;  // fours of sums that a thread gives to each block
-static_assert(EACH * 64 * GROUPS == ROWS && READY * (1 + GATED) * SPLIT * 8 == TILE, "whole parts");
+constexpr int COLUMNS = TILE / 8, RESULTS = COLUMNS / (1 + GATED);  // sums and results of a row, in eights
+constexpr int READY = (RESULTS + SPLIT - 1) / SPLIT;                // most results of a row that a block stores
+constexpr int SENT = SPLIT > 1 ? EACH * READY * (1 + GATED) : 1;    // fours of sums that a thread gives to each block
+static_assert(EACH * 64 * GROUPS == ROWS && RESULTS * (1 + GATED) * 8 == TILE, "whole parts");
 static_assert(ROWS % (8 * SHARE) == 0 && BLOCKS <= 8, "boxes of whole groups of 8 rows; what a cluster may have");
+static_assert(STAGES >= X_STAGES, "who gives back a chunk of x gives back one of the weight");
+
+// The first of the results, in eights, that a block of a split stores.
+__device__ constexpr int first_of(int split) { return RESULTS * split / SPLIT; }
+__device__ constexpr int stored_by(int split) { return first_of(split + 1) - first_of(split); }
 
 // All of the block's shared memory.
 struct Shared {
   union {
-    u8 stages[STAGES][STAGE_BYTES];
+    struct {
+      u8 weight[STAGES][WEIGHT_BYTES], x[X_STAGES][X_BYTES];
+    };
     float4 sums[SPLIT][SENT][WARPS * 32];  // by the block that sent them, once all stages are done with
   };
-  Barrier full[STAGES], empty[STAGES], drained, sums_full;
+  Barrier full[STAGES], x_full[X_STAGES], empty[X_STAGES], drained, sums_full;
 };
 
 // The place of a block in its cluster.
@@ -81,41 +99,36 @@ struct Cursor {
 };
 
 // A stage of shared memory, and the one after it; the parity of its barriers changes with every round.
+template <int COUNT>
 struct Ring {
   int stage, parity;
   __device__ __forceinline__ void next() {
-    if (++stage < STAGES) return;
+    if (++stage < COUNT) return;
     stage = 0;
     parity ^= 1;
   }
-  __device__ __forceinline__ int before() const { return (stage ? stage : STAGES) - 1; }
-  __device__ __forceinline__ int parity_before() const { return stage ? parity : parity ^ 1; }
 };
-
-__device__ __forceinline__ void bring_weight(Shared& s, const TensorMap& weight, int outputs, const Cursor& from,
-                                             int stage) {
-  const u64 policy = read_once_policy();
-  const int row = from.tile * (TILE / (1 + GATED)), column = from.chunk * CHUNK;
-  arrive_expecting(&s.full[stage], STAGE_BYTES);
-  copy_box(s.stages[stage], weight, row, column, &s.full[stage], policy);
-  if (GATED) copy_box(s.stages[stage] + WEIGHT_BYTES / 2, weight, outputs + row, column, &s.full[stage], policy);
-}
-
-__device__ __forceinline__ void bring_x(Shared& s, const TensorMap& x, const Place& place, const Cursor& from, int stage) {
-  constexpr int SLICE = ROWS / SHARE;
-  const int row = place.share * SLICE, column = from.chunk * CHUNK;
-  u8* to = s.stages[stage] + WEIGHT_BYTES + row * BOX_ROW;
-  if (SHARE == 1)
-    copy_box(to, x, row, column, &s.full[stage], read_often_policy());
-  else
-    copy_box_to(((1u << SHARE) - 1) << place.first_sharer(), to, x, row, column, &s.full[stage], read_often_policy());
-}
 
 typedef float Sums[EACH][COLUMNS][4];
 
+// A chunk's places in shared memory.
+struct Chunk {
+  Ring<STAGES> weight;
+  Ring<X_STAGES> x;
+  __device__ __forceinline__ void next() {
+    weight.next();
+    x.next();
+  }
+};
+
+__device__ __forceinline__ void wait_for_chunk(Shared& s, const Chunk& at) {
+  wait_here(&s.full[at.weight.stage], at.weight.parity);
+  wait_here(&s.x_full[at.x.stage], at.x.parity);
+}
+
 // A warpgroup's rows of x with the tile's rows of the weight.
-__device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int group) {
-  const Tile weight = tile_at(stage), x = tile_at(stage + WEIGHT_BYTES + group * EACH * 64 * BOX_ROW);
+__device__ __forceinline__ void multiply(Sums& sum, const Shared& s, const Chunk& at, int group) {
+  const Tile weight = tile_at(s.weight[at.weight.stage]), x = tile_at(s.x[at.x.stage] + group * EACH * 64 * BOX_ROW);
   open_products();
 #pragma unroll
   for (int k = 0; k < CHUNK * 2; k += 32)
@@ -124,32 +137,58 @@ __device__ __forceinline__ void multiply(Sums& sum, const u8* stage, int group) 
   close_products();
 }
 
-// The chunks that a block has asked for and taken, and what it asks for next.
+// What a block asks for next.
 struct Feed {
-  Cursor next;
-  Ring ring;  // the chunk that is taken next
-  int left;   // chunks that are not taken yet
+  const TensorMap &weight_map, &x_map;
+  const Work& work;
+  const Place& place;
+  int outputs;
+  Cursor weight, x;
+  int weight_stage, weights_left;  // chunks of the weight that are not asked for yet
+
+  __device__ __forceinline__ void bring_weight(Shared& s) {
+    if (weights_left == 0) return;
+    const u64 policy = read_once_policy();
+    const int row = weight.tile * (TILE / (1 + GATED)), column = weight.chunk * CHUNK;
+    u8* const to = s.weight[weight_stage];
+    Barrier* const full = &s.full[weight_stage];
+    arrive_expecting(full, WEIGHT_BYTES);
+    copy_box(to, weight_map, row, column, full, policy);
+    if (GATED) copy_box(to + WEIGHT_BYTES / 2, weight_map, outputs + row, column, full, policy);
+    weight.next(work);
+    weight_stage = weight_stage + 1 == STAGES ? 0 : weight_stage + 1;
+    --weights_left;
+  }
+
+  __device__ __forceinline__ void bring_x(Shared& s, int stage) {
+    const u64 policy = read_often_policy();
+    const int row = place.share * (ROWS / SHARE), column = x.chunk * CHUNK;
+    u8* const to = s.x[stage] + row * BOX_ROW;
+    Barrier* const full = &s.x_full[stage];
+    arrive_expecting(full, X_BYTES);
+    if (SHARE == 1)
+      copy_box(to, x_map, row, column, full, policy);
+    else
+      copy_box_to(((1u << SHARE) - 1) << place.first_sharer(), to, x_map, row, column, full, policy);
+    x.next(work);
+  }
+
+  // Once all that share x have given back a chunk: fills its stages anew.
+  __device__ __forceinline__ void refill(Shared& s, const Ring<X_STAGES>& given) {
+    wait_here(&s.empty[given.stage], given.parity);
+    bring_weight(s);
+    bring_x(s, given.stage);
+  }
 };
 
-// Gives back the stage of the chunk before, and has it filled anew where there is one more chunk for it: else nobody
-// waits, and the others' blocks may be gone. Any block that writes to this one's shared memory waits for it.
-__device__ __forceinline__ void turn_over(Shared& s, Feed& feed, const TensorMap& weight, const TensorMap& x,
-                                          const Work& work, const Place& place, int outputs, int lane) {
-  if (feed.left < STAGES) return;
-  const int stage = feed.ring.before();
+// Gives back a chunk to all that write to this block's shared memory.
+__device__ __forceinline__ void give_back(Shared& s, const Ring<X_STAGES>& chunk, const Place& place, int lane) {
   __syncwarp();
   if (SHARE == 1) {
-    if (lane == 0) arrive(&s.empty[stage]);
+    if (lane == 0) arrive(&s.empty[chunk.stage]);
   } else if (lane < SHARE) {
-    pass_at(&s.empty[stage], place.first_sharer() + lane);
+    pass_at(&s.empty[chunk.stage], place.first_sharer() + lane);
   }
-  if (threadIdx.x == 0) {
-    wait_here(&s.empty[stage], feed.ring.parity_before());
-    bring_weight(s, weight, outputs, feed.next, stage);
-    bring_x(s, x, place, feed.next, stage);
-  }
-  __syncwarp();
-  feed.next.next(work);
 }
 
 // Each block of a split gets everybody's sums of the outputs that it stores; they lie first among a thread's after this.
@@ -163,24 +202,30 @@ __device__ __forceinline__ void exchange(Sums& sum, Shared& s, const Place& plac
     for (int m = 0; m < EACH; ++m)
 #pragma unroll
       for (int j = 0; j < READY * (1 + GATED); ++j) {
-        const float(&d)[4] = sum[m][j % READY + to * READY + j / READY * READY * SPLIT];
-        store_at(&s.sums[place.split][m * READY * (1 + GATED) + j][threadIdx.x], place.rank_of(to), d[0], d[1], d[2],
-                 d[3]);
+        const int of = first_of(to) + j % READY;
+        if (of >= first_of(to + 1)) continue;
+        const float(&d)[4] = sum[m][of + j / READY * RESULTS];
+        float4* const at = &s.sums[place.split][m * READY * (1 + GATED) + j][threadIdx.x];
+        if (to == place.split)
+          *at = make_float4(d[0], d[1], d[2], d[3]);
+        else
+          send_to(at, place.rank_of(to), d, &s.sums_full);
       }
-  __syncwarp();
-  if (lane < SPLIT) arrive_at(&s.sums_full, place.rank_of(lane));
   wait_for(&s.sums_full, 0);
+  const int stored = stored_by(place.split);
 #pragma unroll
   for (int m = 0; m < EACH; ++m)
 #pragma unroll
     for (int j = 0; j < READY * (1 + GATED); ++j) {
+      if (RESULTS % SPLIT && j % READY >= stored) continue;
       float4 total = s.sums[0][m * READY * (1 + GATED) + j][threadIdx.x];
 #pragma unroll
       for (int from = 1; from < SPLIT; ++from) {
         const float4 more = s.sums[from][m * READY * (1 + GATED) + j][threadIdx.x];
         total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
       }
-      sum[m][j][0] = total.x, sum[m][j][1] = total.y, sum[m][j][2] = total.z, sum[m][j][3] = total.w;
+      float(&d)[4] = sum[m][j % READY + j / READY * RESULTS];
+      d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
     }
 }
 
@@ -193,16 +238,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL, int(threadIdx.x) / 32, 0);  // known to be the warp's
   const int rank = BLOCKS > 1 ? rank_in_cluster() : 0;
   const Place place = {rank % SHARE, rank / SHARE};
-  if (threadIdx.x == 0) {
+  const bool brings = threadIdx.x == 0;
+  if (brings) {
     prefetch_map(weight);
     prefetch_map(x);
-    for (int i = 0; i < STAGES; ++i) {
-      barrier_init(&s.full[i], 1);
+    for (int i = 0; i < STAGES; ++i) barrier_init(&s.full[i], 1);
+    for (int i = 0; i < X_STAGES; ++i) {
+      barrier_init(&s.x_full[i], 1);
       barrier_init(&s.empty[i], WARPS * SHARE);
     }
     barrier_init(&s.drained, WARPS * SPLIT);
-    barrier_init(&s.sums_full, WARPS * SPLIT);
+    barrier_init(&s.sums_full, 1);
     barriers_ready();
+    if (SPLIT > 1) arrive_expecting(&s.sums_full, (SPLIT - 1) * stored_by(place.split) * SENT / READY * WARPS * 32 * 16);
   }
   __syncthreads();
   if (BLOCKS > 1) {
@@ -214,32 +262,43 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   const int clusters = int(gridDim.x) / BLOCKS, cluster = int(blockIdx.x) / BLOCKS;
   const Work work = {chunks * place.split / SPLIT, chunks * (place.split + 1) / SPLIT, cluster * SHARE + place.share,
                      clusters * SHARE, (tiles + SHARE - 1) / SHARE * SHARE};
-  Feed feed = {{work.tile, work.first}, {0, 0}, work.count()};
-  Cursor early = feed.next;
-  if (threadIdx.x == 0)
-    for (int i = 0; i < min(feed.left, STAGES); ++i, early.next(work))
-      bring_weight(s, weight, outputs, early, i);
+  const int count = work.count();
+  const Cursor begin = {work.tile, work.first};
+  Feed feed = {weight, x, work, place, outputs, begin, begin, 0, count};
+  if (brings)
+    for (int i = 0; i < STAGES; ++i) feed.bring_weight(s);
   follow();
-  for (int i = 0; i < min(feed.left, STAGES); ++i, feed.next.next(work))
-    if (threadIdx.x == 0) bring_x(s, x, place, feed.next, i);
+  if (brings)
+    for (int i = 0; i < min(count, X_STAGES); ++i) feed.bring_x(s, i);
 
-  const int row = warp / 4 * EACH * 64 + warp % 4 * 16 + lane / 4;
+  const int group = warp / 4, row = group * EACH * 64 + warp % 4 * 16 + lane / 4;
+  Chunk at = {};                  // the chunk that is taken next
+  Ring<X_STAGES> given = {};      // and given back next
+  int wanted = count - X_STAGES;  // chunks that are given back: for the last ones nobody waits, and others may be gone
+  const auto turn_over = [&] {
+    if (wanted-- <= 0) return;
+    give_back(s, given, place, lane);
+    if (brings) feed.refill(s, given);
+    __syncwarp();
+    given.next();
+  };
   for (int tile = work.tile; tile < work.tiles; tile += work.stride) {
     Sums sum = {};
-    for (int n = 0; n < work.each(); ++n) {
-      wait_here(&s.full[feed.ring.stage], feed.ring.parity);
-      multiply(sum, s.stages[feed.ring.stage], warp / 4);
+    for (int n = 0; n < work.each(); ++n, at.next()) {
+      wait_for_chunk(s, at);
+      multiply(sum, s, at, group);
       await_products<1>();
-      if (n > 0) turn_over(s, feed, weight, x, work, place, outputs, lane);
-      feed.ring.next();
-      --feed.left;
+      if (n > 0) turn_over();
     }
     await_products<0>();
-    turn_over(s, feed, weight, x, work, place, outputs, lane);
+    turn_over();
 #pragma unroll
     for (int m = 0; m < EACH; ++m) settle(sum[m]);
     if (SPLIT > 1) exchange(sum, s, place, lane);
-    finish(sum, y, bias, outputs, rows, row, tile * (TILE / (1 + GATED)) + place.split * READY * 8, lane % 4);
+    const int output = (tile * RESULTS + first_of(place.split)) * 8;
+    const int end = min(outputs, (tile * RESULTS + first_of(place.split + 1)) * 8);
+#pragma unroll
+    for (int m = 0; m < EACH; ++m) finish(sum[m], y, bias, outputs, rows, row + m * 64, output, end, lane % 4);
   }
 }
 

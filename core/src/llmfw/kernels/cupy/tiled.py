@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +16,17 @@ from llmfw.ops.kernel import OpContext
 CHUNK = 64  # values of each row of a stage
 GROUPS = 2  # warpgroups that multiply
 SHARED_BYTES = 226 << 10  # of a block, which has a multiprocessor for itself
-MOST_STAGES = 8
+ROW_BYTES = CHUNK * 2  # of a stage
+X_STAGES = 3  # chunks of x under way
+MOST_STAGES = 8  # and of the weight
 USABLE = 10 / 11  # part of the multiprocessors that clusters of 4 and 8 can have: 120 of 132
+
+
+class Stages(NamedTuple):
+    """Chunks of the weight and of x under way."""
+
+    weight: int
+    x: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Tiled:
 
     def constants(self, bucket: int, context: OpContext) -> dict[str, int]:
         """The source's compile-time constants; all shapes share most of them."""
+        outputs = context["intermediate_size" if self.gated else "out_features"]
         return {
             "ROWS": bucket,
             "GATED": int(self.gated),
@@ -65,26 +76,28 @@ class Tiled:
             "TILE": self.tile,
             "SHARE": self.share,
             "SPLIT": self.split,
-            "STAGES": self.stages(bucket),
+            "STAGES": self.stages(bucket).weight,
+            "X_STAGES": self.stages(bucket).x,
+            "BIAS": context.shape.get("bias", 1),
+            "PACKED": int(outputs % 8 == 0),
         }
 
-    def stages(self, bucket: int) -> int:
-        """Chunks of each row under way: what memory holds."""
-        room = SHARED_BYTES - self._barrier_bytes
-        return min(MOST_STAGES, room // self._stage_bytes(bucket))
+    def stages(self, bucket: int) -> Stages:
+        """What memory holds: few of x, which L2 has, so that more of the weight are under way."""
+        room = SHARED_BYTES - self._barrier_bytes - X_STAGES * bucket * ROW_BYTES
+        return Stages(min(MOST_STAGES, room // (self.tile * ROW_BYTES)), X_STAGES)
 
     def shared_bytes(self, bucket: int) -> int:
         """Of a block: the stages, in whose place sums of a split lie later, and barriers."""
-        stages = self.stages(bucket) * self._stage_bytes(bucket)
-        sums = self.tile * bucket * 4 if self.split > 1 else 0
-        return max(stages, sums) + self._barrier_bytes
+        stages = self.stages(bucket)
+        staged = (stages.weight * self.tile + stages.x * bucket) * ROW_BYTES
+        step = 8 * self.split * (1 + self.gated)
+        sums = -(-self.tile // step) * step * bucket * 4 if self.split > 1 else 0
+        return max(staged, sums) + self._barrier_bytes
 
     @property
     def _barrier_bytes(self) -> int:
-        return (2 * MOST_STAGES + 2) * 8
-
-    def _stage_bytes(self, bucket: int) -> int:
-        return (self.tile + bucket) * CHUNK * 2
+        return (4 * MOST_STAGES + 2) * 8
 
     def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
         """Compile; the result is called with (x, weight, bias, out, rows)."""
