@@ -2,7 +2,9 @@
 
     python3 tests/gpu/power.py L 256        shape, requests of KEYS keys
 
-A line has the microseconds of a layer and what nvidia-smi told last.
+A line has the microseconds of a layer, those of a replay with the multiprocessors' cycles a
+microsecond (what they really run at: nvidia-smi's clock is the one asked for) and what nvidia-smi told
+last. Below a layer's kernels are the times and cycles of each.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cupy
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,7 +27,18 @@ from gpu.bench_common import COPIED, MODELS, attention_shape, context_of, kernel
 from llmfw.kernels.cupy.paged_decode import PagedDecode
 
 KEYS = 992
-SECONDS = 2.0
+SECONDS = 1.0
+MARKS = 64
+ALL_SHARED = 200 << 10  # bytes of shared memory of a block that has a multiprocessor for itself
+MARK = r"""
+extern "C" __global__ void mark(long long* at) {
+  extern __shared__ char all[];
+  unsigned multiprocessor;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+  if (threadIdx.x) return;
+  at[2 * multiprocessor] = clock64();
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(at[2 * multiprocessor + 1]));
+}"""
 FACTS = "power.draw.instant,power.draw.average,clocks.sm,clocks.mem,temperature.gpu"
 
 
@@ -34,15 +48,44 @@ def told() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def steady(label: str, run: Callable[[], object], layers: int) -> None:
+class Marks:
+    """Places in a graph, and the cycles and nanoseconds of every multiprocessor there."""
+
+    def __init__(self) -> None:
+        self._kernel = cupy.RawKernel(MARK, "mark")
+        self._kernel.max_dynamic_shared_size_bytes = ALL_SHARED
+        self._sms = torch.cuda.get_device_properties(0).multi_processor_count
+        self._at = torch.zeros(MARKS, self._sms, 2, dtype=torch.int64, device="cuda")
+        self.count = 0
+
+    def add(self) -> None:
+        """A place here."""
+        address = np.int64(self._at[self.count].data_ptr())
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            self._kernel((self._sms,), (32,), (address,), shared_mem=ALL_SHARED)
+        self.count += 1
+
+    def between(self, first: int, last: int) -> str:
+        """Microseconds and cycles a microsecond from one place to another, as `us @ MHz`."""
+        at = self._at.cpu()
+        seen = (at[first, :, 1] > 0) & (at[last, :, 1] > 0)
+        cycles, ns = (at[last] - at[first])[seen].unbind(1)
+        return f"{ns.median() / 1000:.1f} @ {(cycles / ns).median() * 1000:.0f}"
+
+
+def steady(label: str, run: Callable[[Marks], object], layers: int, parts: int = 0) -> None:
     """Replay a graph of `run` for SECONDS; print the time of a layer in the last part of it."""
+    marks = Marks()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        run()
+        run(marks)
+        marks.count = 0
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
-        run()
+        marks.add()
+        run(marks)
+        marks.add()
         graph.capture_end()
     seen: list[str] = []
     done = threading.Event()
@@ -66,7 +109,11 @@ def steady(label: str, run: Callable[[], object], layers: int) -> None:
         us = begin.elapsed_time(end) * 1000 / replays / layers
     done.set()
     watcher.join()
-    print(f"{label:40} {us:8.2f} us a layer   {FACTS} {seen[-1]}", flush=True)
+    clock = marks.between(0, marks.count - 1)
+    print(f"{label:40} {us:8.2f} us a layer  all {clock}  {FACTS} {seen[-1]}", flush=True)
+    if parts:  # of the last layer
+        first = marks.count - 2 - parts
+        print(*(marks.between(first + i, first + i + 1) for i in range(parts)), sep="  ")
 
 
 def main() -> None:
@@ -84,7 +131,13 @@ def main() -> None:
     }
     weights = [{key: randn(out, into) * 0.02 for key, (into, out) in sizes.items()} for _ in caches]
     x = {key: randn(batch, into) for key, (into, _) in sizes.items()}
-    gated = kernel("gated_linear", {"in_features": hidden, "intermediate_size": inner, "bias": 0})
+    gated = {"in_features": hidden, "intermediate_size": inner, "bias": 0}
+    products = {
+        key: kernel("gated_linear", gated)
+        if key == "gate_up"
+        else kernel("linear", {"in_features": into, "out_features": out, "bias": 0})
+        for key, (into, out) in sizes.items()
+    }
     ways = {
         kind: decode_runs(PagedDecode(context, copied), caches, tables, q, KEYS, None)
         for kind, copied in (("tensor copies", True), ("registers", False))
@@ -92,29 +145,37 @@ def main() -> None:
     }
 
     def product(key: str, weight: dict[str, torch.Tensor]) -> None:
-        if key == "gate_up":
-            gated(x[key], weight[key])
-        else:
-            F.linear(x[key], weight[key])
+        products[key](x[key], weight[key])
 
     gigabyte = torch.empty(1 << 27, dtype=torch.int64, device="cuda")
     print("idle", told())
-    steady("reading 1 GB", lambda: torch.sum(gigabyte), 1)
+    steady("reading 1 GB", lambda _: torch.sum(gigabyte), 1)
     for way, runs in ways.items():
-        steady(f"attention, {way}", lambda runs=runs: [run() for run in runs], layers)
+        steady(f"attention, {way}", lambda _, runs=runs: [run() for run in runs], layers)
     for key in sizes:
-        steady(key, lambda key=key: [product(key, weight) for weight in weights], layers)
-    steady("all products", lambda: [product(key, w) for w in weights for key in sizes], layers)
+        steady(key, lambda _, key=key: [product(key, weight) for weight in weights], layers)
+    steady("all products", lambda _: [product(key, w) for w in weights for key in sizes], layers)
 
-    def layer(attend: Callable[[], object], weight: dict[str, torch.Tensor]) -> None:
+    def layer(
+        attend: Callable[[], object], weight: dict[str, torch.Tensor], mark: Callable[[], None]
+    ) -> None:
         product("qkv", weight)
+        mark()
         attend()
+        mark()
         for key in ("o", "gate_up", "down"):
             product(key, weight)
+            mark()
 
     for way, runs in ways.items():
         pairs = list(zip(runs, weights, strict=True))
-        steady(f"a layer, {way}", lambda pairs=pairs: [layer(*pair) for pair in pairs], layers)
+        for kind, parts in (("a layer", 0), ("a layer's kernels", 5)):
+
+            def run(marks: Marks, pairs=pairs, parts=parts) -> None:
+                for pair in pairs:
+                    layer(*pair, marks.add if parts else lambda: None)
+
+            steady(f"{kind}, {way}", run, layers, parts)
 
 
 if __name__ == "__main__":
