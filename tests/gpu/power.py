@@ -3,8 +3,8 @@
     python3 tests/gpu/power.py L 256        shape, requests of KEYS keys
 
 A line has the microseconds of a layer, those of a replay with the multiprocessors' cycles a
-microsecond (what they really run at: nvidia-smi's clock is the one asked for) and what nvidia-smi told
-last. Below a layer's kernels are the times and cycles of each.
+microsecond (what they really run at: nvidia-smi's clock is the one asked for) and what nvidia-smi
+told last. Below a layer's kernels are the times and cycles of each.
 """
 
 from __future__ import annotations
