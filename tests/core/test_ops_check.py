@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from llmfw.errors import KernelError
+from llmfw.kernels.cupy.declarations import KERNELS as CUPY_KERNELS
 from llmfw.ops import reference
 from llmfw.ops.check import check_kernel, relative_error
+from llmfw.ops.device import cuda_features
 from llmfw.ops.inputs import INPUTS
-from llmfw.ops.kernel import DeviceInfo, Kernel, OpContext
+from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 
 CPU = DeviceInfo(torch.device("cpu"), frozenset({"cpu"}))
 
@@ -88,6 +90,20 @@ def test_every_reference_agrees_with_itself(op: str) -> None:
 
 def test_every_op_of_core_has_inputs() -> None:
     assert set(INPUTS) == set(reference.REFERENCES)
+
+
+@pytest.mark.parametrize("kernel", CUPY_KERNELS, ids=lambda kernel: kernel.name)
+def test_every_kernel_for_gpus_serves_something_that_is_checked(kernel: Kernel) -> None:
+    """In each dtype that it names; where it serves nothing, `llmfw kernels check` has no result."""
+    info = DeviceInfo(torch.device("cpu"), cuda_features(9, 0) | {"cuda", "cupy"})
+    drawn = INPUTS[kernel.op]
+    for dtype in kernel.dtypes:
+        contexts = [
+            OpContext(kernel.op, DTYPE_NAMES[dtype], info, shape, code)
+            for shape in drawn.shapes
+            for code in drawn.codes
+        ]
+        assert any(kernel.refusal(context) is None for context in contexts), dtype
 
 
 @pytest.mark.parametrize(

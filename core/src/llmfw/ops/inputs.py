@@ -52,6 +52,10 @@ def _gated_rms_norm(context: OpContext, generator: torch.Generator) -> Iterator[
         x = normal(context, generator, tokens, hidden)
         gate = normal(context, generator, tokens, 2 * hidden + 8)[:, 8 : 8 + hidden]
         yield Case(f"tokens={tokens}", (x, gate, weight, 1e-5, groups))
+    x, gate = (normal(context, generator, 3, hidden) for _ in range(2))
+    yield Case("tokens=3 unaligned", (unaligned(x), unaligned(gate), weight, 1e-5, groups))
+    x, gate = (normal(context, generator, 2050, hidden) for _ in range(2))
+    yield Case("tokens=2050", (x, gate, weight, 1e-5, groups))
 
 
 def _layer_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -61,6 +65,9 @@ def _layer_norm(context: OpContext, generator: torch.Generator) -> Iterator[Case
         x = normal(context, generator, tokens, hidden)
         yield Case(f"tokens={tokens}", (x, weight, bias, 1e-5))
         yield Case(f"tokens={tokens} no bias", (x, weight, None, 1e-5))
+    x = unaligned(normal(context, generator, 3, hidden))
+    yield Case("tokens=3 unaligned", (x, weight, bias, 1e-5))
+    yield Case("tokens=2050", (normal(context, generator, 2050, hidden), weight, bias, 1e-5))
 
 
 def _act_and_mul(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -90,12 +97,13 @@ def _rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[
     k_norm = normal(context, generator, head_dim) if context["qk_norm"] else None
     angles = torch.rand(positions, rotary_dim // 2, generator=generator) * 6.28
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device) if rotary_dim else None
-    for tokens in (0, 1, 5, 40):
+    for tokens in (0, 1, 5, 40, 2050):
         blocks = tokens // block_size + 2
         slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
         slots[1:2] = -1  # a padded token
+        qkv = normal(context, generator, tokens, (heads + 2 * kv_heads) * head_dim)
         arguments = (
-            normal(context, generator, tokens, (heads + 2 * kv_heads) * head_dim),
+            qkv,
             torch.randint(0, positions, (tokens,), generator=generator).to(device),
             cos_sin,
             normal(context, generator, blocks, block_size, kv_heads, head_dim),
@@ -111,6 +119,8 @@ def _rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[
             0.0,
         )
         yield Case(f"tokens={tokens}", arguments, written=(3, 4))
+        if tokens == 5:
+            yield Case("tokens=5 unaligned", (unaligned(qkv), *arguments[1:]), written=(3, 4))
 
 
 def _latent_rope_and_cache(context: OpContext, generator: torch.Generator) -> Iterator[Case]:
@@ -150,6 +160,7 @@ BATCHES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
     "whole prompt": (((37, 37),), 1),
     "chunk": (((21, 90),), 1),
     "mixed": (((20, 20), (33, 70), (1, 65), (1, 130)), 2),
+    "long prompts": (((150, 150), (70, 200)), 2),
     "speculation": (((4, 50), (1, 17), (3, 3)), 0),
 }
 
@@ -421,6 +432,7 @@ INPUTS: dict[str, OpInputs] = {
             (4, 2, 33, 17, 0, 1, 0, 4, 0),
             (6, 2, 40, 40, 16, 1, 1, 16, 0),
             (5, 5, 16, 16, 0, 0, 1, 32, 0),
+            (4, 2, 256, 256, 40, 1, 0, 24, 0),
             (16, 1, 576, 512, 0, 0, 0, 16, 1),
             (5, 1, 27, 19, 0, 0, 0, 4, 1),
         ),
@@ -442,7 +454,11 @@ INPUTS: dict[str, OpInputs] = {
     ),
     "ssd_scan": OpInputs(
         shapes(
-            "num_heads head_dim num_groups state_size", (1, 1, 1, 1), (6, 16, 2, 8), (4, 9, 4, 16)
+            "num_heads head_dim num_groups state_size",
+            (1, 1, 1, 1),
+            (6, 16, 2, 8),
+            (4, 9, 4, 16),
+            (2, 64, 1, 64),
         ),
         _ssd_scan,
     ),
