@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +113,34 @@ def test_fewer_tokens_than_asked_are_refused() -> None:
         check_length(4, 5)
 
 
+@pytest.mark.parametrize(
+    ("command", "load"),
+    [
+        ("latency", ("--prompt-len", "8", "--new-tokens", "4")),
+        ("throughput", ("--num-prompts", "3", "--prompt-len", "4..9", "--new-tokens", "2..4")),
+        ("decode", ("--batch", "2", "--context", "4", "--new-tokens", "4")),
+        ("prefill", ("--prompt-len", "8")),
+    ],
+)
+def test_no_figure_where_a_request_ends_early(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, command: str, load: tuple[str, ...]
+) -> None:
+    from llmfw import LLM
+
+    generate = LLM.generate
+
+    def cut(self: LLM, *arguments: Any, **more: Any) -> Any:
+        outputs = generate(self, *arguments, **more)
+        outputs[-1].outputs[0].token_ids.pop()
+        return outputs
+
+    monkeypatch.setattr(LLM, "generate", cut)
+    done = run("bench", command, *tiny, *load, "--runs", "1", "--warmups", "0")
+    assert done.exit_code == EngineError.exit_code
+    assert "a benchmark asked for" in done.stderr
+    assert done.stdout == ""
+
+
 def test_latency(tiny: list[str]) -> None:
     load = ["--prompt-len", "8", "--new-tokens", "4", "--runs", "2"]
     done = run("bench", "latency", *tiny, *load, "--json")
@@ -153,6 +183,34 @@ def test_the_peer_needs_safetensors(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="has no safetensors"):
         Transformers(tmp_path, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_compare_with_transformers() -> None:
+    """Both engines, in one process, through the same three workloads."""
+    from llmfw.testing.subject import Subject
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 2048,
+    }
+    with Subject("LlamaForCausalLM", shape) as subject:
+        model = ["--model", str(subject.checkpoint()), "--device", "cpu", "--dtype", "float32"]
+        done = run("bench", "compare", *model, "--runs", "1", "--warmups", "0", "--json")
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    workloads = ["1 x 128 + 128", "1 x 1024 + 1", "16 x 128..248 + 128"]
+    for engine in ("llmfw", "transformers"):
+        assert [each["workload"] for each in value["measured"][engine]] == workloads
+        assert all(each["tokens_per_s"] > 0 for each in value["measured"][engine])
+    assert set(value["ratios"]) == {"decode", "prefill", "concurrent"}
+    assert value["decode_of_floor"] > 0
+    assert {"torch", "transformers"} <= set(value["versions"])
 
 
 def test_read_bandwidth_is_of_this_planet() -> None:
@@ -332,6 +390,36 @@ def test_startup(tiny: list[str]) -> None:
     names = ["imports", "resolve", "build", "weights", "cache", "rest", "first_token"]
     assert list(start["phases"]) == names
     assert sum(start["phases"].values()) == pytest.approx(start["total_s"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_starts_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files evicted and files read before; each process has an empty cache of kernels."""
+    from llmfw.testing.subject import Subject
+    from llmfw_cli.bench import startup
+
+    caches = []
+    environment = startup._environment
+
+    @contextmanager
+    def noted(fresh_kernels: bool) -> Iterator[dict[str, str]]:
+        with environment(fresh_kernels) as variables:
+            caches.append(variables["LLMFW_CACHE"])
+            yield variables
+
+    monkeypatch.setenv("LLMFW_CACHE", str(tmp_path))
+    monkeypatch.setattr(startup, "_environment", noted)
+    with Subject("LlamaForCausalLM") as subject:
+        model = ["--model", str(subject.checkpoint()), "--device", "cpu", "--kernels", "reference"]
+        kinds = ["--page-cache", "both", "--runs", "1", "--fresh-kernels"]
+        done = run("bench", "startup", *model, *kinds, "--json")
+        unknown = run("bench", "startup", *model, "--page-cache", "tepid")
+    assert done.exit_code == 0, done.stderr
+    starts = json.loads(done.stdout)["startup"]
+    assert [start["page_cache"] for start in starts] == ["cold", "warm"]
+    assert all(start["file_gb_per_s"] > 0 for start in starts)
+    assert len({*caches, str(tmp_path)}) == 3
+    assert unknown.exit_code == 2
 
 
 @pytest.mark.slow
