@@ -115,6 +115,14 @@ def test_each_switch_alone_changes_no_token(checkpoint, settings: dict[str, Any]
             assert_within(hf, prompt, other, "bfloat16")
 
 
+def test_launches_that_do_not_overlap_change_no_token(checkpoint, monkeypatch):
+    folder, _ = checkpoint
+    prompts = random_prompts(12, VOCAB, 1, 200, seed=4)
+    overlapping = tokens(engine(folder, dtype="float32"), prompts)
+    monkeypatch.setenv("LLMFW_PDL", "0")
+    assert tokens(engine(folder, dtype="float32"), prompts) == overlapping
+
+
 def test_norms_inside_products_change_little(tmp_path: Path, monkeypatch):
     """Prompts of as many rows as gemv.cu and streamed.cu serve, by the first variant untuned.
 
