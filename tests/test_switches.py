@@ -67,6 +67,27 @@ def test_tokens_do_not_depend_on_a_switch(subject, expected, switches) -> None:
     ],
 )
 def test_the_command_lines_switches_reach_the_engine(monkeypatch, option, name, value) -> None:
+    assert reaches_the_engine(monkeypatch, option)[name] == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("LLMFW_CUDA_GRAPHS", "0", "cuda_graphs", False),
+        ("LLMFW_OVERLAP", "0", "overlap_scheduling", False),
+        ("LLMFW_KERNELS", "reference", "kernels", "reference"),
+        ("LLMFW_ATTN_BACKEND", "vanilla", "attention_backend", "vanilla"),
+        ("LLMFW_PREFIX_CACHING", "0", "enable_prefix_caching", False),
+        ("LLMFW_CHUNKED_PREFILL", "0", "enable_chunked_prefill", False),
+    ],
+)
+def test_so_do_the_variables(monkeypatch, variable, text, name, value) -> None:
+    monkeypatch.setenv(variable, text)
+    assert reaches_the_engine(monkeypatch)[name] == value
+
+
+def reaches_the_engine(monkeypatch, *options: str) -> dict[str, object]:
+    """The keywords with which `llmfw run` opens an engine."""
     from cli_helpers import run
 
     given = {}
@@ -76,5 +97,5 @@ def test_the_command_lines_switches_reach_the_engine(monkeypatch, option, name, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llmfw.LLM", noted)
-    assert run("run", "--model", "no-such-model", "--prompt", "x", option).exit_code == 130
-    assert given[name] == value
+    assert run("run", "--model", "no-such-model", "--prompt", "x", *options).exit_code == 130
+    return given
