@@ -299,6 +299,20 @@ def test_blocks_walk_over_tiles(
     check(case, call, device)
 
 
+@pytest.mark.parametrize(
+    "label", ["linear-bfloat16-65x192-50b", "gated_linear-bfloat16-200x192-56b"]
+)
+def test_blocks_of_a_split_store_unlike_parts(
+    label: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five eights of results by three blocks, all of which have some."""
+    case = next(c for c in (*linear_cases(), *gated_linear_cases()) if str(c) == label)
+    gated = case.op == "gated_linear"
+    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((40 * (1 + gated), 1, 3),))
+    (call,) = product_variants(case.context(device), int(case.facts["rows"]))
+    check(case, call, device)
+
+
 def test_contexts_go_through_packed_keys_and_values(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ constexpr int SENT = SPLIT > 1 ? EACH * READY * (1 + GATED) : 1;    // fours of 
 static_assert(EACH * 64 * GROUPS == ROWS && RESULTS * (1 + GATED) * 8 == TILE, "whole parts");
 static_assert(ROWS % (8 * SHARE) == 0 && BLOCKS <= 8, "boxes of whole groups of 8 rows; what a cluster may have");
 static_assert(STAGES >= X_STAGES, "who gives back a chunk of x gives back one of the weight");
+static_assert(X_STAGES >= 2, "a chunk is given back while the next one is multiplied");
 
 // The first of the results, in eights, that a block of a split stores.
 __device__ constexpr int first_of(int split) { return RESULTS * split / SPLIT; }
