@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU: a block's threads are fibers that meet at barriers, shuffles, votes and mma.
 //
 // Clusters of blocks run one after another, so races between them do not show; what shows is wrong indexing, wrong
-// shapes, wrong order of operands and unwritten results.
+// shapes, wrong order of operands and unwritten results. While something is on its way to shared memory, a cluster's
+// warps run at uneven speeds, by fixed dice.
 #pragma once
 
 #include <ucontext.h>
@@ -69,6 +70,22 @@ struct Copy {
   int bytes, zeros;
 };
 
+// What is done when it is awaited and no earlier, in groups.
+struct Groups {
+  std::vector<std::function<void()>> open;
+  std::deque<std::vector<std::function<void()>>> closed;
+
+  void add(std::function<void()> one) { open.push_back(std::move(one)); }
+  void close() {
+    closed.push_back(std::move(open));
+    open.clear();
+  }
+  void await(size_t pending) {
+    for (; closed.size() > pending; closed.pop_front())
+      for (const auto& one : closed.front()) one();
+  }
+};
+
 struct Thread {
   ucontext_t context;
   Three index;
@@ -76,6 +93,7 @@ struct Thread {
   bool done = false;
   std::vector<Copy> open;                // asynchronous copies, made when they are waited for and no earlier
   std::deque<std::vector<Copy>> closed;  // in groups
+  Groups products;
 };
 
 constexpr size_t SHARED_BYTES = 227 << 10;
@@ -90,6 +108,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
   int live = 0, waiting = 0, round = 0;
+  bool resting[32] = {};                    // warps that let the others run ahead
   std::unique_ptr<unsigned char[]> memory;  // dynamic shared memory, asked for by `dynamic_shared`
 
   unsigned char* dynamic_shared() {
@@ -110,6 +129,35 @@ static const std::function<void()>* body;
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 inline int lane() { return current->number % 32; }
+
+static unsigned dice;
+inline unsigned roll(unsigned sides) {
+  dice = dice * 1664525u + 1013904223u;
+  return (dice >> 16) % sides;
+}
+
+// What lands in shared memory some steps of the cluster after it was asked for, in any order.
+constexpr unsigned LONGEST_FLIGHT = 20, REST = 7;  // steps
+struct Flight {
+  long due;
+  std::function<void()> land;
+};
+static std::vector<Flight> flights;
+static long steps;
+inline void land_later(std::function<void()> land) {
+  flights.push_back({steps + 1 + long(roll(LONGEST_FLIGHT)), std::move(land)});
+}
+inline void land_those_due() {
+  for (size_t i = 0; i < flights.size();) {
+    if (flights[i].due > steps) {
+      ++i;
+      continue;
+    }
+    const Flight one = std::move(flights[i]);
+    flights.erase(flights.begin() + long(i));
+    one.land();
+  }
+}
 
 // What the kernel before has still to write. A thread that waits for it lets all others run ahead for some rounds.
 struct Late {
@@ -177,7 +225,7 @@ inline void step_block(Block& here) {
   block = &here;
   blockIdx = here.index;
   for (auto& thread : here.threads) {
-    if (thread->done) continue;
+    if (thread->done || here.resting[thread->number / 32]) continue;
     current = thread.get();
     threadIdx = current->index;
     swapcontext(&scheduler, &current->context);
@@ -208,14 +256,20 @@ inline void run_cluster(const std::vector<Three>& indices, Three size, const std
     blocks[i].index = indices[i];
     start_block(blocks[i], size, &stacks[i * count]);
   }
-  for (long steps = 0;; ++steps) {
+  dice = 1;
+  for (steps = 0;; ++steps) {
     if (steps > 10000000) abort();  // a barrier that not all reach
     int live = 0;
+    land_those_due();
     for (Block& one : blocks) {
+      if (steps % REST == 0)
+        for (bool& warp : one.resting) warp = !flights.empty() && roll(3) == 0;
       if (one.live > 0) step_block(one);
       live += one.live;
     }
-    if (live == 0) return;
+    if (live > 0) continue;
+    if (!flights.empty()) abort();  // nobody waited for them
+    return;
   }
 }
 

@@ -1,4 +1,6 @@
-// The CPU's stand-in for hopper.cuh: copies are done at once, barriers count, a cluster's blocks run together.
+// The CPU's stand-in for hopper.cuh: barriers count, a cluster's blocks run together. Copies and what is sent to another
+// block land some time after they were asked for, and products are done when they are awaited: until then the place of
+// a copy holds NaN. So who reads too early or gives back a stage too early gets a wrong result.
 #pragma once
 
 #define HAS_TILE_COPIES 1
@@ -45,10 +47,14 @@ inline void prefetch_map(const TensorMap&) {}
 inline u64 read_once_policy() { return 0; }
 inline u64 read_often_policy() { return 0; }
 
+// Says that a block is still there: nobody may reach into one that is gone.
+inline void expect_live(int rank) {
+  if ((*emulated::cluster)[rank].live == 0) abort();
+}
+
 // The box at these coordinates, zeros beyond the edges. Packs of 16 bytes lie at their number in the row of 128 bytes,
 // xor the row's number: the 128-byte swizzle.
-inline void copy(void* to, const TensorMap& from, const i64 (&at)[4], Barrier* b) {
-  if (u64(to) % 1024 || from.box[0] != 64) abort();
+inline void copy_now(void* to, const TensorMap& from, const std::array<i64, 4>& at, Barrier* b) {
   i64 row = 0;
   for (i64 z = 0; z < from.box[3]; ++z)
     for (i64 y = 0; y < from.box[2]; ++y)
@@ -67,12 +73,25 @@ inline void copy(void* to, const TensorMap& from, const i64 (&at)[4], Barrier* b
   settle(b);
 }
 
-inline void copy_box(void* to, const TensorMap& from, int row, int column, Barrier* b, u64) {
-  copy(to, from, {column, row, 0, 0}, b);
+inline void copy(int rank, void* to, const TensorMap& from, const std::array<i64, 4>& at, Barrier* b) {
+  if (u64(to) % 1024 || from.box[0] != 64) abort();
+  memset(to, 0xff, size_t(from.box[1] * from.box[2] * from.box[3]) * 128);
+  emulated::land_later([=] {
+    expect_live(rank);
+    copy_now(to, from, at, b);
+  });
 }
-inline void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64) { copy(to, from, {0, row, 0, 0}, b); }
+
+inline int rank_in_cluster() { return int(blockIdx.x) % int(emulated::cluster->size()); }
+
+inline void copy_box(void* to, const TensorMap& from, int row, int column, Barrier* b, u64) {
+  copy(rank_in_cluster(), to, from, {column, row, 0, 0}, b);
+}
+inline void copy_spans(void* to, const TensorMap& from, int row, Barrier* b, u64) {
+  copy(rank_in_cluster(), to, from, {0, row, 0, 0}, b);
+}
 inline void copy_page(void* to, const TensorMap& from, int page, int row, int span, Barrier* b, u64) {
-  copy(to, from, {0, row, span, page}, b);
+  copy(rank_in_cluster(), to, from, {0, row, span, page}, b);
 }
 inline void publish_writes() {}
 inline void meet(int number, int threads) {
@@ -90,7 +109,6 @@ void give_registers() {}
 template <int N>
 void take_registers() {}
 
-inline int rank_in_cluster() { return int(blockIdx.x) % int(emulated::cluster->size()); }
 inline void cluster_arrive() {
   const size_t threads = emulated::cluster->size() * emulated::block->threads.size();
   ++emulated::current->cluster_rounds;
@@ -105,7 +123,7 @@ inline void cluster_wait() {
 template <class P>
 P* place_at(P* own, int rank) {
   u8* const here = emulated::block->dynamic_shared();
-  if ((*emulated::cluster)[rank].live == 0) abort();  // nobody may reach into a block that is gone
+  expect_live(rank);
   u8* const there = (*emulated::cluster)[rank].dynamic_shared();
   return (P*)(there + ((u8*)own - here));
 }
@@ -115,30 +133,42 @@ T load_at(const T* own, int rank) {
   return *place_at(own, rank);
 }
 inline void arrive_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
-inline void send_to(float* own, int rank, float value, Barrier* counter) {
-  *place_at(own, rank) = value;
-  place_at(counter, rank)->bytes -= 4;
-  settle(place_at(counter, rank));
+
+template <class T>
+void send(T* own, int rank, const T& value, Barrier* counter) {
+  T* const to = place_at(own, rank);
+  Barrier* const b = place_at(counter, rank);
+  memset(to, 0xff, sizeof(T));
+  emulated::land_later([=] {
+    expect_live(rank);
+    *to = value;
+    b->bytes -= int(sizeof(T));
+    settle(b);
+  });
 }
+inline void send_to(float* own, int rank, float value, Barrier* counter) { send(own, rank, value, counter); }
 inline void pass_at(Barrier* own, int rank) { arrive_at(own, rank); }
 
 inline void send_to(float4* own, int rank, const float (&x)[4], Barrier* counter) {
-  *place_at(own, rank) = {x[0], x[1], x[2], x[3]};
-  place_at(counter, rank)->bytes -= 16;
-  settle(place_at(counter, rank));
+  send(own, rank, make_float4(x[0], x[1], x[2], x[3]), counter);
 }
 
 inline void copy_box_to(u32 blocks, void* to, const TensorMap& from, int row, int column, Barrier* b, u64 policy) {
   for (int rank = 0; rank < int(emulated::cluster->size()); ++rank)
-    if (blocks >> rank & 1) copy_box(place_at(static_cast<u8*>(to), rank), from, row, column, place_at(b, rank), policy);
+    if (blocks >> rank & 1) copy(rank, place_at(static_cast<u8*>(to), rank), from, {column, row, 0, 0}, place_at(b, rank));
 }
 
 #if DTYPE != F32
 inline void open_products() {}
-inline void close_products() {}
+inline void close_products() { emulated::current->products.close(); }
 template <int PENDING>
-void await_products() {}
-inline void finish_products() {}
+void await_products() {
+  emulated::current->products.await(PENDING);
+}
+inline void finish_products() {
+  close_products();
+  await_products<0>();
+}
 template <int N>
 void settle(float (&)[N][4]) {}
 
@@ -153,11 +183,16 @@ inline float value_at(const u8* first, int row, int k) {
 }
 
 template <int N>
-void multiply_tile(float (&d)[N][4], Tile a, Tile b) {
+void multiply_now(float (&d)[N][4], Tile a, Tile b) {
   const int g = emulated::lane() / 4, c = emulated::lane() % 4, warp = emulated::current->number / 32 % 4;
   for (int n = 0; n < N; ++n)
     for (int i = 0; i < 4; ++i)
       for (int k = 0; k < 16; ++k)
         d[n][i] += value_at(a, warp * 16 + g + i / 2 * 8, k) * value_at(b, n * 8 + 2 * c + i % 2, k);
+}
+
+template <int N>
+void multiply_tile(float (&d)[N][4], Tile a, Tile b) {
+  emulated::current->products.add([&d, a, b] { multiply_now(d, a, b); });
 }
 #endif
