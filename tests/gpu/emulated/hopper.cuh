@@ -1,6 +1,6 @@
 // The CPU's stand-in for hopper.cuh: barriers count, a cluster's blocks run together. Copies and what is sent to another
-// block land some time after they were asked for, and products are done when they are awaited: until then the place of
-// a copy holds NaN. So who reads too early or gives back a stage too early gets a wrong result.
+// block land some time after they were asked for, in whose place NaN lies until then, and products are done when they
+// are awaited: who reads too early or gives back a stage too early gets a wrong result.
 #pragma once
 
 #define HAS_TILE_COPIES 1
@@ -155,7 +155,8 @@ inline void send_to(float4* own, int rank, const float (&x)[4], Barrier* counter
 
 inline void copy_box_to(u32 blocks, void* to, const TensorMap& from, int row, int column, Barrier* b, u64 policy) {
   for (int rank = 0; rank < int(emulated::cluster->size()); ++rank)
-    if (blocks >> rank & 1) copy(rank, place_at(static_cast<u8*>(to), rank), from, {column, row, 0, 0}, place_at(b, rank));
+    if (blocks >> rank & 1)
+      copy(rank, place_at(static_cast<u8*>(to), rank), from, {column, row, 0, 0}, place_at(b, rank));
 }
 
 #if DTYPE != F32
