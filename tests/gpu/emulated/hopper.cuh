@@ -1,4 +1,4 @@
-// The CPU's stand-in for hopper.cuh: barriers count, a cluster's blocks run together. Copies and what is sent to another
+// The CPU's hopper.cuh: barriers count, a cluster's blocks run together. Copies and what is sent to another
 // block land some time after they were asked for, in whose place NaN lies until then, and products are done when they
 // are awaited: who reads too early or gives back a stage too early gets a wrong result.
 #pragma once
