@@ -10,7 +10,7 @@ import torch
 from llmfw.errors import KernelError
 from llmfw.kernels.cupy.declarations import KERNELS as CUPY_KERNELS
 from llmfw.ops import reference
-from llmfw.ops.check import check_kernel, relative_error
+from llmfw.ops.check import check_kernel, poison_like, relative_error
 from llmfw.ops.device import cuda_features
 from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
@@ -161,6 +161,20 @@ def test_an_op_of_a_packs_own_brings_reference_and_inputs() -> None:
         inputs=f"{__name__}:double_inputs",
     )
     assert check_kernel(own, CPU).passed
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+)
+def test_results_of_any_dtype_are_poisoned_as_torch_does_on_the_cpu(dtype: torch.dtype) -> None:
+    """Kernels of integer results (tokens, places) are checked on GPUs too."""
+    filled = poison_like(torch.zeros(3, dtype=dtype))
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = torch.empty(3, dtype=dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(filled, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_relative_error() -> None:

@@ -198,15 +198,23 @@ def _tensors(result: object) -> list[object]:
     return list(result) if isinstance(result, tuple | list) else [result]
 
 
+def poison_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Of its shape and dtype: NaN, the greatest integer, or true; what torch fills on the CPU."""
+    dtype = tensor.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.full_like(tensor, float("nan"))
+    return torch.full_like(tensor, True if dtype is torch.bool else torch.iinfo(dtype).max)
+
+
 @contextlib.contextmanager
 def _poisoned(device: torch.device, like: list[object]) -> Iterator[None]:
-    """Fresh memory holds NaN, so that an element never written shows.
+    """Fresh memory holds NaN, or the greatest integer, so that an element never written shows.
 
     On the CPU torch fills every `empty`; elsewhere blocks of the results' sizes are filled and
     freed, which the caching allocator hands out next.
     """
     if device.type != "cpu":
-        blocks = [torch.full_like(t, float("nan")) for t in like if isinstance(t, torch.Tensor)]
+        blocks = [poison_like(t) for t in like if isinstance(t, torch.Tensor)]
         del blocks
         yield
         return
