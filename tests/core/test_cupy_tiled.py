@@ -98,6 +98,8 @@ def test_what_lost_everywhere_is_not_measured() -> None:
     assert promising(Product(256, 4096, 28672, gated=True))
     assert promising(Product(128, 14336, 4096))
     assert promising(Product(256, 14336, 4096))
+    assert promising(Product(128, 3072, 1024))
+    assert not promising(Product(256, 3072, 1024))
     assert not promising(Product(256, 4096, 4096))
     assert not promising(Product(128, 4096, 6144))
     assert not promising(Product(128, 4096, 128256))

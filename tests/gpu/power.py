@@ -32,7 +32,7 @@ MARKS = 64
 ALL_SHARED = 200 << 10  # bytes of shared memory of a block that has a multiprocessor for itself
 MARK = r"""
 extern "C" __global__ void mark(long long* at) {
-  extern __shared__ char all[];
+  extern __shared__ char whole[];
   unsigned multiprocessor;
   asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
   if (threadIdx.x) return;

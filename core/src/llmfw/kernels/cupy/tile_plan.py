@@ -28,7 +28,8 @@ KINDS = ((2, 1), (1, 4))  # blocks that share x and the summed dimension, as won
 LEAST_TILE, MOST_TILE = 32, 256  # columns of one instruction
 MOST_SUMS = 224  # of a thread, in registers
 MEASURED = 2  # cuts
-LONG = 2  # times as many inputs as outputs: so long sums won
+LONG = 2  # times as many inputs as outputs: so long sums won,
+LONG_ROWS, LONGER = 128, 8192  # up to so many rows; beyond, with so many inputs
 ALIKE = 32  # rows of a tile below which cuts of one kind take about as long
 
 
@@ -55,7 +56,9 @@ def tiled_variants(bucket: int, context: OpContext, weight_rows: int) -> tuple[T
 
 def is_promising(product: Product) -> bool:
     """Whether a cut won for such a product anywhere; a start measures nothing for the others."""
-    return product.gated or product.in_features >= LONG * product.weight_rows
+    is_long = product.in_features >= LONG * product.weight_rows
+    pays = product.rows <= LONG_ROWS or product.in_features >= LONGER
+    return product.gated or (is_long and pays)
 
 
 def best_cuts(product: Product, sms: int, count: int) -> tuple[Tiled, ...]:

@@ -17,8 +17,8 @@ CHUNK = 64  # values of each row of a stage
 GROUPS = 2  # warpgroups that multiply
 SHARED_BYTES = 226 << 10  # of a block, which has a multiprocessor for itself
 ROW_BYTES = CHUNK * 2  # of a stage
-X_STAGES = 3  # chunks of x under way
-MOST_STAGES = 8  # and of the weight
+LEAST_X = 3  # chunks of x under way: L2 takes more than one chunk's time
+MOST_STAGES = 8  # chunks of the weight under way
 USABLE = 10 / 11  # part of the multiprocessors that clusters of 4 and 8 can have: 120 of 132
 
 
@@ -83,9 +83,10 @@ class Tiled:
         }
 
     def stages(self, bucket: int) -> Stages:
-        """What memory holds: few of x, which L2 has, so that more of the weight are under way."""
-        room = SHARED_BYTES - self._barrier_bytes - X_STAGES * bucket * ROW_BYTES
-        return Stages(min(MOST_STAGES, room // (self.tile * ROW_BYTES)), X_STAGES)
+        """What memory holds: LEAST_X of x, which L2 has, much of the weight, then more of x."""
+        room = (SHARED_BYTES - self._barrier_bytes) // ROW_BYTES
+        weight = min(MOST_STAGES, (room - LEAST_X * bucket) // self.tile)
+        return Stages(weight, min(weight, (room - weight * self.tile) // bucket))
 
     def shared_bytes(self, bucket: int) -> int:
         """Of a block: the stages, in whose place sums of a split lie later, and barriers."""
