@@ -110,7 +110,10 @@ def test_what_tuning_chose_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table.put("bfloat16 64 -> 96", {**times, "64": {"otherwise": 6.0, "wide": 5.5}})
     told = tune.details(competing, tune.choices(competing))
     assert told.endswith("; up to 64 rows: wide 5.5 us (otherwise 6.0)")
-    table.put("bfloat16 64 -> 96", {"1": {"otherwise": 1.0, "slow": 6.0}})
+    lost = {"1": {"otherwise": 1.0, "slow": 6.0, "gemv_k2_u2": 5.0}, "64": times["64"]}
+    monkeypatch.setattr(tune, "measure", lambda contest: {**lost, "64": {**lost["64"], "wide": 7}})
+    table.put("bfloat16 64 -> 96", lost)  # knows nothing of a variant of today: measured anew
     assert tune.details(competing, tune.choices(competing)) == "no own kernel"
+    assert table.entries["bfloat16 64 -> 96"]["64"] == {"otherwise": 6.0, "wide": 7}
     monkeypatch.setenv("LLMFW_TUNE", "off")
     assert tune.details(competing, tune.choices(competing)) == "1 row: gemv_k2_u2"

@@ -91,7 +91,7 @@ def choices(contest: Contest, margin: float = MARGIN) -> dict[int, Variant]:
         return {bucket: variant for bucket, variant in guesses.items() if variant is not None}
     table = _Table.of(device_index(contest.context.info.device))
     key = contest.key
-    if key not in table.entries or (setting() == "again" and key not in table.fresh):
+    if not table.has(contest) or (setting() == "again" and key not in table.fresh):
         table.put(key, measure(contest))
     return {
         bucket: variant
@@ -142,6 +142,15 @@ class _Table:
     @functools.cache
     def of(index: int) -> _Table:
         return _Table(table_path(index))
+
+    def has(self, contest: Contest) -> bool:
+        """Whether every variant of today was measured: the rule that names them may be newer."""
+        kept = self.entries.get(contest.key, {})
+        return contest.key in self.entries and all(
+            variant.name in kept.get(str(bucket), {})
+            for bucket, found in contest.variants.items()
+            for variant in found
+        )
 
     def put(self, key: str, times: dict[str, dict[str, float]]) -> None:
         self.entries[key] = times
