@@ -127,12 +127,10 @@ P* place_at(P* own, int rank) {
   u8* const there = (*emulated::cluster)[rank].dynamic_shared();
   return (P*)(there + ((u8*)own - here));
 }
-inline void store_at(float* own, int rank, float value) { *place_at(own, rank) = value; }
 template <class T>
 T load_at(const T* own, int rank) {
   return *place_at(own, rank);
 }
-inline void arrive_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
 
 template <class T>
 void send(T* own, int rank, const T& value, Barrier* counter) {
@@ -147,7 +145,7 @@ void send(T* own, int rank, const T& value, Barrier* counter) {
   });
 }
 inline void send_to(float* own, int rank, float value, Barrier* counter) { send(own, rank, value, counter); }
-inline void pass_at(Barrier* own, int rank) { arrive_at(own, rank); }
+inline void pass_at(Barrier* own, int rank) { arrive(place_at(own, rank)); }
 
 inline void send_to(float4* own, int rank, const float (&x)[4], Barrier* counter) {
   send(own, rank, make_float4(x[0], x[1], x[2], x[3]), counter);

@@ -137,7 +137,7 @@ __device__ __forceinline__ void copy_box_to(u32 blocks, void* to, const TensorMa
 }
 
 // A cluster's blocks: the number of this one; meeting in two steps, by all threads; writing and arriving in another's
-// shared memory, at the place of one's own pointer.
+// shared memory, and reading it, at the place of one's own pointer.
 __device__ __forceinline__ int rank_in_cluster() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -151,10 +151,6 @@ __device__ __forceinline__ u32 address_at(const void* own, int rank) {
   u32 address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
   return address;
-}
-
-__device__ __forceinline__ void store_at(float* own, int rank, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_at(own, rank)), "f"(value) : "memory");
 }
 
 template <class T>
@@ -171,7 +167,7 @@ __device__ __forceinline__ T load_at(const T* own, int rank) {
   return x;
 }
 
-// The same without a fence: its 4 bytes count at a barrier of the block that it writes to.
+// Writes there without a fence: its 4 bytes count at a barrier of the block that it writes to.
 __device__ __forceinline__ void send_to(float* own, int rank, float value, Barrier* counter) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address_at(own, rank)),
                "r"(__float_as_uint(value)), "r"(address_at(counter, rank))
@@ -189,10 +185,6 @@ __device__ __forceinline__ void send_to(float4* own, int rank, const float (&x)[
 // Says that reads are over, nothing of what was written: that would take a fence.
 __device__ __forceinline__ void pass_at(Barrier* own, int rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(own, rank)) : "memory");
-}
-
-__device__ __forceinline__ void arrive_at(Barrier* own, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_at(own, rank)) : "memory");
 }
 
 #if DTYPE != F32
