@@ -330,3 +330,19 @@ def test_timings_are_in_order(engines):
 
 
 # What goes wrong.
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_steps_are_those_of_the_first_and_the_last_token(engines, depth):
+    """Three prompts of four tokens, one a step: read one after the other, then all decode."""
+    engine = engines(HistoryModel(), pipeline_depth=depth, max_num_batched_tokens=4)
+    run(engine, [[9, 8]], SamplingParams(temperature=0, max_tokens=2))
+    before = engine.stats().steps
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    alone = run(engine, [[1, 2, 3, 4]], params)[0].timings
+    assert (alone.first_step, alone.last_step) == (before + 1, before + 9)
+    timings = [each.timings for each in run(engine, [[5] * 4, [6] * 4, [7] * 4], params)]
+    firsts = [each.first_step for each in timings]
+    assert before + 9 < firsts[0] < firsts[1] < firsts[2]
+    assert [each.last_step for each in timings] == [first + 8 for first in firsts]
+    assert engine.stats().steps == timings[-1].last_step

@@ -53,12 +53,18 @@ class Logprob:
 
 @dataclass(slots=True)
 class Timings:
-    """Moments of a request, in seconds of `time.perf_counter()`; None: it has not happened."""
+    """Moments of a request, in seconds of `time.perf_counter()`; None: it has not happened.
+
+    first_step, last_step: the engine's steps, counted from its start, that gave the first token and
+    the last; one that is aborted or fails has no last.
+    """
 
     arrival: float = 0.0
     scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    first_step: int | None = None
+    last_step: int | None = None
 
     @property
     def time_to_first_token(self) -> float | None:

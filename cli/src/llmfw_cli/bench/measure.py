@@ -19,11 +19,20 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class RequestTime:
-    """One request: seconds to its first token and to its end, and the tokens it made."""
+    """One request.
+
+    Args:
+        first_token_s, total_s: Seconds to its first token and to its end.
+        tokens: How many it made.
+        first_step, last_step: The engine's steps that made the first and the last of them; 0 where
+            the engine does not tell.
+    """
 
     first_token_s: float
     total_s: float
     tokens: int
+    first_step: int = 0
+    last_step: int = 0
 
     @property
     def per_token_s(self) -> float | None:
@@ -94,7 +103,9 @@ class Ours:
             check_length(made, asked)
             timings = output.timings
             first = (timings.first_token or started) - started
-            times.append(RequestTime(first, (timings.finished or started) - started, made))
+            end = (timings.finished or started) - started
+            steps = timings.first_step or 0, timings.last_step or 0
+            times.append(RequestTime(first, end, made, *steps))
         return Timing(min(each.first_token_s for each in times), total, tuple(times))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmfw.errors import EngineError
 from llmfw_cli.bench.costs import ModelCosts
-from llmfw_cli.bench.measure import Ours
+from llmfw_cli.bench.measure import Ours, RequestTime, Timing
 from llmfw_cli.bench.workload import fixed
 
 if TYPE_CHECKING:
@@ -23,23 +23,27 @@ class DecodePoint:
     Args:
         batch: Requests of it.
         context: Tokens of each prompt.
-        step_ms: Its median time.
+        step_ms: Its time: the median over the runs.
+        spread: The longest less the shortest of the runs' times, over the median.
         floor_ms: The time of reading what it has to read, at the measured bandwidth.
         of_floor: The floor over the time; 1.0 cannot be beaten.
         tokens_per_s: New tokens a second at that pace.
         read_gb: What it has to read, in 1e9 bytes.
         first_ms: Median time to the earliest first token of such a batch.
-        runs: Timed pairs of runs.
+        steps: Steps of a run in which all requests decode, which the time is the mean of.
+        runs: Timed runs.
     """
 
     batch: int
     context: int
     step_ms: float
+    spread: float
     floor_ms: float
     of_floor: float
     tokens_per_s: float
     read_gb: float
     first_ms: float
+    steps: int
     runs: int
 
 
@@ -66,6 +70,58 @@ class PrefillPoint:
     runs: int
 
 
+@dataclass(frozen=True)
+class FullSteps:
+    """The steps of a run in which every request decodes.
+
+    Args:
+        steps: How many.
+        seconds: Of all of them.
+        context: Tokens of a request in the cache, in the mean over steps and requests.
+    """
+
+    steps: int
+    seconds: float
+    context: float
+
+
+def full_steps(requests: Sequence[RequestTime], prompt: int) -> FullSteps:
+    """The steps after the last request's first token, up to the first request's last one.
+
+    A request gets a token in every step from its first to its last (which is checked), so each of
+    these steps decodes all requests and reads no prompt, however staggered they began. How many
+    steps they are is a difference of the engine's numbers, and their time begins and ends where the
+    engine began to look at a step's output.
+
+    Args:
+        requests: Times of one run's requests, of equal prompts.
+        prompt: Tokens of each.
+
+    Raises:
+        EngineError: If a request waited in between, or the first ended before the last began.
+    """
+    if any(each.last_step - each.first_step != each.tokens - 1 for each in requests):
+        raise EngineError(
+            f"some of {len(requests)} requests waited for others between two of their tokens",
+            hint="raise --kv-cache-memory, or lower the batch or the context",
+        )
+    first = max(each.first_step for each in requests)
+    last = min(each.last_step for each in requests)
+    if last <= first:
+        over = first - min(each.first_step for each in requests) + 1
+        raise EngineError(
+            f"{len(requests)} requests of {prompt} tokens begin over {over} steps: the first is "
+            "done when the last begins, and no step decodes all of them",
+            hint=f"raise --new-tokens well above {over} or --max-num-batched-tokens, or lower the "
+            "batch",
+        )
+    begin = min(each.first_token_s for each in requests if each.first_step == first)
+    end = min(each.total_s for each in requests if each.last_step == last)
+    # in step n a request has its prompt and n - first_step new tokens in the cache
+    made = (first + 1 + last) / 2 - statistics.mean(each.first_step for each in requests)
+    return FullSteps(last - first, end - begin, prompt + made)
+
+
 class StepBench:
     """Measures one loaded model.
 
@@ -89,52 +145,42 @@ class StepBench:
     def decode(
         self, batches: Sequence[int], contexts: Sequence[int], new_tokens: int, bandwidth: float
     ) -> Iterator[DecodePoint]:
-        """Every batch at every context, each as the difference of a long and a short run.
-
-        The difference is free of prefill and of steps in which some requests are still read.
+        """Every batch at every context, each from the steps in which all its requests decode.
 
         Args:
             batches: Requests of a step.
             contexts: Tokens of each prompt.
-            new_tokens: Of the long run; the short one makes half as many.
+            new_tokens: Of each request; the mean context of the steps is prompt + new_tokens / 2
+                where equally many prompts are read in every step, and nearly so elsewhere.
             bandwidth: Bytes a second of reading memory, for the floor.
 
         Raises:
-            EngineError: If the cache does not hold the batch, or too few tokens came: then the
-                batch would not be that large in every step.
+            EngineError: If the cache does not hold the batch, too few tokens came, or there is no
+                step of all requests: then the batch would not be that large in every step.
         """
         for context in contexts:
             for batch in batches:
                 yield self._decode(batch, context, new_tokens, bandwidth)
 
     def _decode(self, batch: int, context: int, new: int, bandwidth: float) -> DecodePoint:
-        short = new // 2
-        steps, firsts = [], []
-        for number in range(self._warmups + self._runs):
-            first, short_s = self._seconds(batch, context, short)
-            _, long_s = self._seconds(batch, context, new)
-            if number >= self._warmups:
-                steps.append((long_s - short_s) / (new - short))
-                firsts.append(first)
-        seconds = statistics.median(steps)
-        if seconds <= 0:
-            raise EngineError(
-                f"{new} tokens took no longer than {short}: the machine is too busy to tell",
-                hint="raise --new-tokens or --runs",
-            )
-        # the steps that count write tokens new/2 to new, 3/4 on the mean
-        nbytes = self._costs.decode_bytes(batch, context + 0.75 * new)
+        timings = self._timings(batch, context, new)
+        runs = [full_steps(each.requests, context) for each in timings]
+        times = [run.seconds / run.steps for run in runs]
+        seconds = statistics.median(times)
+        nbytes = self._costs.decode_bytes(batch, statistics.mean(run.context for run in runs))
         floor = nbytes / bandwidth
         return DecodePoint(
             batch=batch,
             context=context,
             step_ms=1e3 * seconds,
+            spread=(max(times) - min(times)) / seconds,
             floor_ms=1e3 * floor,
             of_floor=floor / seconds,
             tokens_per_s=batch / seconds,
             read_gb=nbytes / 1e9,
-            first_ms=1e3 * statistics.median(firsts),
-            runs=len(steps),
+            first_ms=1e3 * statistics.median(each.first_token_s for each in timings),
+            steps=min(run.steps for run in runs),
+            runs=len(runs),
         )
 
     def prefill(
@@ -148,8 +194,8 @@ class StepBench:
             matrix_rate: Operations a second of a large product.
         """
         for length in prompts:
-            runs = [self._seconds(batch, length, 1) for _ in range(self._warmups + self._runs)]
-            seconds = statistics.median(total for _, total in runs[self._warmups :])
+            runs = self._timings(batch, length, 1)
+            seconds = statistics.median(each.total_s for each in runs)
             rate = self._costs.prefill_operations(length, batch) / seconds
             yield PrefillPoint(
                 batch=batch,
@@ -158,11 +204,11 @@ class StepBench:
                 tokens_per_s=batch * length / seconds,
                 tflops=rate / 1e12,
                 of_matrix_rate=rate / matrix_rate,
-                runs=self._runs,
+                runs=len(runs),
             )
 
-    def _seconds(self, batch: int, prompt: int, new: int) -> tuple[float, float]:
-        """Of the first token and of a whole run."""
+    def _timings(self, batch: int, prompt: int, new: int) -> list[Timing]:
+        """Runs of equal requests, those to warm up left out, if the cache holds all of them."""
         blocks = self._llm.stats().kv_blocks
         size = self._llm.loaded.model_config.block_size
         needed = batch * -(-(prompt + new) // size)
@@ -172,5 +218,8 @@ class StepBench:
                 f"cache together, it has {blocks}",
                 hint="raise --kv-cache-memory, or lower the batch or the context",
             )
-        timing = self._ours.run(fixed(batch, prompt, new, self._vocab, next(self._seeds)))
-        return timing.first_token_s, timing.total_s
+        runs = [
+            self._ours.run(fixed(batch, prompt, new, self._vocab, next(self._seeds)))
+            for _ in range(self._warmups + self._runs)
+        ]
+        return runs[self._warmups :]

@@ -155,7 +155,7 @@ def decode(
         int,
         typer.Option(
             min=4,
-            help="Tokens of the long run; the short one, which is subtracted, makes half.",
+            help="Tokens of each request; the steps that count are those in which all decode.",
             rich_help_panel=LOAD,
         ),
     ] = 64,

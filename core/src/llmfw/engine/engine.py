@@ -256,6 +256,7 @@ class LLMEngine:
         with generation.lock:
             if timings.first_token is None:
                 timings.first_token = time.perf_counter()
+                timings.first_step = self._step_read
             if output.logprobs or output.logits:
                 completion.push(token, output.logprobs.get(seq_id), output.logits.get(seq_id))
             else:
@@ -283,6 +284,7 @@ class LLMEngine:
         with generation.lock:
             if generation.timings.first_token is None:
                 generation.timings.first_token = time.perf_counter()
+                generation.timings.first_step = self._step_read
             if not moves:
                 search.fill(generation.completions)
         if moves:
@@ -294,7 +296,13 @@ class LLMEngine:
     def _finish(self, generation: Generation) -> None:
         self._counters.finished += 1
         self._drop(generation)
+        generation.timings.last_step = self._step_read
         generation.end()
+
+    @property
+    def _step_read(self) -> int:
+        """The number of the step whose output is read now."""
+        return self._counters.steps - len(self._in_flight)
 
     def _note_prompt_logprobs(self, seq_id: int, start: int, entries: list[TokenLogprobs]) -> None:
         generation = self._by_seq[seq_id][0] if seq_id in self._by_seq else None
