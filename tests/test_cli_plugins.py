@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,56 @@ def test_kernels_list_says_why_a_pack_was_dropped(site: Path) -> None:
     assert "left out: sick of pack-sick-cli 0.1.0" in run("kernels", "list").stdout
 
 
+@pytest.mark.parametrize(
+    ("chosen", "states"),
+    [
+        ((), {"bent.act": "at hand", "bent.on_demand": "serves only when asked for by name"}),
+        (("--kernels", "reference"), {"bent.act": "references were asked for"}),
+        (("--kernels=-bent",), {"bent.act": "switched off by name"}),
+        (("--kernels", "bent"), {"bent.act": "at hand", "bent.on_demand": "at hand"}),
+        (("--dtype", "bf16"), {"bent.act": "serves float32, not bfloat16"}),
+        (("--kernels", "bent.on_demand"), {"bent.on_demand": "at hand"}),
+    ],
+)
+def test_kernels_list_tells_what_a_selection_leaves_out(
+    site: Path, chosen: tuple[str, ...], states: dict[str, str]
+) -> None:
+    write_dist(
+        site,
+        "pack-bent-cli",
+        entry_points={"llmfw.kernels": {"bent": "pack_bent_cli:pack"}},
+        code="from llmfw.plugins import hookimpl\n"
+        "from llmfw.ops.kernel import Kernel\n"
+        "class Pack:\n"
+        "    @hookimpl\n"
+        "    def llmfw_kernels(self, device):\n"
+        "        act, kind = 'silu_and_mul', ('float32',)\n"
+        "        often = Kernel(act, 'bent.act', 'pack_bent_cli:make', dtypes=kind, priority=500)\n"
+        "        on_demand = Kernel(act, 'bent.on_demand', 'pack_bent_cli:make', priority=-1)\n"
+        "        return [often, on_demand]\n"
+        "pack = Pack()\n",
+    )
+    done = run("kernels", "list", "--device", "cpu", "--json", *chosen)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["kernels"]
+    told = {row["kernel"]: row["state"] for row in rows}
+    assert {name: told[name] for name in states} == states
+    first = next(row["kernel"] for row in rows if row["op"] == "silu_and_mul")
+    assert first == ("bent.on_demand" if "bent.on_demand" in chosen else "bent.act")
+
+
+def test_kernels_list_refuses_what_no_pack_offers(site: Path) -> None:
+    done = run("kernels", "list", "--device", "cpu", "--kernels", "no.such")
+    assert done.exit_code == 12
+    assert "--kernels names 'no.such', which no kernel pack offers" in done.stderr
+    assert run("kernels", "list", "--device", "cpu", "--dtype", "int3").exit_code == 2
+    points = {"llmfw.kernels": {"ill": "pack_ill_cli:pack"}}
+    write_dist(site, "pack-ill-cli", entry_points=points, code="import no_such_module_here\n")
+    done = run("kernels", "list", "--device", "cpu", "--kernels", "ill")
+    assert done.exit_code > 2
+    assert "No module named 'no_such_module_here'" in done.stderr
+
+
 def test_env_is_for_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMFW_DTYPE", "float32")
     value = json.loads(run("env", "--json").stdout)
@@ -220,4 +271,5 @@ def test_kernels_check_tells_a_wrong_kernel(site: Path) -> None:
     assert "wrong.act" in done.stdout
     assert "differ" in done.stdout
     assert "error" in done.stdout
+    assert re.fullmatch(r"checking wrong\.act: 54 cases, \d+\.\d s\n", done.stderr)
     assert run("kernels", "check", "--kernel", "absent").exit_code == 2

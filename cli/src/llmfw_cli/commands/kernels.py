@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmfw_cli.groups import takes_groups
 from llmfw_cli.options import CommonOptions, JsonOption
-from llmfw_cli.output import note, write, write_json, write_table
+from llmfw_cli.output import note, progress, write, write_json, write_table
 
 if TYPE_CHECKING:
     import torch
 
     from llmfw.ops.check import KernelReport
     from llmfw.ops.kernel import DeviceInfo, Kernel
-    from llmfw.ops.table import Choice
+    from llmfw.ops.table import Choice, OpTable
     from llmfw.plugins import PackProblem
 
 app = typer.Typer(help="Show, check and time the kernels at hand.", no_args_is_help=True)
@@ -33,19 +35,32 @@ def list_kernels(
         typer.Option("--model", "-m", help="Show what each part of this model runs by, and why."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(envvar="LLMFW_DTYPE", help="With --model: its dtype.")
+        str, typer.Option(envvar="LLMFW_DTYPE", help="auto: the model's; without one any.")
     ] = "auto",
     kernels: Annotated[
-        str, typer.Option(envvar="LLMFW_KERNELS", help="With --model: which kernels to take.")
+        str,
+        typer.Option(
+            envvar="LLMFW_KERNELS",
+            help="auto, reference, or packs and kernels to take or (-name) to leave out.",
+        ),
     ] = "auto",
     json: JsonOption = False,
 ) -> None:
-    """List the kernels of the installed packs, and the packs that were left out with the reason."""
+    """List the kernels of the installed packs, and the packs that were left out with the reason.
+
+    Of each op the kernel that is asked first stands first; `state` tells what lets one serve
+    nothing here.
+    """
+    from llmfw.ops.table import OpTable
+
     if model is not None:
         _list_choices(model, device, dtype, kernels, json)
         return
-    info, found, dropped = _at_hand(device)
-    rows = [_row(kernel, info) for kernel in sorted(found, key=lambda k: (k.op, -k.priority))]
+    info, found, dropped = _at_hand(device, kernels.split(","))
+    table = OpTable(info, tuple(found), kernels)
+    kind = None if dtype == "auto" else _dtype(dtype)
+    ops = sorted({kernel.op for kernel in found})
+    rows = [_row(kernel, table, kind) for op in ops for kernel in table.ranked(op)]
     problems = [
         {"pack": each.pack, "distribution": each.label, "reason": each.reason} for each in dropped
     ]
@@ -94,8 +109,12 @@ def check(
         raise UsageError(f"no such kernel serves {info.device}", hint="see llmfw kernels list")
     reports = []
     for each in serving:
-        note(f"checking {each.name}")
-        reports.append(check_kernel(each, info))
+        start = time.perf_counter()
+        with progress(f"checking {each.name}"):
+            report = check_kernel(each, info)
+        seconds = time.perf_counter() - start
+        note(f"checking {each.name}: {len(report.results)} cases, {seconds:.1f} s")
+        reports.append(report)
     rows = [_verdict(report) for report in reports]
     if json:
         write_json({"device": str(info.device), "kernels": rows})
@@ -201,14 +220,9 @@ def bench(
 
 
 def _dtype(name: str) -> torch.dtype:
-    from llmfw.errors import UsageError
-    from llmfw.ops.kernel import DTYPE_NAMES
+    from llmfw.models.settings import choose_dtype
 
-    if name == "auto":
-        name = "bfloat16"
-    if name not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {name!r} is not known", hint=", ".join(DTYPE_NAMES))
-    return DTYPE_NAMES[name]
+    return choose_dtype("bfloat16" if name == "auto" else name, {})
 
 
 def _verdict(report: KernelReport) -> dict[str, Any]:
@@ -223,15 +237,20 @@ def _verdict(report: KernelReport) -> dict[str, Any]:
     }
 
 
-def _at_hand(device: str) -> tuple[DeviceInfo, list[Kernel], list[PackProblem]]:
-    """The device, the kernels of the packs that may serve it, and the packs left out."""
+def _at_hand(
+    device: str, wanted: Sequence[str] = ()
+) -> tuple[DeviceInfo, list[Kernel], list[PackProblem]]:
+    """The device, the kernels of the packs that may serve it, and the packs left out.
+
+    What is wrong with a pack that is `wanted` by name is an error.
+    """
     from llmfw.models.settings import choose_device
     from llmfw.ops.device import device_info
     from llmfw.plugins import Catalog, collect_kernels, load_kernel_packs
 
     info = device_info(choose_device(device))
-    packs, dropped = load_kernel_packs(info.features, Catalog.scan())
-    found, more = collect_kernels(packs, info)
+    packs, dropped = load_kernel_packs(info.features, Catalog.scan(), wanted)
+    found, more = collect_kernels(packs, info, wanted)
     return info, found, [*dropped, *more]
 
 
@@ -265,12 +284,13 @@ def _choice(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _row(kernel: Kernel, info: DeviceInfo) -> dict[str, Any]:
+def _row(kernel: Kernel, table: OpTable, dtype: torch.dtype | None) -> dict[str, Any]:
+    lacks = kernel.missing(table.info) or table.ruled_out(kernel) or kernel.other_dtype(dtype)
     return {
         "op": kernel.op,
         "kernel": kernel.name,
         "pack": kernel.pack,
         "priority": kernel.priority,
         "dtypes": ", ".join(kernel.dtypes),
-        "state": kernel.missing(info) or "at hand",
+        "state": lacks or "at hand",
     }

@@ -131,15 +131,17 @@ class Kernel:
             return f"needs {', '.join(lacks)}"
         return self.available(info) if self.available else None
 
+    def other_dtype(self, dtype: torch.dtype | None) -> str | None:
+        """Which dtypes it serves where `dtype` is none of them, else None."""
+        if dtype is None or dtype in {DTYPE_NAMES[name] for name in self.dtypes}:
+            return None
+        return f"serves {', '.join(self.dtypes)}, not {str(dtype).removeprefix('torch.')}"
+
     def refusal(self, context: OpContext) -> str | None:
         """Why this kernel cannot serve `context`, or None when it can."""
-        missing = self.missing(context.info)
-        if missing is not None:
-            return missing
-        if context.dtype not in {DTYPE_NAMES[name] for name in self.dtypes}:
-            return (
-                f"serves {', '.join(self.dtypes)}, not {str(context.dtype).removeprefix('torch.')}"
-            )
+        lacks = self.missing(context.info) or self.other_dtype(context.dtype)
+        if lacks is not None:
+            return lacks
         return self.supports(context) if self.supports else None
 
     def build(self, context: OpContext) -> Callable[..., Any]:

@@ -116,7 +116,11 @@ class OpTable:
 
     def refusal(self, kernel: Kernel, context: OpContext) -> str | None:
         """Why a kernel does not serve `context` here, or None when it does; builds nothing."""
-        return self._selection.refusal(kernel) or kernel.refusal(context)
+        return self.ruled_out(kernel) or kernel.refusal(context)
+
+    def ruled_out(self, kernel: Kernel) -> str | None:
+        """Why `select` lets a kernel serve nothing, whatever the shape, or None."""
+        return self._selection.refusal(kernel)
 
     def _bypassed(self, kernel: Kernel, parts: Mapping[str, str]) -> str | None:
         """What of another pack a kernel would bypass; `parts` tells what serves which op."""
