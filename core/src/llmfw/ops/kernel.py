@@ -30,7 +30,7 @@ class OpContext:
     """The static facts of one use of an op: a module's shapes, known while the model is built.
 
     shape: per op:
-        linear: in_features, out_features, bias (0 or 1)
+        linear: in_features, out_features, bias (0 or 1: whether calls may give one)
         float32_linear: the same; the dtype is that of x
         grouped_linear: num_groups, in_features, out_features
         head_linear: num_heads, in_features, out_features

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llmfw.kernels.cupy.gemv import gemv_variants
-from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves
+from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves, unannounced_bias
 from llmfw.kernels.cupy.streamed import streamed_variants
 from llmfw.kernels.cupy.tile_plan import tiled_variants
 from llmfw.kernels.cupy.tune import Contest, choices, details
@@ -51,11 +51,13 @@ def linear(context: OpContext) -> Callable[..., torch.Tensor]:
     competing = contest(context)
     chosen = choices(competing)
     table = by_rows({b: variant.build(b, context, out_features) for b, variant in chosen.items()})
-    limit = len(table)
+    limit, biased = len(table), bool(context["bias"])
 
     def call(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if bias is not None and not biased:
+            raise unannounced_bias(context)
         rows = x.numel() // in_features
         if rows < limit:
             run = table[rows]

@@ -25,6 +25,7 @@ from llmfw.kernels.cupy.products import (
     Role,
     Variant,
     serves,
+    unannounced_bias,
 )
 from llmfw.kernels.cupy.streamed import PARTS_MULTIPLE, Streamed
 from llmfw.kernels.cupy.tune import choices
@@ -152,7 +153,8 @@ def _normed(
     context: OpContext, outputs: int, chosen: Chosen, otherwise: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
     """What the two ops after a norm share."""
-    in_features, products = context["in_features"], Products(context, outputs, chosen)
+    in_features, biased = context["in_features"], bool(context["bias"])
+    products = Products(context, outputs, chosen)
     streamed = {bucket for bucket, one in chosen.items() if isinstance(one, Streamed)}
 
     def readable(
@@ -172,6 +174,8 @@ def _normed(
         bias: torch.Tensor | None = None,
         eps: float = 1e-6,
     ) -> torch.Tensor:
+        if bias is not None and not biased:
+            raise unannounced_bias(context)
         rows = x.numel() // in_features
         found = products.of(rows)
         if found is None or not serves(x, weight) or not readable(rows, x, residual, squares):

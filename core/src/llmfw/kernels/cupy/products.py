@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from llmfw.errors import KernelError
 from llmfw.ops.kernel import OpContext
 
 GEMV_ROWS = (1, 2, 4)  # of exactly so many rows
@@ -105,3 +106,12 @@ def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether own kernels can read these tensors."""
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     return aligned and x.is_contiguous() and weight.is_contiguous()
+
+
+def unannounced_bias(context: OpContext) -> KernelError:
+    """The error for a bias given to code that was built for a shape without one."""
+    sizes = " ".join(f"{name}={size}" for name, size in context.shape.items())
+    return KernelError(
+        f"{context.op} was built for a product without a bias ({sizes}), and is called with one",
+        hint="build the layer with bias=True, or resolve the op with bias=1",
+    )
