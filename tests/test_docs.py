@@ -7,6 +7,7 @@ saved under that name, too. `<!-- not run: REASON -->` on the line before a bloc
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -31,6 +32,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SCRIPT = re.compile(r"(?:python3?|bash) (tests/[\w/]+\.(?:py|sh))((?: +[\w.:=/-]+)*)")
 FILE_NAME = re.compile(r"# ([\w/]+\.py)\n")
 RUNNER = """
 import json, pathlib, sys
@@ -153,6 +155,45 @@ def test_make_targets_exist(arguments: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in (word for word in arguments if "=" not in word):
         assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+
+
+def script_commands() -> list[Any]:
+    """Every use of a script of tests/ in the pages, in blocks and in sentences."""
+    found: list[Any] = []
+    for page in PAGES:
+        source = page.read_text("utf-8").replace("\\\n", " ")
+        for script, words in SCRIPT.findall(source):
+            what = f"{name_of(page)}: {script}{words}"
+            found.append(pytest.param(script, words.split(), id=what))
+    return found
+
+
+@pytest.mark.parametrize(("script", "words"), script_commands())
+def test_scripts_and_what_they_are_told_exist(script: str, words: list[str]) -> None:
+    """Figures stand beside commands that nobody runs here: they need a GPU, or much time."""
+    source, gpu = (ROOT / script).read_text("utf-8"), ROOT / "tests" / "gpu"
+    assert [word for word in words if word.startswith("--") and word not in source] == []
+    works = [word for word in words if ":" in word]
+    if script.endswith(".sh"):
+        stages = source + (gpu / "kernels.sh").read_text("utf-8")
+        for stage in set(words) - set(works):
+            assert re.search(rf'\*" {stage} "\*|^ +{stage}\)$', stages, re.MULTILINE), stage
+    elif script.endswith("bench_kernels.py"):
+        assert set(words[1:]) <= keys_of(gpu / "bench_kernels.py", "SECTIONS")
+    shapes = {file.stem for file in (ROOT / "docs" / "benchmarks" / "shapes").glob("*.json")}
+    for shape, work in (word.split(":") for word in works):
+        assert shape in shapes | keys_of(gpu / "workloads.py", "NAMES")
+        assert work in keys_of(gpu / "workloads.py", "DECODE") | {"W3", "P8"}
+
+
+def keys_of(source: Path, name: str) -> set[str]:
+    """The keys of a module's dict, read from its source: importing it may need a GPU."""
+    for node in ast.parse(source.read_text("utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+        if named and isinstance(getattr(node, "value", None), ast.Dict):
+            return {ast.literal_eval(key) for key in node.value.keys}  # type: ignore[attr-defined]
+    raise AssertionError(f"{source} has no dict {name}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
