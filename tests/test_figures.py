@@ -69,3 +69,15 @@ def test_memory_bound_kernels() -> None:
     times = [(kernel["us"], kernel["of_floor"]) for kernel in found["kernels"]]
     for label, _, us, fraction in rows_after(page, mark):
         assert any(shows(us, time) and shows(fraction, part) for time, part in times), label
+
+
+def test_whole_models_of_other_families_on_a_gpu() -> None:
+    found = measured("families-h100")
+    rows = rows_after(DOCS / "families.md", "## Whole models on a GPU")
+    assert len(rows) == 12
+    for name, batch, *cells, share in rows:
+        shape = name.lower().replace("mamba-2 ", "mamba2-")
+        (point,) = (each for each in found[shape]["Wf"] if each["batch"] == int(batch))
+        for cell, fact in zip(cells, ("step_ms", "floor_ms", "tokens_per_s"), strict=True):
+            assert shows(cell, point[fact]), (name, batch, fact)
+        assert shows(share.removesuffix(" %"), 100 * point["of_floor"]), (name, batch)
