@@ -20,14 +20,15 @@ from llmfw.kernels.cupy import gated_linear, linear
 from llmfw.kernels.cupy.declarations import KERNELS
 from llmfw.kernels.cupy.products import GEMV_ROWS, STREAMED_ROWS, Variant, bucket_of
 from llmfw.kernels.cupy.streamed import CUTS, Streamed, servable
-from llmfw.kernels.cupy.tiled import Tiled
+from llmfw.kernels.cupy.tiled import CHUNK, GROUP_ROWS, Tiled
 from llmfw.ops.device import cuda_features
 from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
 # tile, share, split: blocks alone, and all that they can have in common
-TILED_CUTS = ((208, 1, 1), (224, 2, 1), (144, 1, 4), (64, 2, 4), (96, 4, 2))
+# rows of a tile, blocks that share x, that split the sum, that divide the rows of x
+TILED_CUTS = ((224, 2, 1, 1), (144, 1, 4, 1), (64, 1, 1, 2), (96, 1, 2, 2), (128, 2, 1, 4))
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 FEATURES = frozenset({"cuda", "cupy"}) | cuda_features(*CAPABILITY)
@@ -473,8 +474,9 @@ def product_variants(
     elif servable(context) and bucket in STREAMED_ROWS:
         found = tuple(Streamed(*cut, gated=gated) for cut in CUTS)
     elif servable(context):
-        kinds = (cut for cut in TILED_CUTS if cut[2] * 64 <= context["in_features"])
-        found = tuple(Tiled(*cut, gated=gated) for cut in kinds)
+        cuts = (Tiled(*cut, gated, parts) for *cut, parts in TILED_CUTS)
+        fits = (cut for cut in cuts if cut.split * CHUNK <= context["in_features"])
+        found = tuple(cut for cut in fits if cut.parts * GROUP_ROWS <= bucket)
     for variant in (each for each in found if each.source not in without):
         product = variant.build(bucket, context, outputs)
 

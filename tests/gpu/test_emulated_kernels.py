@@ -277,7 +277,7 @@ def test_every_product_variant_matches_its_reference(case: Case, device: torch.d
         check(case, call, device)
 
 
-@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize(("share", "parts"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize(
     "label",
     [
@@ -287,14 +287,14 @@ def test_every_product_variant_matches_its_reference(case: Case, device: torch.d
     ],
 )
 def test_blocks_walk_over_tiles(
-    label: str, share: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    label: str, share: int, parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = next(c for c in (*linear_cases(), *gated_linear_cases()) if str(c) == label)
     gated = case.op == "gated_linear"
-    cut = Tiled(8 * (1 + gated), share, gated=gated)
+    cut = Tiled(8 * (1 + gated), share, gated=gated, parts=parts)
     rows = case.shape["intermediate_size"] * 2 if gated else case.shape["out_features"]
     assert cut.clusters(rows) > cut.at_once(emulator.SMS)
-    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((cut.tile, share, 1),))
+    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((cut.tile, share, 1, parts),))
     (call,) = product_variants(case.context(device), int(case.facts["rows"]))
     check(case, call, device)
 
@@ -308,7 +308,7 @@ def test_blocks_of_a_split_store_unlike_parts(
     """Five eights of results by three blocks, all of which have some."""
     case = next(c for c in (*linear_cases(), *gated_linear_cases()) if str(c) == label)
     gated = case.op == "gated_linear"
-    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((40 * (1 + gated), 1, 3),))
+    monkeypatch.setattr(kernel_cases, "TILED_CUTS", ((40 * (1 + gated), 1, 3, 1),))
     (call,) = product_variants(case.context(device), int(case.facts["rows"]))
     check(case, call, device)
 

@@ -1,8 +1,9 @@
 """Which cuts of tiled.cu are worth measuring for a shape: those with the least estimated time.
 
-A block takes its tensor cores' time or its shared memory's, whichever is more, for each chunk of
-the summed dimension; all blocks together take what they read from L2, and the weight what it takes
-from memory. Blocks run in rounds, so a cut is good when its last round is full.
+A block takes its tensor cores' time, and the time in which what it reads comes to its shared
+memory; the weight takes what it takes from memory. Each delays the others a little. Blocks run in
+rounds, so a cut is good when its last round is full. Where blocks split the sum, each sends sums to
+the others.
 """
 
 from __future__ import annotations
@@ -10,27 +11,49 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmfw.kernels.cupy.compile import multiprocessors
 from llmfw.kernels.cupy.products import TILED_ROWS
 from llmfw.kernels.cupy.streamed import servable
-from llmfw.kernels.cupy.tiled import CHUNK, GROUPS, SHARED_BYTES, Tiled
+from llmfw.kernels.cupy.tiled import CHUNK, GROUP_ROWS, GROUPS, SHARED_BYTES, Tiled
 from llmfw.ops.kernel import OpContext
 
-CLOCK = 1.6e9  # cycles a second under load
-READ, READ_L2 = 3.12e12, 8.5e12  # bytes a second, of all multiprocessors
+CLOCK = 1.75e9  # cycles a second that multiprocessors reach in such products
+READ = 3.12e12  # bytes a second from memory, of all multiprocessors
+FETCHED = 105e9  # bytes a second that come to the shared memory of one
+SENT = 12e9  # bytes a second from one's shared memory to another's, 16 at a time
 PRODUCTS = 2048  # multiplications and additions of a multiprocessor's tensor cores a cycle
-SHARED = 128  # bytes of its shared memory a cycle
-SENT = 32  # bytes from one's shared memory to another's a cycle
-MEETING = 1e-6  # seconds until blocks that split a sum have met
+MEETING = 0.5e-6  # seconds that blocks of a cluster wait for each other
+LEAST_CHUNK = 0.17e-6  # seconds of a chunk of the summed dimension, however small,
+LEAST_BROUGHT = 0.45e-6  # and where a thread that multiplies asks for tiles too
 START = 1.5e-6  # seconds until the first chunk is there
-KINDS = ((2, 1), (1, 4))  # blocks that share x and the summed dimension, as won somewhere
+STORED = 12e-9  # seconds that a row of the tile takes at the end, when nothing is read any more
 LEAST_TILE, MOST_TILE = 32, 256  # columns of one instruction
 MOST_SUMS = 224  # of a thread, in registers
 MEASURED = 2  # cuts
-LONG = 2  # times as many inputs as outputs: so long sums won,
-LONG_ROWS, LONGER = 128, 8192  # up to so many rows; beyond, with so many inputs
+MOST_ROUNDS = 3  # of blocks: with more, blocks that read the same tile drift apart
+FEW_ROWS, LONG = 128, 8192  # more rows and as many inputs are left to the library
 ALIKE = 32  # rows of a tile below which cuts of one kind take about as long
+
+
+class Kind(NamedTuple):
+    """Most rows of x that a block has, blocks that share x, and that split the summed dimension."""
+
+    rows: int
+    share: int
+    split: int
+
+
+KINDS = (  # as won somewhere
+    Kind(256, 2, 1),
+    Kind(256, 1, 4),
+    Kind(128, 1, 1),
+    Kind(128, 1, 2),
+    Kind(128, 1, 4),
+    Kind(64, 1, 1),
+    Kind(64, 1, 2),
+)
 
 
 @dataclass(frozen=True)
@@ -49,16 +72,17 @@ def tiled_variants(bucket: int, context: OpContext, weight_rows: int) -> tuple[T
         return ()
     gated = "intermediate_size" in context.shape
     product = Product(bucket, context["in_features"], weight_rows, gated)
-    if not is_promising(product):
+    if is_drawing(product):
         return ()
     return best_cuts(product, multiprocessors(context.info.device), MEASURED)
 
 
-def is_promising(product: Product) -> bool:
-    """Whether a cut won for such a product anywhere; a start measures nothing for the others."""
-    is_long = product.in_features >= LONG * product.weight_rows
-    pays = product.rows <= LONG_ROWS or product.in_features >= LONGER
-    return product.gated or (is_long and pays)
+def is_drawing(product: Product) -> bool:
+    """Whether the product is one that the library serves with less power.
+
+    Alone, own cuts are ahead there, but a step of so many rows is at the card's limit of power.
+    """
+    return product.rows > FEW_ROWS and product.in_features >= LONG
 
 
 def best_cuts(product: Product, sms: int, count: int) -> tuple[Tiled, ...]:
@@ -74,37 +98,39 @@ def best_cuts(product: Product, sms: int, count: int) -> tuple[Tiled, ...]:
 
 def alike(cut: Tiled, other: Tiled) -> bool:
     """Whether two cuts differ in little but the estimate."""
-    kinds = ((each.share, each.split) for each in (cut, other))
+    kinds = ((each.parts, each.share, each.split) for each in (cut, other))
     return len(set(kinds)) == 1 and abs(cut.tile - other.tile) < ALIKE
 
 
 def cuts(product: Product) -> Iterator[Tiled]:
-    """All that a block's registers and memory allow, in whole groups of 8 results."""
-    each = product.rows // 64 // GROUPS  # 64s of rows of a warpgroup
-    for share, split in KINDS:
-        step = 8 * (1 + product.gated)
+    """All that a block's registers and memory allow, in whole groups of 8 results, each once."""
+    step = 8 * (1 + product.gated)
+    for parts, share, split in dict.fromkeys(
+        (max(1, product.rows // kind.rows), kind.share, kind.split) for kind in KINDS
+    ):
+        each = max(1, product.rows // parts // GROUP_ROWS // GROUPS)  # 64s of a warpgroup
         for tile in range(max(step, LEAST_TILE), 1 + min(MOST_TILE, 2 * MOST_SUMS // each), step):
-            cut = Tiled(tile, share, split, product.gated)
+            cut = Tiled(tile, share, split, product.gated, parts)
             if cut.shared_bytes(product.rows) <= SHARED_BYTES:
                 yield cut
 
 
 def estimate(cut: Tiled, product: Product, sms: int) -> float | None:
-    """Seconds; None where blocks of a split would not all run at the same time."""
+    """Seconds; None for too many rounds, or if blocks of a split would not run at the same time."""
     clusters, at_once = cut.clusters(product.weight_rows), cut.at_once(sms)
     chunks = -(-product.in_features // CHUNK)
     if cut.split > 1 and (clusters > at_once or chunks < cut.split):
         return None
     rounds, chunks = -(-clusters // at_once), -(-chunks // cut.split)
-    rows = product.rows
-    multiplied = rows * cut.tile * CHUNK / PRODUCTS
-    read = rows // 64 * (64 + cut.tile) * CHUNK * 2
-    written = (rows + cut.tile) * CHUNK * 2
-    block = rounds * chunks * max(multiplied, (read + written) / SHARED) / CLOCK
-    fetched = (cut.tile + rows / cut.share) * CHUNK * 2
-    l2 = clusters * cut.cluster * chunks * fetched / READ_L2
+    if rounds > MOST_ROUNDS:
+        return None
+    rows = cut.block_rows(product.rows)
+    least = LEAST_CHUNK if cut.has_bringer(product.rows) else LEAST_BROUGHT
+    chunk = max(least, rows * cut.tile * CHUNK / PRODUCTS / CLOCK)
+    multiplied = rounds * chunks * chunk
+    fetched = rounds * chunks * (rows + cut.tile) * CHUNK * 2 / FETCHED
     memory = product.weight_rows * product.in_features * 2 / READ
+    beside = math.sqrt(math.hypot(multiplied**2, fetched**2, memory**2))
     sent = rows * cut.tile * 4 * (cut.split - 1) / cut.split
-    meeting = MEETING + sent / SENT / CLOCK if cut.split > 1 else 0.0
-    beside = math.sqrt(math.hypot(block**2, l2**2, memory**2))  # each delays the others a little
-    return START + beside + meeting
+    meeting = MEETING if cut.cluster > 1 else 0.0
+    return START + beside + sent / SENT + meeting + STORED * cut.tile

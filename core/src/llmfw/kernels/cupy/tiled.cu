@@ -1,14 +1,15 @@
 // linear and gated_linear for 65 to 256 rows: y = x weight^T + bias, by tiles that the multiprocessors share evenly.
 //
 // Shapes: x [rows, in], weight [outputs, in], bias [outputs] or null, y [rows, outputs]; contiguous, 16-byte aligned,
-//   in a multiple of 8, rows at most ROWS. GATED: weight [2 * outputs, in] = gate | up, bias alike, y = silu(gate) * up.
-// Launch: block GROUPS * 128, clusters of SHARE * SPLIT blocks. A block multiplies all rows of x with TILE rows of the
-//   weight (GATED: half of them gates, half their ups). SHARE blocks with neighbouring tiles share x: each fetches a part
-//   and has it written to all. SPLIT blocks share the summed dimension; each stores a part of the outputs. One thread
-//   asks for tiles, chunks of 64 values of every row, STAGES of the weight and X_STAGES of x ahead: memory takes longer to
-//   answer than L2. Each of GROUPS warpgroups has a part of the rows of x. Without a split a cluster walks over tiles, and
-//   those of the next are on their way while results are stored. BIAS: there may be one. PACKED: outputs are a multiple
-//   of 8.
+//   in a multiple of 8, rows at most ROWS * PARTS. GATED: weight [2 * outputs, in] = gate | up, bias alike, y = silu(gate) * up.
+// Launch: block GROUPS * 128, 32 more if BRINGER; clusters of SHARE * SPLIT blocks. A block multiplies ROWS rows of x with
+//   TILE rows of the weight (GATED: half of them gates, half their ups); for more rows of x there are PARTS blocks with
+//   the same tile next to each other, so that L2 has it for all but one. SHARE blocks with neighbouring tiles share x: each
+//   fetches a part and has it written to all. SPLIT blocks share the summed dimension; each stores a part of the outputs.
+//   One thread asks for tiles, chunks of 64 values of every row, STAGES of the weight and X_STAGES of x ahead: memory takes
+//   longer to answer than L2. Each of GROUPS warpgroups has a part of the rows of x. Without a split a cluster walks over
+//   tiles, and those of the next are on their way while results are stored. BIAS: there may be one. PACKED: outputs are a
+//   multiple of 8.
 // Numbers: float32 sums on tensor cores; GATED rounds where the references of linear and silu_and_mul round.
 //
 // The weight's first chunks are asked for before the kernel before is done (follow in common.cuh).
@@ -33,6 +34,9 @@
 #ifndef SPLIT
 #define SPLIT 1
 #endif
+#ifndef PARTS
+#define PARTS 1
+#endif
 #ifndef STAGES
 #define STAGES 4
 #endif
@@ -50,6 +54,7 @@
 
 constexpr int CHUNK = 64, BOX_ROW = 128;  // values and bytes of a row of a box: the span of the swizzle
 constexpr int EACH = ROWS / 64 / GROUPS;  // 64s of rows of x of a warpgroup
+constexpr bool BRINGER = EACH == 1;       // a warp of its own asks for tiles, where registers are left for it
 constexpr int WEIGHT_BYTES = TILE * BOX_ROW, X_BYTES = ROWS * BOX_ROW;
 constexpr int WARPS = GROUPS * 4, BLOCKS = SHARE * SPLIT;
 constexpr int COLUMNS = TILE / 8, RESULTS = COLUMNS / (1 + GATED);  // sums and results of a row, in eights
@@ -143,7 +148,7 @@ struct Feed {
   const TensorMap &weight_map, &x_map;
   const Work& work;
   const Place& place;
-  int outputs;
+  int outputs, first_row;  // of x
   Cursor weight, x;
   int weight_stage, weights_left;  // chunks of the weight that are not asked for yet
 
@@ -163,8 +168,8 @@ struct Feed {
 
   __device__ __forceinline__ void bring_x(Shared& s, int stage) {
     const u64 policy = read_often_policy();
-    const int row = place.share * (ROWS / SHARE), column = x.chunk * CHUNK;
-    u8* const to = s.x[stage] + row * BOX_ROW;
+    const int offset = place.share * (ROWS / SHARE), row = first_row + offset, column = x.chunk * CHUNK;
+    u8* const to = s.x[stage] + offset * BOX_ROW;
     Barrier* const full = &s.x_full[stage];
     arrive_expecting(full, X_BYTES);
     if (SHARE == 1)
@@ -232,14 +237,14 @@ __device__ __forceinline__ void exchange(Sums& sum, Shared& s, const Place& plac
 
 #include "tile_results.cuh"
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+extern "C" __global__ void __launch_bounds__((WARPS + BRINGER) * 32, 1)
     tiled(scalar* y, TENSOR_MAP x, TENSOR_MAP weight, const scalar* bias, int in, int outputs, int rows) {
   DYNAMIC_SHARED(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL, int(threadIdx.x) / 32, 0);  // known to be the warp's
   const int rank = BLOCKS > 1 ? rank_in_cluster() : 0;
   const Place place = {rank % SHARE, rank / SHARE};
-  const bool brings = threadIdx.x == 0;
+  const bool brings = threadIdx.x == (BRINGER ? WARPS * 32 : 0);
   if (brings) {
     prefetch_map(weight);
     prefetch_map(x);
@@ -260,27 +265,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   }
 
   const int chunks = (in + CHUNK - 1) / CHUNK, tiles = (outputs * (1 + GATED) + TILE - 1) / TILE;
-  const int clusters = int(gridDim.x) / BLOCKS, cluster = int(blockIdx.x) / BLOCKS;
+  const int clusters = int(gridDim.x) / BLOCKS / PARTS, cluster = int(blockIdx.x) / BLOCKS / PARTS;
+  const int first_row = int(blockIdx.x) / BLOCKS % PARTS * ROWS;
   const Work work = {chunks * place.split / SPLIT, chunks * (place.split + 1) / SPLIT, cluster * SHARE + place.share,
                      clusters * SHARE, (tiles + SHARE - 1) / SHARE * SHARE};
   const int count = work.count();
   const Cursor begin = {work.tile, work.first};
-  Feed feed = {weight, x, work, place, outputs, begin, begin, 0, count};
+  Feed feed = {weight, x, work, place, outputs, first_row, begin, begin, 0, count};
   if (brings)
     for (int i = 0; i < STAGES; ++i) feed.bring_weight(s);
   follow();
   if (brings)
     for (int i = 0; i < min(count, X_STAGES); ++i) feed.bring_x(s, i);
-
-  const int group = warp / 4, row = group * EACH * 64 + warp % 4 * 16 + lane / 4;
-  Chunk at = {};                  // the chunk that is taken next
-  Ring<X_STAGES> given = {};      // and given back next
+  Ring<X_STAGES> given = {};      // chunk that is given back next
   int wanted = count - X_STAGES;  // chunks that are given back: for the last ones nobody waits, and others may be gone
+  if (BRINGER && warp == WARPS) {
+    if (brings)
+      for (; wanted > 0; --wanted, given.next()) feed.refill(s, given);
+    return;
+  }
+
+  const int group = warp / 4, row = first_row + group * EACH * 64 + warp % 4 * 16 + lane / 4;
+  Chunk at = {};  // that is taken next
   const auto turn_over = [&] {
     if (wanted-- <= 0) return;
     give_back(s, given, place, lane);
-    if (brings) feed.refill(s, given);
-    __syncwarp();
+    if (!BRINGER) {
+      if (brings) feed.refill(s, given);
+      __syncwarp();
+    }
     given.next();
   };
   for (int tile = work.tile; tile < work.tiles; tile += work.stride) {

@@ -14,7 +14,8 @@ from llmfw.kernels.cupy.tensor_map import tensor_map
 from llmfw.ops.kernel import OpContext
 
 CHUNK = 64  # values of each row of a stage
-GROUPS = 2  # warpgroups that multiply
+GROUPS = 2  # most warpgroups that multiply
+GROUP_ROWS = 64  # of x, that a warpgroup multiplies at once
 SHARED_BYTES = 226 << 10  # of a block, which has a multiprocessor for itself
 ROW_BYTES = CHUNK * 2  # of a stage
 LEAST_X = 3  # chunks of x under way: L2 takes more than one chunk's time
@@ -38,19 +39,21 @@ class Tiled:
         share: Blocks with neighbouring tiles, which share x.
         split: Blocks that share the summed dimension.
         gated: Whether silu(gate) * up ends the product.
+        parts: Blocks that divide the rows of x, each with the whole tile.
     """
 
     tile: int
     share: int = 1
     split: int = 1
     gated: bool = False
+    parts: int = 1
     source: str = "tiled.cu"
 
     @property
     def name(self) -> str:
         """For messages and results."""
         kind = "gated" if self.gated else "tiled"
-        return f"{kind}_n{self.tile}_s{self.share}_k{self.split}"
+        return f"{kind}_n{self.tile}_s{self.share}_k{self.split}_p{self.parts}"
 
     @property
     def cluster(self) -> int:
@@ -64,18 +67,35 @@ class Tiled:
     def at_once(self, sms: int) -> int:
         """Clusters that run at the same time: those of more than two do not fit everywhere."""
         usable = sms if self.cluster <= 2 else int(sms * USABLE)
-        return max(1, usable // self.cluster)
+        return max(1, usable // (self.cluster * self.parts))
+
+    def block_rows(self, bucket: int) -> int:
+        """Rows of x that a block multiplies."""
+        return bucket // self.parts
+
+    def groups(self, bucket: int) -> int:
+        """Warpgroups that divide them."""
+        return min(GROUPS, self.block_rows(bucket) // GROUP_ROWS)
+
+    def has_bringer(self, bucket: int) -> bool:
+        """Whether a warp of its own asks for tiles: one 64 of rows a group leaves registers."""
+        return self.block_rows(bucket) == self.groups(bucket) * GROUP_ROWS
+
+    def threads(self, bucket: int) -> int:
+        """Of a block."""
+        return self.groups(bucket) * 128 + 32 * self.has_bringer(bucket)
 
     def constants(self, bucket: int, context: OpContext) -> dict[str, int]:
         """The source's compile-time constants; all shapes share most of them."""
         outputs = context["intermediate_size" if self.gated else "out_features"]
         return {
-            "ROWS": bucket,
+            "ROWS": self.block_rows(bucket),
             "GATED": int(self.gated),
-            "GROUPS": GROUPS,
+            "GROUPS": self.groups(bucket),
             "TILE": self.tile,
             "SHARE": self.share,
             "SPLIT": self.split,
+            "PARTS": self.parts,
             "STAGES": self.stages(bucket).weight,
             "X_STAGES": self.stages(bucket).x,
             "BIAS": context.shape.get("bias", 1),
@@ -84,16 +104,16 @@ class Tiled:
 
     def stages(self, bucket: int) -> Stages:
         """What memory holds: LEAST_X of x, which L2 has, much of the weight, then more of x."""
-        room = (SHARED_BYTES - self._barrier_bytes) // ROW_BYTES
-        weight = min(MOST_STAGES, (room - LEAST_X * bucket) // self.tile)
-        return Stages(weight, min(weight, (room - weight * self.tile) // bucket))
+        room, rows = (SHARED_BYTES - self._barrier_bytes) // ROW_BYTES, self.block_rows(bucket)
+        weight = min(MOST_STAGES, (room - LEAST_X * rows) // self.tile)
+        return Stages(weight, min(weight, (room - weight * self.tile) // rows))
 
     def shared_bytes(self, bucket: int) -> int:
         """Of a block: the stages, in whose place sums of a split lie later, and barriers."""
-        stages = self.stages(bucket)
-        staged = (stages.weight * self.tile + stages.x * bucket) * ROW_BYTES
+        stages, rows = self.stages(bucket), self.block_rows(bucket)
+        staged = (stages.weight * self.tile + stages.x * rows) * ROW_BYTES
         step = 8 * self.split * (1 + self.gated)
-        sums = -(-self.tile // step) * step * bucket * 4 if self.split > 1 else 0
+        sums = -(-self.tile // step) * step * rows * 4 if self.split > 1 else 0
         return max(staged, sums) + self._barrier_bytes
 
     @property
@@ -110,8 +130,9 @@ class Tiled:
         clusters = self.clusters(weight_rows)
         if self.split == 1:  # a cluster walks over tiles, all over as many
             clusters = -(-clusters // -(-clusters // self.at_once(sms)))
-        grid, block = (clusters * self.cluster, 1, 1), (GROUPS * 128, 1, 1)
-        weight_box, x_box = self.tile // (1 + self.gated), bucket // self.share
+        grid = (clusters * self.cluster * self.parts, 1, 1)
+        block = (self.threads(bucket), 1, 1)
+        weight_box, x_box = self.tile // (1 + self.gated), self.block_rows(bucket) // self.share
 
         def run(
             x: torch.Tensor,
