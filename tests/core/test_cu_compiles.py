@@ -126,6 +126,8 @@ USES: dict[str, list[dict[str, int | str]]] = {
         },
         {"DTYPE": BF16, "ROWS": 256, "TILE": 144, "SPLIT": 4, "X_STAGES": 3, "BIAS": 0},
         {"DTYPE": BF16, "ROWS": 128, "TILE": 160, "SHARE": 2, "SPLIT": 4},
+        {"DTYPE": BF16, "ROWS": 128, "TILE": 96, "SPLIT": 2, "PARTS": 2, "STAGES": 8},
+        {"DTYPE": F16, "ROWS": 64, "TILE": 192, "GATED": 1, "GROUPS": 1, "PARTS": 4},
     ],
     "moe_route.cu": [{"DTYPE": BF16}, {"DTYPE": F32, "EXPERTS": 1000}],
     "moe_order.cu": [{"DTYPE": BF16}, {"DTYPE": F16, "EXPERTS": 1000, "ROWS": 64}],
