@@ -116,7 +116,7 @@ def test_other_tensor_cores_and_other_rows_are_left_to_others(
 
 
 def test_what_lost_everywhere_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads, whose tiles go around too often, and long sums of many rows, which draw power."""
+    """Heads, whose tiles go around too often, and long sums of many rows, behind in whole steps."""
     monkeypatch.setattr(tile_plan, "multiprocessors", lambda _: SMS)
 
     def offered(rows: int, in_features: int, outputs: int) -> int:

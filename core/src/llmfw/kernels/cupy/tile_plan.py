@@ -72,15 +72,15 @@ def tiled_variants(bucket: int, context: OpContext, weight_rows: int) -> tuple[T
         return ()
     gated = "intermediate_size" in context.shape
     product = Product(bucket, context["in_features"], weight_rows, gated)
-    if is_drawing(product):
+    if loses_in_steps(product):
         return ()
     return best_cuts(product, multiprocessors(context.info.device), MEASURED)
 
 
-def is_drawing(product: Product) -> bool:
-    """Whether the product is one that the library serves with less power.
+def loses_in_steps(product: Product) -> bool:
+    """Whether own cuts are ahead of the library alone, but behind it in whole steps.
 
-    Alone, own cuts are ahead there, but a step of so many rows is at the card's limit of power.
+    A step of so many rows draws all the power that the card may.
     """
     return product.rows > FEW_ROWS and product.in_features >= LONG
 
