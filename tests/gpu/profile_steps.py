@@ -2,9 +2,9 @@
 
     python3 tests/gpu/profile_steps.py S 1x128 32x960 host      shape, batches x prompt lengths
 
-A row is one kind of kernel (name and grid): how often it runs in a step, its mean time, the time
-between the end of all kernels before it and its start (below zero where they overlap), and both
-times count (`in a row`; these add up to the step).
+A row is one kind of kernel (name, grid, shared memory): how often it runs in a step, its mean time,
+the time between the end of all kernels before it and its start (below zero where they overlap), and
+both times count (`in a row`; these add up to the step).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROMPT_TOKENS = 8192  # of a step, as the engine's default is
 
 @dataclass
 class Kind:
-    """Sums over a step's kernels of one name and grid, in microseconds."""
+    """Sums over a step's kernels of one name, grid and shared memory, in microseconds."""
 
     count: int = 0
     busy: float = 0.0
@@ -85,17 +85,19 @@ def show(events: list[dict[str, Any]], reading: int) -> None:
     kinds: dict[tuple[str, str], Kind] = defaultdict(Kind)
     end = step[0]["ts"]
     for event in step:
-        kind = kinds[event["name"][:60], str(event["args"].get("grid", ""))]
+        facts = event["args"]
+        shared = f"{facts.get('shared memory', 0) >> 10}K"
+        kind = kinds[event["name"][:50], f"{facts.get('grid', '')} {shared}"]
         kind.count += 1
         kind.busy += event["dur"]
         kind.gap += event["ts"] - end
         end = max(end, event["ts"] + event["dur"])
     print(f"a step: {end - step[0]['ts']:.1f} us, {len(step)} kernels and copies")
-    print(f"{'kernel':60} {'grid':16} count   us each  gap before   in a row")
+    print(f"{'kernel':50} {'grid, shared memory':22} count   us each  gap before   in a row")
     for (name, grid), kind in sorted(kinds.items(), key=lambda item: -item[1].busy):
         each, gap = kind.busy / kind.count, kind.gap / kind.count
         total = kind.busy + kind.gap
-        print(f"{name:60} {grid:16} {kind.count:5} {each:9.2f} {gap:11.2f} {total:10.1f}")
+        print(f"{name:50} {grid:22} {kind.count:5} {each:9.2f} {gap:11.2f} {total:10.1f}")
 
 
 def profile_host(llm: LLM, batch: int, length: int) -> None:
