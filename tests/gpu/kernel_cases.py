@@ -26,7 +26,6 @@ from llmfw.ops.inputs import INPUTS
 from llmfw.ops.kernel import DTYPE_NAMES, DeviceInfo, Kernel, OpContext
 from llmfw.ops.reference import REFERENCES
 
-# tile, share, split: blocks alone, and all that they can have in common
 # rows of a tile, blocks that share x, that split the sum, that divide the rows of x
 TILED_CUTS = ((224, 2, 1, 1), (144, 1, 4, 1), (64, 1, 1, 2), (96, 1, 2, 2), (128, 2, 1, 4))
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -492,11 +491,5 @@ def product_variants(
 
 def all_cases() -> list[Case]:
     """Every case of every op."""
-    return [
-        *norm_cases(),
-        *activation_cases(),
-        *rope_cases(),
-        *attention_cases(),
-        *linear_cases(),
-        *gated_linear_cases(),
-    ]
+    products = (*linear_cases(), *gated_linear_cases())
+    return [*norm_cases(), *activation_cases(), *rope_cases(), *attention_cases(), *products]
