@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llmfw.errors import KernelError
+from llmfw.errors import KernelError, UsageError
 from llmfw.kernels.cupy import gated_linear, linear, normed_linear
+from llmfw.kernels.cupy.products import BUCKETS, served_buckets
 from llmfw.ops import reference
 from llmfw.ops.kernel import DeviceInfo, OpContext
 
@@ -53,3 +54,28 @@ def test_a_bias_that_the_shape_did_not_announce_is_refused(
     with pytest.raises(KernelError, match=f"{op} was built for a product without a bias") as error:
         without(x, *between, weight, bias)
     assert "bias=True" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [(None, BUCKETS), ("256", BUCKETS), ("64", BUCKETS[:-2]), ("4", (1, 2, 4)), ("0", ())],
+)
+def test_own_products_serve_as_many_rows_as_the_variable_says(
+    rows: str | None, wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "variants", lambda bucket, context: ())
+    if rows is None:
+        monkeypatch.delenv("LLMFW_PRODUCT_ROWS", raising=False)
+    else:
+        monkeypatch.setenv("LLMFW_PRODUCT_ROWS", rows)
+    shape = {"in_features": WIDTH, "out_features": OUTPUTS, "bias": 0}
+    contest = linear.contest(OpContext("linear", torch.bfloat16, CPU, shape))
+    assert tuple(contest.variants) == wanted
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "6.4", ""])
+def test_rows_that_are_no_number_are_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMFW_PRODUCT_ROWS", value)
+    with pytest.raises(UsageError, match="LLMFW_PRODUCT_ROWS is") as error:
+        served_buckets()
+    assert "0 to 256" in str(error.value.hint)

@@ -14,7 +14,13 @@ from llmfw.kernels.cupy import linear as plain
 from llmfw.kernels.cupy.activation import gated_activation
 from llmfw.kernels.cupy.activation import supports as activation_supports
 from llmfw.kernels.cupy.gemv import gemv_variants
-from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves, unannounced_bias
+from llmfw.kernels.cupy.products import (
+    Variant,
+    by_rows,
+    served_buckets,
+    serves,
+    unannounced_bias,
+)
 from llmfw.kernels.cupy.streamed import streamed_variants
 from llmfw.kernels.cupy.tile_plan import tiled_variants
 from llmfw.kernels.cupy.tune import Contest, choices, details
@@ -47,7 +53,7 @@ def contest(context: OpContext) -> Contest:
 
     return Contest(
         context,
-        {bucket: variants(bucket, context) for bucket in BUCKETS},
+        {bucket: variants(bucket, context) for bucket in served_buckets()},
         weight_rows=2 * width,
         outputs=width,
         otherwise=apart,

@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from llmfw.kernels.cupy.gemv import gemv_variants
-from llmfw.kernels.cupy.products import BUCKETS, Variant, by_rows, serves, unannounced_bias
+from llmfw.kernels.cupy.products import (
+    Variant,
+    by_rows,
+    served_buckets,
+    serves,
+    unannounced_bias,
+)
 from llmfw.kernels.cupy.streamed import streamed_variants
 from llmfw.kernels.cupy.tile_plan import tiled_variants
 from llmfw.kernels.cupy.tune import Contest, choices, details
@@ -38,7 +44,7 @@ def contest(context: OpContext) -> Contest:
     """What may serve the op for one weight shape."""
     return Contest(
         context,
-        {bucket: variants(bucket, context) for bucket in BUCKETS},
+        {bucket: variants(bucket, context) for bucket in served_buckets()},
         weight_rows=context["out_features"],
         outputs=context["out_features"],
         otherwise=F.linear,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
 
-from llmfw.errors import KernelError
+from llmfw.errors import KernelError, UsageError
 from llmfw.ops.kernel import OpContext
 
 GEMV_ROWS = (1, 2, 4)  # of exactly so many rows
@@ -84,6 +85,22 @@ class Variant(Protocol):
 
     def build(self, bucket: int, context: OpContext, outputs: int) -> Product:
         """Compile; the result is called with (x, weight, bias, out, rows)."""
+
+
+def served_buckets() -> tuple[int, ...]:
+    """The buckets that own kernels may serve: all, or those up to `LLMFW_PRODUCT_ROWS`.
+
+    64 leaves tiles (tiled.cu) to the library, 4 all products by tensor cores, 0 everything.
+
+    Raises:
+        UsageError: If the variable is not a number of rows.
+    """
+    value = os.environ.get("LLMFW_PRODUCT_ROWS", str(BUCKETS[-1]))
+    if not (value.isascii() and value.isdigit()):
+        raise UsageError(
+            f"LLMFW_PRODUCT_ROWS is {value!r}", hint=f"use a number from 0 to {BUCKETS[-1]}"
+        )
+    return tuple(bucket for bucket in BUCKETS if bucket <= int(value))
 
 
 def bucket_of(rows: int) -> int | None:
